@@ -1,0 +1,390 @@
+// simulator.h gives kernels.cu CUDA's execution model on a CPU. g++ compiles the very same file into a shared library:
+//
+//     #include "simulator.h"
+//     #include "kernels.cu"
+//     SIMULATOR_EXPORT(rms_norm)    // int rms_norm_launch(grid, block, args), args as cuLaunchKernel takes them
+//
+// A thread becomes a fibre: a call of the kernel on a stack of its own, which can be left in the middle and gone on
+// with later. To leave it: push the registers that a function must preserve, load another stack's pointer, pop what
+// was pushed there, return. Nothing else interrupts a fibre: it runs until it has to wait for others, or returns.
+//
+// A barrier is such a wait. A thread in __syncthreads() notes that it is there and goes back to its core, which runs
+// the next one, warp after warp, until none can run. If all that have not returned wait at the barrier, it opens, and
+// the next round begins. A warp's collectives (shuffle, vote, mma) are made of a smaller barrier, for 32 lanes. One
+// core runs a whole block in this way, so in a block nothing happens at the same time. Blocks spread over the cores.
+//
+// Where a GPU would hang or compute nonsense, this is strict:
+//   - All threads of a block must wait at the same __syncthreads(); those that have returned count as there, as on a
+//     GPU. All lanes of a collective's mask must come to it. Errors name kernel, block, thread and line.
+//   - cp.async copies at the wait and not before, so that a forgotten wait reads old data.
+//   - simulator_shuffle(seed) runs threads in random order, a new one after each barrier, and fills shared memory with
+//     NaNs before each block: a result that depends on the seed lacks a barrier or an initialisation.
+//   - Built with -fsanitize=address,undefined, it finds accesses outside of shared and global arrays.
+// Not here: waiting in a loop for another thread, dynamic shared memory, arithmetic in bf16.
+// To look into a kernel, print from it, or stop in it with gdb (built by a compiler that is told not to optimise):
+//     if (blockIdx.x == 0 && threadIdx.x < 4) printf("%d: %f\n", threadIdx.x, scale);
+//     printf '#!/bin/sh\nexec g++ "$@" -O0 -g\n' > debug-g++; chmod +x debug-g++
+//     CXX=./debug-g++ gdb -ex 'set breakpoint pending on' -ex 'break rms_norm if threadIdx.x == 3' --args python ...
+#pragma once
+#define SIMULATOR
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <utility>
+#include <vector>
+#include <link.h>
+#include <ucontext.h>
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#define SIMULATOR_ASAN(...) __VA_ARGS__
+#define __shared__ static        // AddressSanitizer guards statics but not thread_locals; one core runs all blocks then
+#else
+#define SIMULATOR_ASAN(...)
+#define __shared__ thread_local  // a block runs on one core: its shared memory is that core's copy
+#endif
+
+// ======== Keywords, built-in types and functions =====================================================================
+#define __global__
+#define __device__
+#define __launch_bounds__(...)
+#define __forceinline__ inline __attribute__((always_inline))
+struct uint3 { unsigned x, y, z; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(16) float4 { float x, y, z, w; };
+static thread_local uint3 threadIdx, blockIdx, blockDim, gridDim;
+
+inline unsigned __float_as_uint(float x) { return __builtin_bit_cast(unsigned, x); }
+inline float __uint_as_float(unsigned x) { return __builtin_bit_cast(float, x); }
+// A bfloat16 is the upper half of a float32. Conversions only: the kernels compute in float32.
+struct __nv_bfloat16 { unsigned short bits; };
+inline float __bfloat162float(__nv_bfloat16 x) { return __uint_as_float(unsigned(x.bits) << 16); }
+inline __nv_bfloat16 __float2bfloat16(float x) {
+    unsigned word = __float_as_uint(x), rounded = word + 0x7fff + (word >> 16 & 1);    // to nearest, ties to even
+    return {static_cast<unsigned short>(x == x ? rounded >> 16 : 0x7fff)};             // (a NaN might become a number)
+}
+
+// Macros, because glibc has functions of these names. What is approximate on a GPU is exact here.
+#define rsqrtf(x) (1.0f / sqrtf(x))
+#define __expf(x) expf(x)
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+using std::max, std::min;
+
+// Real atomics, since other cores run other blocks. Each returns the value before. common_type_t: T comes from p alone.
+#define SIMULATOR_ATOMIC(name, update)                                                                       \
+    template <class T> T name(T* p, std::common_type_t<T> x) {                                               \
+        T old = *p, updated;    /* if another core has changed it, old becomes what it is now: try again */  \
+        do updated = update;                                                                                 \
+        while (!__atomic_compare_exchange(p, &old, &updated, true, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST));     \
+        return old;                                                                                          \
+    }
+SIMULATOR_ATOMIC(atomicAdd, old + x)
+SIMULATOR_ATOMIC(atomicMax, max(old, x))
+SIMULATOR_ATOMIC(atomicMin, min(old, x))
+inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+
+namespace simulator {
+
+// ======== Fibres =====================================================================================================
+constexpr int MAX_THREADS = 1024;                // of a block
+constexpr size_t STACK_BYTES = 33 * 4096 + 256;  // no multiple of a page: the stacks' tops spread over the cache
+
+struct Copy { void* shared; const void* global; int bytes, group; };
+
+struct Fibre {
+    uint3 index;                 // threadIdx
+    int line;                    // where it waits for other lanes of its warp,
+    unsigned mask;               // for which,
+    const void* shown;           // and the value that it shows them
+    struct { std::vector<Copy> copies; int groups; } async;    // issued, not waited for; groups committed so far
+    char* stack;                 // its lowest address
+    size_t stack_bytes = STACK_BYTES;
+    SIMULATOR_ASAN(void* fake_stack = nullptr;)
+#if !defined(__x86_64__) || defined(SIMULATOR_UCONTEXT)
+    ucontext_t context;
+};
+inline void switch_stack(Fibre& from, Fibre& to) { swapcontext(&from.context, &to.context); }
+inline void prepare_stack(Fibre& fibre, void (*entry)()) {
+    getcontext(&fibre.context);
+    fibre.context.uc_stack.ss_sp = fibre.stack;
+    fibre.context.uc_stack.ss_size = STACK_BYTES;
+    makecontext(&fibre.context, entry, 0);
+}
+#else
+    void** top;                  // its last used address, while it does not run
+};
+
+// Called on one stack, returns on another: to where that one called it, or else to the beginning of entry(), see below.
+// A function may overwrite all registers but these six and rsp, so its caller has saved what it needs of the others.
+// It jumps, since CPUs predict that a ret goes to where the latest call came from.
+__attribute__((naked, noinline, noipa)) static void save_and_load(void*** save, void** load) {    // in rdi and rsi
+    asm("pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"
+        "movq %rsp, (%rdi)\n movq %rsi, %rsp\n"
+        "popq %r15\n popq %r14\n popq %r13\n popq %r12\n popq %rbx\n popq %rbp\n popq %rcx\n jmp *%rcx");
+}
+inline void switch_stack(Fibre& from, Fibre& to) { save_and_load(&from.top, to.top); }
+inline void prepare_stack(Fibre& fibre, void (*entry)()) {
+    // As if entry() had been about to start when the fibre was left, called by nobody, as gdb will see.
+    fibre.top = reinterpret_cast<void**>(fibre.stack + STACK_BYTES) - 8;
+    memset(fibre.top, 0, 64);
+    fibre.top[6] = reinterpret_cast<void*>(entry);
+}
+#endif
+
+inline void switch_fibre(Fibre& from, Fibre& to, [[maybe_unused]] bool for_good = false) {
+    SIMULATOR_ASAN(__sanitizer_start_switch_fiber(for_good ? nullptr : &from.fake_stack, to.stack, to.stack_bytes);)
+    switch_stack(from, to);
+    SIMULATOR_ASAN(__sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);)
+}
+
+// ======== A block: its threads run until all wait or have returned ===================================================
+struct Launch {
+    const char* name;
+    uint3 grid, block;
+    std::function<void()> call;     // the kernel with its arguments
+    size_t blocks = size_t(grid.x) * grid.y * grid.z, threads = block.x * block.y * block.z;
+    std::atomic<unsigned> next{0};  // the first block that no core has taken
+    std::atomic<bool> failed{false};
+};
+
+struct Block {                      // one for each core, used for one block after the other
+    struct Warp { unsigned runnable, at_barrier, at_collective; };    // a bit a lane; in none of them: it has returned
+    Launch* launch;
+    int current;                    // the running thread
+    int barrier_line;               // where the threads at the barrier wait; 0: nobody does
+    uint64_t random;
+    unsigned order;                 // threads run as 0 ^ order, 1 ^ order, ...: of any two, each may be the first
+    Warp warps[MAX_THREADS / 32] = {};
+    std::vector<Fibre> fibres{MAX_THREADS};
+    char* stacks = static_cast<char*>(malloc(MAX_THREADS * STACK_BYTES));    // costs memory where it is touched
+    Fibre core;                     // the stack on which the core itself runs
+
+    Fibre& fibre() { return fibres[current]; }
+    Fibre* lanes() { return &fibres[current / 32 * 32]; }
+    Warp& warp() { return warps[current / 32]; }
+    unsigned bit() { return 1u << current % 32; }
+};
+static thread_local Block* block;   // the one that this core runs
+static char last_error[500];        // the first one of the launch that failed last
+static uint64_t shuffle_seed = atoll(getenv("SIMULATOR_SHUFFLE") ?: "0");    // 0: threads run in order
+
+// The running thread lets others run, until someone makes it runnable again.
+inline void suspend(bool for_good = false) {
+    block->warp().runnable &= ~block->bit();
+    switch_fibre(block->fibre(), block->core, for_good);
+}
+
+// Records an error of this thread. None of its block runs any more; other cores finish the blocks that they have begun.
+template <class... Values> [[noreturn]] void fail(int line, const char* format, Values... values) {
+    uint3 b = blockIdx, t = threadIdx;
+    if (!block->launch->failed.exchange(true)) {
+        int length = snprintf(last_error, 200, "kernel %s, block (%u, %u, %u), thread (%u, %u, %u), line %d: ",
+                              block->launch->name, b.x, b.y, b.z, t.x, t.y, t.z, line);
+        snprintf(last_error + length, 300, format, values...);
+    }
+    for (auto& warp : block->warps) warp = {};
+    for (;;) suspend();    // nobody resumes it
+}
+
+inline void fibre_main() {
+    Fibre& core = block->core;
+    SIMULATOR_ASAN(__sanitizer_finish_switch_fiber(nullptr, (const void**)&core.stack, &core.stack_bytes);)
+    block->launch->call();
+    suspend(true);
+}
+
+inline void run_warp(Block& b, Block::Warp& warp) {
+    while (warp.runnable)
+        for (unsigned i = 0, order = b.order % 32; i < 32; i++)
+            if (unsigned lane = i ^ order; warp.runnable >> lane & 1) {
+                b.current = (&warp - b.warps) * 32 + lane;
+                threadIdx = b.fibre().index;
+                switch_fibre(b.core, b.fibre());
+            }
+}
+
+// No thread can run, so those at the barrier may go on. False: there are none, all have returned.
+inline bool open_barrier(Block& b) {
+    for (auto& warp : b.warps)
+        if ((warp.runnable = warp.at_collective)) return true;    // in vain: let them say so, and fail
+    b.barrier_line = 0;
+    if (shuffle_seed) b.order = (b.random = b.random * 6364136223846793005 + 1) >> 54;    // 10 bits
+    unsigned live = 0;
+    for (auto& warp : b.warps) live |= warp.runnable = std::exchange(warp.at_barrier, 0);
+    return live;
+}
+
+// Fills shared memory with NaNs. It is part of this library's thread-local memory, which the loader knows; the rest of
+// that (threadIdx, block, ...) is to be set after it. (With AddressSanitizer shared memory is static, and stays.)
+inline int poison_shared_memory(dl_phdr_info* library, size_t, void* ours) {
+    char* start = static_cast<char*>(library->dlpi_tls_data);
+    for (int i = 0; i < library->dlpi_phnum; i++) {
+        size_t bytes = library->dlpi_phdr[i].p_type == PT_TLS ? library->dlpi_phdr[i].p_memsz : 0;
+        if (start <= ours && ours < start + bytes) memset(start, 0xff, bytes);
+    }
+    return 0;
+}
+
+inline void run_block(Block& b, Launch& launch, unsigned number) {
+    if (shuffle_seed) dl_iterate_phdr(poison_shared_memory, &block);
+    if (shuffle_seed % 2) number = launch.blocks - 1 - number;    // blocks have no order either
+    block = &b;
+    gridDim = launch.grid, blockDim = launch.block;
+    blockIdx = {number % gridDim.x, number / gridDim.x % gridDim.y, number / gridDim.x / gridDim.y};
+    b.launch = &launch, b.order = 0, b.random = (shuffle_seed + number) * 0x9e3779b97f4a7c15;
+    for (unsigned i = 0; i < launch.threads; i++) {
+        Fibre& fibre = b.fibres[i];
+        fibre.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
+        fibre.async = {};
+        fibre.stack = &b.stacks[i * STACK_BYTES];
+        SIMULATOR_ASAN(__asan_unpoison_memory_region(fibre.stack, STACK_BYTES);)    // what a failed launch left there
+        prepare_stack(fibre, fibre_main);
+        b.warps[i / 32].at_barrier |= 1u << i % 32;    // at the start, as after each round, all wait at a barrier
+    }
+    while (open_barrier(b))
+        for (unsigned i = 0; i < MAX_THREADS / 32; i++) run_warp(b, b.warps[i ^ b.order / 32]);
+}
+
+// ======== Waiting: barriers and warp collectives =====================================================================
+inline void barrier(int line) {
+    int others = std::exchange(block->barrier_line, line);
+    if (others && others != line) fail(line, "__syncthreads() while others wait at the one in line %d", others);
+    block->warp().at_barrier |= block->bit();
+    suspend();
+}
+
+// Waits until all lanes of the mask are here. The last one to come lets the others go.
+inline void warp_barrier(unsigned mask, int line) {
+    Block& b = *block;
+    auto& warp = b.warp();
+    if (!(mask & b.bit())) fail(line, "lane %d is not in its own mask 0x%08x", b.current % 32, mask);
+    b.fibre().line = line, b.fibre().mask = mask;
+    warp.at_collective |= b.bit();
+    if (mask & ~warp.at_collective) {
+        suspend();
+        if (!(warp.at_collective & b.bit())) return;
+        fail(line, "waits for lanes 0x%08x, but 0x%08x returned or are at a barrier", mask, mask & ~warp.at_collective);
+    }
+    for (int i = 0; i < 32; i++)
+        if (Fibre& other = b.lanes()[i]; mask >> i & 1 && (other.mask != mask || other.line != line))
+            fail(line, "waits for lanes 0x%08x, but lane %d for 0x%08x in line %d", mask, i, other.mask, other.line);
+    warp.at_collective &= ~mask;
+    warp.runnable |= mask;
+}
+
+// What collectives are made of: each lane shows a value, and reads what it wants to know of the other lanes' values.
+template <class T, class Read> auto collective(unsigned mask, const T& mine, int line, Read read) {
+    block->fibre().shown = &mine;
+    warp_barrier(mask, line);    // all show their values before anyone reads
+    auto result = read([](int lane) { return *static_cast<const T*>(block->lanes()[lane].shown); });
+    warp_barrier(mask, line);    // all have read before anyone goes on
+    return result;
+}
+
+// ======== A launch: blocks over the cores ============================================================================
+inline int run(Launch& launch) {
+    constexpr size_t WORTH_A_CORE = 512;    // threads; starting a helper takes as long as running some hundred
+    static std::mutex one_launch;           // launches run one after the other, as in a CUDA stream
+    static std::vector<Block> cores(max(1u, std::thread::hardware_concurrency()));
+    std::lock_guard<std::mutex> lock(one_launch);
+    auto work = [&](Block& core) {
+        for (unsigned i; !launch.failed && (i = launch.next++) < launch.blocks;) run_block(core, launch, i);
+    };
+    std::vector<std::thread> helpers;
+    size_t useful = min({cores.size(), launch.blocks, launch.blocks * launch.threads / WORTH_A_CORE});
+    SIMULATOR_ASAN(useful = 1;)
+    for (size_t i = 1; i < useful; i++) helpers.emplace_back(work, std::ref(cores[i]));
+    work(cores[0]);
+    for (std::thread& helper : helpers) helper.join();
+    return launch.failed;
+}
+
+template <class... Args>
+int launch(const char* name, void (*kernel)(Args...), const unsigned grid[3], const unsigned block[3], void** args) {
+    std::tuple<Args...> values;
+    std::apply([&](auto&... value) { (memcpy(&value, *args++, sizeof value), ...); }, values);
+    Launch launch{name, {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, [&] { apply(kernel, values); }};
+    if (launch.threads <= MAX_THREADS) return run(launch);
+    return sprintf(last_error, "kernel %.99s: a block has at most 1024 threads, not %zu", name, launch.threads) > 0;
+}
+}  // namespace simulator
+
+// ======== What kernels call ==========================================================================================
+// As a default argument, __builtin_LINE() is the caller's line.
+#define SIMULATOR_LINE int line = __builtin_LINE()
+inline void __syncthreads(SIMULATOR_LINE) { simulator::barrier(line); }
+inline void __syncwarp(unsigned mask = ~0u, SIMULATOR_LINE) { simulator::warp_barrier(mask, line); }
+inline unsigned __ballot_sync(unsigned mask, int predicate, SIMULATOR_LINE) {
+    return simulator::collective(mask, predicate, line, [=](auto of_lane) {
+        unsigned votes = 0;
+        for (int i = 0; i < 32; i++) votes |= unsigned(mask >> i & 1 && of_lane(i)) << i;
+        return votes;
+    });
+}
+inline int __any_sync(unsigned mask, int p, SIMULATOR_LINE) { return __ballot_sync(mask, p, line) != 0; }
+inline int __all_sync(unsigned mask, int p, SIMULATOR_LINE) { return __ballot_sync(mask, p, line) == mask; }
+// A lane that would read beyond its group of `width` lanes gets its own value.
+#define SIMULATOR_SHUFFLE(name, formula)                                                                         \
+    template <class T> T name(unsigned mask, T value, int x, int width = 32, SIMULATOR_LINE) {                   \
+        int lane = simulator::block->current % 32, source = formula;                                             \
+        if ((source & -width) != (lane & -width)) source = lane;                                                 \
+        if (!(mask >> source & 1)) simulator::fail(line, "reads lane %d, not in its mask 0x%08x", source, mask); \
+        return simulator::collective(mask, value, line, [=](auto of_lane) { return of_lane(source); });          \
+    }
+SIMULATOR_SHUFFLE(__shfl_sync, (lane & -width) | (x & (width - 1)))
+SIMULATOR_SHUFFLE(__shfl_up_sync, lane - x)
+SIMULATOR_SHUFFLE(__shfl_down_sync, lane + x)
+SIMULATOR_SHUFFLE(__shfl_xor_sync, lane ^ x)
+#undef assert
+#define assert(condition) ((condition) ? void() : simulator::fail(__LINE__, "assertion failed: %s", #condition))
+
+// ======== Wrapped PTX: what kernels.cu defines in inline assembly for a GPU ==========================================
+// D [16, 8] = A [16, 16] @ B [16, 8] + C [16, 8], over a warp: mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32.
+// With g = lane / 4 and i = lane % 4 * 2, a lane holds (two bf16 a register, the first one in the lower half):
+//   a[0] = A[g][i, i+1]   a[1] = A[g+8][i, i+1]   a[2] = A[g][i+8, i+9]   a[3] = A[g+8][i+8, i+9]
+//   b[0] = B[i, i+1][g]   b[1] = B[i+8, i+9][g]   c[0, 1], d[0, 1] = [g][i, i+1]   c[2, 3], d[2, 3] = [g+8][i, i+1]
+inline void mma_m16n8k16_bf16(float d[4], const uint32_t a[4], const uint32_t b[2], const float c[4], SIMULATOR_LINE) {
+    struct Fragments { const uint32_t *a, *b; } mine = {a, b};
+    simulator::collective(~0u, mine, line, [=](auto of_lane) {
+        auto half = [](uint32_t word, int k) { return __uint_as_float(word >> k % 2 * 16 << 16); };
+        int g = simulator::block->current % 32 / 4, i = simulator::block->current % 4 * 2;
+        for (int n = 0; n < 4; n++) {
+            d[n] = c[n];
+            for (int k = 0; k < 16; k++)
+                d[n] += half(of_lane(g * 4 + k % 8 / 2).a[k / 8 * 2 + n / 2], k) *    // A[g or g+8][k]
+                        half(of_lane((i + n % 2) * 4 + k % 8 / 2).b[k / 8], k);       // B[k][i or i+1]
+        }
+        return 0;
+    });
+}
+
+// cp.async: 16 bytes from global to shared memory, past the registers. The first `bytes` are read, the rest is 0.
+inline void cp_async_16(void* shared, const void* global, int bytes = 16, SIMULATOR_LINE) {
+    if ((uintptr_t(shared) | uintptr_t(global)) % 16) simulator::fail(line, "cp.async needs multiples of 16 bytes");
+    auto& [copies, groups] = simulator::block->fibre().async;
+    copies.push_back({shared, global, bytes, groups});
+}
+inline void cp_async_commit() { simulator::block->fibre().async.groups++; }
+// Waits until at most the latest N groups are under way. The copies are made here, as late as is allowed.
+template <int N> void cp_async_wait() {
+    auto& [copies, groups] = simulator::block->fibre().async;
+    for (; copies.size() && copies[0].group < groups - N; copies.erase(copies.begin())) {
+        memset(copies[0].shared, 0, 16);
+        memcpy(copies[0].shared, copies[0].global, copies[0].bytes);
+    }
+}
+
+// Compiled with -fvisibility=hidden, only these are seen from outside: each library keeps its own shared memory.
+#define SIMULATOR_PUBLIC extern "C" __attribute__((visibility("default"), used))
+#define SIMULATOR_EXPORT(name)                                                                          \
+    SIMULATOR_PUBLIC int name##_launch(const unsigned grid[3], const unsigned block[3], void** args) {  \
+        return simulator::launch(#name, name, grid, block, args);                                       \
+    }
+SIMULATOR_PUBLIC inline const char* simulator_error() { return simulator::last_error; }
+SIMULATOR_PUBLIC inline void simulator_shuffle(unsigned long long seed) { simulator::shuffle_seed = seed; }

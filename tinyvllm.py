@@ -1,0 +1,1257 @@
+#!/usr/bin/env python3
+"""tiny-vLLM: an LLM inference engine that one person can read. Top to bottom, this file is a server's inner life.
+
+    python tinyvllm.py "What is a KV cache?"                        from tinyvllm import LLM, SamplingParams
+
+The life of a request:
+  1. A prompt becomes token ids (tokenizer.py) and, as a Sequence, waits in the scheduler's queue.
+  2. At every step the scheduler picks the tokens to compute: one for each sequence that is already answering (decode), and
+     pieces of the prompts of new ones (prefill). A sequence joins when there are pages for its keys and values.
+  3. The chosen tokens of all sequences are laid one after the other: a ragged batch of T tokens. Where each token stands
+     in its text, and in which slot of the paged KV cache its key and value go, is data beside it.
+  4. The forward pass takes the batch through the model's layers. Attention finds each sequence's earlier keys and values
+     through its block table.
+  5. For each sequence whose last token was in the batch, the sampler picks the next one from the logits.
+  6. It is appended and its text streamed; a sequence that is done frees its pages, which lets the next one in.
+When the pages run out, the youngest sequence gives its own back and is computed again later.
+
+Shapes: T tokens of a step, S sequences of a step, R rows to sample (sequences that get a token), L layers, D hidden size,
+H query heads, K key/value heads, h head_dim, F ffn size, V vocabulary, N pages of the cache, B tokens a page (block_size).
+Weights and activations are bfloat16. A matrix is stored as [out, in], so a product is x @ w.T.
+
+Sections: Config and weights, Device, Pages, Sequences and scheduler, Forward pass, Engine, API, Command line.
+"""
+import argparse
+import ctypes
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from tokenizer import StreamDecoder, Tokenizer, TokenizerError
+
+__version__ = "0.1.0"
+FOLDER = Path(__file__).resolve().parent        # kernels.cu, simulator.h and parrot/ lie beside this file
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+class TinyVLLMError(Exception):
+    """An error that the user can act on, in one line: what was expected, what came, what to do."""
+
+
+# ======================================================================================================================
+# Config and weights
+#
+# A model is a folder in the Hugging Face layout: config.json (its shape), *.safetensors (its weights, by name),
+# generation_config.json (the tokens that end an answer). Reading the weights is where the architecture is written down:
+# each tensor is taken by name with the shape it must have. q, k and v are multiplied by the same input, so their
+# matrices are stacked into one, and so are gate and up: two large products a layer instead of five smaller ones.
+# ======================================================================================================================
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a Llama, under the names of config.json."""
+    hidden_size: int                    # D
+    intermediate_size: int              # F
+    num_hidden_layers: int              # L
+    num_attention_heads: int            # H
+    num_key_value_heads: int            # K
+    head_dim: int                       # h
+    vocab_size: int                     # V
+    max_position_embeddings: int        # tokens of context
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: dict | None           # Llama 3's, else None
+    tie_word_embeddings: bool           # the head is the embedding table
+    eos_token_ids: frozenset            # any of them ends an answer
+
+    @property
+    def qkv_size(self):
+        """Columns of qkv: a token's queries, keys and values."""
+        return (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
+
+    @classmethod
+    def from_folder(cls, folder):
+        """Reads config.json and generation_config.json; says what is not supported rather than computing something else."""
+        file = folder / "config.json"
+        c = read_json(file)
+        for name, kind in {"architectures": list, "rope_scaling": dict, "rope_parameters": dict, "tie_word_embeddings": bool}.items():
+            if not isinstance(c.get(name), (kind, type(None))):
+                raise TinyVLLMError(f"{file}: {name} is {c[name]!r:.60}, expected is a {kind.__name__}")
+        architecture = (c.get("architectures") or ["none"])[0]
+        if architecture not in ("LlamaForCausalLM", "MistralForCausalLM"):
+            raise TinyVLLMError(f"{folder}: the architecture is {architecture}, supported are LlamaForCausalLM and MistralForCausalLM")
+        for name, expected in {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "sliding_window": None,
+                               "quantization_config": None}.items():
+            if c.get(name, expected) not in (expected, None):
+                raise TinyVLLMError(f"{folder}: config.json has {name} = {c[name]!r:.60}, supported is {expected}")
+        hidden, heads = (positive(c, name, file) for name in ("hidden_size", "num_attention_heads"))
+        eos = c.get("eos_token_id")
+        if (folder / "generation_config.json").exists():
+            eos = read_json(folder / "generation_config.json").get("eos_token_id", eos)
+        eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        if not all(isinstance(i, int) for i in eos):
+            raise TinyVLLMError(f"{folder}: eos_token_id is {eos!r:.60}, expected is a token id or a list of them")
+        config = cls(
+            hidden_size=hidden, intermediate_size=positive(c, "intermediate_size", file),
+            num_hidden_layers=positive(c, "num_hidden_layers", file), num_attention_heads=heads,
+            num_key_value_heads=positive(c, "num_key_value_heads", file, heads), head_dim=positive(c, "head_dim", file, hidden // heads),
+            vocab_size=positive(c, "vocab_size", file), max_position_embeddings=positive(c, "max_position_embeddings", file),
+            rms_norm_eps=positive(c, "rms_norm_eps", file, kinds=(int, float)), **read_rope(c, file),
+            tie_word_embeddings=bool(c.get("tie_word_embeddings")), eos_token_ids=frozenset(eos))
+        config.check_sizes(folder)
+        return config
+
+    def check_sizes(self, folder):
+        """The sizes that kernels.cu is written for."""
+        group, rest = divmod(self.num_attention_heads, self.num_key_value_heads)
+        if rest or not 1 <= group <= 16:
+            raise TinyVLLMError(f"{folder}: {self.num_attention_heads} query heads on {self.num_key_value_heads} key/value heads, "
+                                "supported are 1 to 16 query heads for each")
+        if self.head_dim % 16 or not 32 <= self.head_dim <= 256:
+            raise TinyVLLMError(f"{folder}: head_dim is {self.head_dim}, supported are 32 to 256 in steps of 16")
+        if self.hidden_size % 8 or self.intermediate_size % 8:
+            raise TinyVLLMError(f"{folder}: hidden_size is {self.hidden_size} and intermediate_size {self.intermediate_size}, "
+                                "both must be multiples of 8")
+
+
+def read_json(path):
+    """The dict in a JSON file."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise TinyVLLMError(f"there is no {path.name} in {path.parent}: a model folder has config.json, tokenizer.json "
+                            "and *.safetensors") from None
+    except OSError as error:
+        raise TinyVLLMError(f"cannot read {path} ({error.strerror}): expected is a file that you may read") from None
+    except ValueError as error:
+        raise TinyVLLMError(f"{path} is not valid JSON ({error}): download it again") from None
+    if not isinstance(value, dict):
+        raise TinyVLLMError(f"{path} holds a {type(value).__name__}, expected is an object: download it again")
+    return value
+
+
+def positive(c, name, file, default=None, kinds=int):
+    """A number above 0 out of c, the dict in a JSON file. default: if it is absent or null. kinds: int, or (int, float)."""
+    value = default if c.get(name) is None else c[name]
+    if value is None:
+        raise TinyVLLMError(f"{file} has no {name}: is it complete?")
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
+        raise TinyVLLMError(f"{file}: {name} is {value!r:.60}, expected is a {'whole ' if kinds is int else ''}number above 0")
+    return value
+
+
+def read_rope(c, file):
+    """rope_theta and rope_scaling of a config.json, which newer versions of Transformers write as rope_parameters."""
+    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ("default", "llama3"):
+        raise TinyVLLMError(f"{file}: the rope type is {kind}, supported are default and llama3")
+    needed = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    scaling = {name: positive(rope, name, file, kinds=(int, float)) for name in needed} if kind == "llama3" else None
+    if scaling and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise TinyVLLMError(f"{file}: low_freq_factor is {scaling['low_freq_factor']}, expected is less than high_freq_factor, "
+                            f"{scaling['high_freq_factor']}")
+    return {"rope_theta": positive(c | rope, "rope_theta", file, 10000.0, (int, float)), "rope_scaling": scaling}
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One layer's weights, on the device."""
+    input_norm: object                  # [D]
+    qkv: object                         # [(H + 2K) h, D]
+    o: object                           # [D, H h]
+    post_attention_norm: object         # [D]
+    gate_up: object                     # [2F, D]
+    down: object                        # [D, F]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The model's weights, on the device. Nothing changes them."""
+    embed: object                       # [V, D]
+    layers: list
+    norm: object                        # [D]
+    head: object                        # [V, D]; the very array `embed` if they are tied
+
+
+class Checkpoint:
+    """The safetensors files of a folder: one, or shards that model.safetensors.index.json lists."""
+    DTYPES = ("BF16", "F16", "F32")
+
+    def __init__(self, folder):
+        self.folder, index = folder, folder / "model.safetensors.index.json"
+        weight_map = read_json(index).get("weight_map") if index.exists() else {"every tensor": "model.safetensors"}
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise TinyVLLMError(f"{index} has no weight_map from tensor names to file names: download it again")
+        self.file_of = {}                                           # tensor name -> the open file that holds it
+        for name in sorted(set(weight_map.values())):
+            try:
+                file = safe_open(folder / name, framework="numpy")  # maps the file; a tensor is read when asked for
+            except FileNotFoundError:
+                raise TinyVLLMError(f"there is no {name} in {folder}: download the model's *.safetensors") from None
+            except (SafetensorError, OSError) as error:
+                raise TinyVLLMError(f"{folder / name} is no valid safetensors file ({error}): download it again") from None
+            self.file_of |= dict.fromkeys(file.keys(), file)
+
+    def take(self, name, *shape):
+        """The tensor as a bfloat16 array in host memory, of exactly this shape."""
+        if name not in self.file_of:
+            raise TinyVLLMError(f"{self.folder}: the weights have no tensor {name}: are they of another model than config.json?")
+        view = self.file_of[name].get_slice(name)
+        if tuple(view.get_shape()) != shape:
+            raise TinyVLLMError(f"{self.folder}: {name} has the shape {tuple(view.get_shape())}, expected by config.json is {shape}")
+        if view.get_dtype() not in self.DTYPES:
+            raise TinyVLLMError(f"{self.folder}: {name} has the dtype {view.get_dtype()}, supported are {', '.join(self.DTYPES)}")
+        return self.file_of.pop(name).get_tensor(name).astype(BFLOAT16, copy=False)
+
+    def check_all_taken(self):
+        """Raises TinyVLLMError if a tensor is left, such as a bias: without it the answers would be wrong."""
+        left = [name for name in self.file_of if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq")]
+        if left:
+            raise TinyVLLMError(f"{self.folder}: the weights have {len(left)} tensors that no Llama of this config.json has, {left[0]} for one: "
+                                "is it another architecture, or quantized?")
+
+
+def load_weights(folder, config, device):
+    """The model's weights on the device, bfloat16."""
+    c, checkpoint = config, Checkpoint(folder)
+    D, F, V, h = c.hidden_size, c.intermediate_size, c.vocab_size, c.head_dim
+    q_rows, kv_rows = c.num_attention_heads * h, c.num_key_value_heads * h
+
+    def take(name, *shape):
+        return device.to_device(checkpoint.take(name + ".weight", *shape))
+
+    def stack(*parts):
+        """One matrix of several, below one another; each goes to the device by itself."""
+        return device.xp.concatenate([take(*part) for part in parts])
+
+    def layer(i):
+        p = f"model.layers.{i}"
+        return LayerWeights(
+            input_norm=take(f"{p}.input_layernorm", D),
+            qkv=stack((f"{p}.self_attn.q_proj", q_rows, D), (f"{p}.self_attn.k_proj", kv_rows, D), (f"{p}.self_attn.v_proj", kv_rows, D)),
+            o=take(f"{p}.self_attn.o_proj", D, q_rows),
+            post_attention_norm=take(f"{p}.post_attention_layernorm", D),
+            gate_up=stack((f"{p}.mlp.gate_proj", F, D), (f"{p}.mlp.up_proj", F, D)),
+            down=take(f"{p}.mlp.down_proj", D, F))
+
+    embed = take("model.embed_tokens", V, D)
+    weights = Weights(embed, [layer(i) for i in range(c.num_hidden_layers)], take("model.norm", D),
+                      embed if c.tie_word_embeddings else take("lm_head", V, D))
+    checkpoint.check_all_taken()
+    return weights
+
+
+def weight_bytes(config):
+    """Bytes that a decode step reads: every weight once, and of an embedding table that is not the head, next to nothing."""
+    c = config
+    layer = c.hidden_size * (c.qkv_size + c.num_attention_heads * c.head_dim + 3 * c.intermediate_size + 2)
+    return 2 * (c.num_hidden_layers * layer + c.hidden_size * (c.vocab_size + 1))
+
+
+# ======================================================================================================================
+# Device
+#
+# The engine runs on an NVIDIA GPU, or on a CPU that simulates one (simulator.h). Both are classes
+# with the same members, so that nothing below this section asks which of them it has:
+#
+#   device.xp                          cupy or numpy: the same functions on the device's arrays
+#   device.compile({"HEAD_DIM": 64})   kernels.cu, for one model: its sizes become constants
+#   kernels.rms_norm((T,), out, ...)   a launch, T blocks; block size and argument types are
+#                                      read from kernels.cu itself, so they stand in one place
+#   device.linear(x, w)                the one place that multiplies matrices
+# ======================================================================================================================
+KERNEL_TYPES = {"bf16": BFLOAT16, "float": np.dtype(np.float32), "int": np.dtype(np.int32),
+                "long long": np.dtype(np.int64), "u64": np.dtype(np.uint64)}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel as kernels.cu declares it, and `launch(grid, block, values)`, which starts it."""
+    name: str
+    threads: int                # a block
+    parameters: tuple           # of (name, dtype, is_pointer)
+    array_type: type            # cupy.ndarray or numpy.ndarray
+    launch: object
+
+    def __call__(self, grid, *args):
+        """grid: blocks in x, y and z (1 to 3 ints). args: arrays (None is a null pointer) and numbers."""
+        if len(args) != len(self.parameters):
+            raise TypeError(f"{self.name} takes {len(self.parameters)} arguments, got {len(args)}")
+        if min(grid) < 1 or max(grid[1:], default=1) > 65535:       # CuPy would make one block of none
+            raise ValueError(f"{self.name}: grid {grid} must be at least 1, and at most 65535 in y and z")
+        values = [self.check(arg, *parameter) for arg, parameter in zip(args, self.parameters)]
+        self.launch((*grid, 1, 1)[:3], (self.threads, 1, 1), values)
+
+    def check(self, arg, name, dtype, is_pointer):
+        """The argument, ready for launch. A kernel sees bare addresses: nothing after this would notice a wrong type."""
+        if not is_pointer:
+            return dtype.type(arg)
+        if arg is None:
+            return np.uint64(0)
+        if not isinstance(arg, self.array_type):
+            raise TypeError(f"{self.name}: {name} must be an array of this device, got {type(arg)}")
+        if arg.dtype != dtype or not arg.flags.c_contiguous:
+            raise TypeError(f"{self.name}: {name} must be contiguous {dtype}, got {arg.dtype}, "
+                            f"shape {arg.shape}, strides {arg.strides}")
+        return arg
+
+
+class Kernels:
+    """What compile() returns: kernels.NAME(grid, *args), and the file's constants, such as kernels.QUERY_TILE."""
+
+    def __init__(self, source, array_type, get_launch):
+        """get_launch: name -> a function (grid, block, values) that starts this kernel."""
+        for name, number in re.findall(r"^constexpr int (\w+) = (\d+);", source, re.M):
+            setattr(self, name, int(number))
+        for threads, name, parameters in kernel_declarations(source):
+            threads = int(threads) if threads.isdigit() else getattr(self, threads)
+            parameters = tuple(parse_parameter(p) for p in parameters.split(","))
+            setattr(self, name, Kernel(name, threads, parameters, array_type, get_launch(name)))
+
+
+def kernel_declarations(source):
+    """(threads, name, parameters) of each `extern "C" __global__` kernel, as text."""
+    code = re.sub(r"//[^\n]*|/\*.*?\*/", "", source, flags=re.S)
+    return re.findall(r'extern "C" __global__ __launch_bounds__\((\w+)\)\s*void (\w+)\(([^)]*)\)', code)
+
+
+def parse_parameter(text):
+    """"const bf16* x" -> ("x", bfloat16, True)"""
+    text = text.replace("unsigned long long", "u64").replace("__nv_bfloat16", "bf16").replace("__restrict__", "")
+    ctype, pointer, name = re.fullmatch(r"\s*(?:const )?([\w ]+?)\s*(\*?)\s*(\w+)\s*", text).groups()
+    return name, KERNEL_TYPES[ctype], bool(pointer)
+
+
+class CudaDevice:
+    """An NVIDIA GPU, through CuPy."""
+
+    def __init__(self):
+        import cupy
+        self.xp = cupy
+        runtime = cupy.cuda.runtime
+        number = runtime.getDevice()
+        properties = runtime.getDeviceProperties(number)
+        self.name = properties["name"].decode()
+        if properties["major"] < 8:
+            raise TinyVLLMError(f"{self.name} has compute capability {properties['major']}.{properties['minor']}, needed is 8.0 "
+                                f"or newer (RTX 30 series, A100, ...), for bfloat16: use --device cpu or another GPU")
+        # Attributes 36 and 37: memory clock in kHz, bus width in bits. Memory moves data twice a clock.
+        clock, width = runtime.deviceGetAttribute(36, number), runtime.deviceGetAttribute(37, number)
+        self.memory_bandwidth = 2e3 * clock * width / 8 or None     # bytes/s at best; some drivers say 0
+
+    def empty(self, shape, dtype=BFLOAT16):
+        return self.xp.empty(shape, dtype)
+
+    def zeros(self, shape, dtype=BFLOAT16):
+        return self.xp.zeros(shape, dtype)
+
+    def to_device(self, array):
+        return self.xp.asarray(array)
+
+    def to_host(self, array):
+        """Waits for the kernels that write it."""
+        return self.xp.asnumpy(array)
+
+    def memory(self):
+        """Bytes: (free, total). CuPy's pool keeps what was freed; it counts as free."""
+        free, total = self.xp.cuda.runtime.memGetInfo()
+        return free + self.xp.get_default_memory_pool().free_bytes(), total
+
+    def synchronize(self):
+        self.xp.cuda.get_current_stream().synchronize()
+
+    def linear(self, x, w):
+        """x [T, in] @ w [out, in] transposed -> [T, out]; bf16, accumulated in float32."""
+        return self.xp.matmul(x, w.T)
+
+    def compile(self, defines, path=FOLDER / "kernels.cu"):
+        """NVRTC compiles for this very GPU; CuPy caches the result in ~/.cupy/kernel_cache."""
+        source = path.read_text()
+        options = ("-std=c++17", *(f"-D{name}={value}" for name, value in defines.items()))
+        module = self.xp.RawModule(code=source, options=options, backend="nvrtc")
+        try:
+            return Kernels(source, self.xp.ndarray, module.get_function)
+        except self.xp.cuda.compiler.CompileException as error:
+            raise TinyVLLMError(f"kernels do not compile for this model: {first_error(str(error))}") from None
+
+
+class CpuDevice:
+    """No GPU: NumPy, and the kernels in the simulator. Slow, but the very same kernels."""
+    FLAGS = ["-O3", "-march=native", "-std=c++17", "-fno-strict-aliasing", "-shared", "-fPIC",
+             "-fvisibility=hidden", "-pthread", "-w"]
+    SANITIZE = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    warned = False
+
+    def __init__(self):
+        self.xp = np
+        self.compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+        if not self.compiler:
+            raise TinyVLLMError("no NVIDIA GPU and no C++ compiler: install g++ (apt install g++), or run where there is a GPU")
+        self.name = f"simulated GPU on {os.cpu_count()} CPU cores"
+        self.memory_bandwidth = None
+        self.float32_weights = {}           # id of a weight -> the same in float32
+        # TINYVLLM_SANITIZE=1 finds out-of-bounds accesses; AddressSanitizer must be there before Python's first malloc.
+        self.flags = self.FLAGS + self.SANITIZE * (os.environ.get("TINYVLLM_SANITIZE", "") not in ("", "0"))
+        if self.flags != self.FLAGS and not hasattr(ctypes.CDLL(None), "__asan_init"):
+            raise TinyVLLMError('TINYVLLM_SANITIZE=1 needs LD_PRELOAD="$(g++ -print-file-name=libasan.so) '
+                                '$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0')
+        if not CpuDevice.warned:
+            print("tiny-vLLM: no GPU is used; the kernels run in a CPU simulator, slowly.", file=sys.stderr)
+            CpuDevice.warned = True
+
+    def empty(self, shape, dtype=BFLOAT16):
+        return np.empty(shape, dtype)
+
+    def zeros(self, shape, dtype=BFLOAT16):
+        return np.zeros(shape, dtype)
+
+    def to_device(self, array):
+        return np.array(array, order="C")   # a copy, as on a GPU: the caller may change its own
+
+    def to_host(self, array):
+        return np.array(array)
+
+    def memory(self):
+        """Bytes: (free, total). Half of the machine's memory: the weights' float32 copies and others need the rest."""
+        half = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        return half, half
+
+    def synchronize(self):
+        pass                                # a launch returns when it is done
+
+    def linear(self, x, w):
+        """x [T, in] @ w [out, in] transposed -> [T, out]; bf16, accumulated in float32."""
+        # NumPy multiplies bfloat16 element by element, without BLAS. A weight is converted once and must not change after.
+        if id(w) not in self.float32_weights:
+            self.float32_weights[id(w)] = w.astype(np.float32)
+            weakref.finalize(w, self.float32_weights.pop, id(w))
+        return (x.astype(np.float32) @ self.float32_weights[id(w)].T).astype(BFLOAT16)
+
+    def compile(self, defines, path=FOLDER / "kernels.cu"):
+        """g++ compiles kernels.cu behind simulator.h into a shared library, once for each content, flags and machine."""
+        source = path.read_text()
+        exports = "".join(f"SIMULATOR_EXPORT({name})\n" for _, name, _ in kernel_declarations(source))
+        wrapper = f'#include "simulator.h"\n#include "{path}"\n{exports}'
+        flags = self.flags + [f"-D{name}={value}" for name, value in defines.items()]
+        library = ctypes.CDLL(self.build(wrapper, flags, source))
+        library.simulator_error.restype = ctypes.c_char_p
+        kernels = Kernels(source, np.ndarray, lambda name: self.get_launch(library, name))
+        kernels.simulator_shuffle = library.simulator_shuffle    # for tests: threads in another order, see simulator.h
+        return kernels
+
+    def build(self, wrapper, flags, source):
+        """Path of the shared library, compiled if the cache does not have it."""
+        version = subprocess.run([self.compiler, "--version"], capture_output=True, text=True).stdout
+        cpuinfo = Path("/proc/cpuinfo")                                             # -march=native depends on it
+        cpu = [line for line in (cpuinfo.read_text() if cpuinfo.exists() else "").splitlines()
+               if line.startswith(("flags", "Features"))][:1]
+        parts = [(FOLDER / "simulator.h").read_text(), source, wrapper, self.compiler, version, platform.machine(), *flags, *cpu]
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinyvllm"
+        path = cache / (hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32] + ".so")
+        if path.exists():
+            return str(path)
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            new = f"{folder}/kernels.so"
+            result = subprocess.run([self.compiler, *flags, f"-I{FOLDER}", "-x", "c++", "-", "-o", new],
+                                    input=wrapper, capture_output=True, text=True)
+            if result.returncode:
+                raise TinyVLLMError(f"kernels do not compile for this model: {first_error(result.stderr)}")
+            os.replace(new, path)           # at once: another process sees all of the file or none of it
+        return str(path)
+
+    def get_launch(self, library, name):
+        """A function (grid, block, values) that runs the kernel; values as Kernel.check made them."""
+        entry = getattr(library, f"{name}_launch")
+        three = ctypes.c_uint * 3
+
+        def launch(grid, block, values):
+            # As cuLaunchKernel wants it: an array of pointers, each to an argument's value, here 8 bytes apart.
+            slots = np.zeros(len(values), np.uint64)
+            for slot, value in zip(slots.reshape(-1, 1), values):
+                if isinstance(value, np.ndarray):
+                    slot[0] = value.ctypes.data
+                else:
+                    slot.view(value.dtype)[0] = value
+            first = slots.ctypes.data
+            pointers = (ctypes.c_void_p * len(values))(*range(first, first + 8 * len(values), 8))
+            if entry(three(*grid), three(*block), pointers):
+                raise TinyVLLMError(library.simulator_error().decode())
+        return launch
+
+
+def first_error(text):
+    """The line of a compiler's output that says what is wrong: the first with "error" in it, else the first."""
+    lines = text.strip().splitlines() or ["the compiler does not say why"]
+    return next((line for line in lines if "error" in line), lines[0]).strip()
+
+
+def first_line(error):
+    """The first line of an exception's text."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def open_device(name="auto"):
+    """name: "cuda", "cpu", or "auto": a GPU if there is one."""
+    if name == "cpu":
+        return CpuDevice()
+    try:
+        import cupy
+        cupy.cuda.runtime.getDeviceCount()          # raises where there is no driver or no GPU
+    except Exception as error:                      # CuPy has many kinds, an import that half works included
+        if name == "cuda":
+            raise TinyVLLMError(f"no NVIDIA GPU can be used ({first_line(error)}): check nvidia-smi and `pip install cupy-cuda12x`, "
+                                f"or use --device cpu") from None
+        if not isinstance(error, ModuleNotFoundError):
+            print(f"tiny-vLLM: CuPy is here, but no GPU can be used ({first_line(error)})", file=sys.stderr)
+        return CpuDevice()
+    return CudaDevice()
+
+
+# ======================================================================================================================
+# Pages
+#
+# The keys and values of all sequences live in one pool of N pages (vLLM: blocks) of B tokens each. A sequence holds a list
+# of pages, its block table; token number p of it has slot block_table[p // B] * B + p % B. Pages are taken as the text
+# grows and may lie anywhere, so the only waste is the unfilled part of each sequence's last page.
+# This is bookkeeping on the CPU: the bytes themselves are written and read by kernels.
+# ======================================================================================================================
+class BlockAllocator:
+    """Hands out pages by number, 0 to num_blocks - 1."""
+
+    def __init__(self, num_blocks, block_size):
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self.free = list(range(num_blocks - 1, -1, -1))             # taken from the end: lowest numbers first, then the warmest
+
+    def blocks_for(self, num_tokens):
+        """How many pages hold so many tokens."""
+        return -(-num_tokens // self.block_size)
+
+    def allocate(self, count):
+        """`count` page numbers. The caller has seen that len(free) >= count."""
+        assert count <= len(self.free), f"{count} pages were asked for, {len(self.free)} are free"
+        return [self.free.pop() for _ in range(count)]
+
+    def release(self, blocks):
+        """Takes pages back. Nothing is erased: whoever gets a page next writes each slot before reading it."""
+        self.free.extend(reversed(blocks))
+
+    def check_integrity(self, block_tables):
+        """Every page is free or in exactly one of the block tables."""
+        pages = sorted(self.free + [block for table in block_tables for block in table])
+        assert pages == list(range(self.num_blocks)), f"{self.num_blocks} pages, but accounted for are {pages}"
+
+
+# ======================================================================================================================
+# Sequences and scheduler
+#
+# Continuous batching: which tokens run is decided anew at every step. The scheduler knows tokens and pages, and no arrays;
+# it can be tested without a model.
+#   waiting   has no pages yet, in order of arrival; a preempted sequence goes back to the front
+#   running   has pages for every token up to num_computed_tokens and more, in order of arrival
+# A sequence's tokens are its prompt and its answer so far. The first num_computed_tokens of them have their keys and values
+# in the cache. What remains to be computed is 1 in decode, and more after arrival or preemption: prefill and decode differ
+# in nothing else.
+#
+#   token_ids    [ prompt .................... | answer so far ]
+#                [ computed: in the cache ...... | remaining    ]   the next token can be sampled once nothing remains
+# ======================================================================================================================
+@dataclass
+class SamplingParams:
+    """How to choose tokens and when to stop, under vLLM's names. Raises TinyVLLMError for values that make no sense."""
+    temperature: float = 0.0            # 0: greedy
+    top_k: int = 0                      # keep the k most probable tokens; 0: all
+    top_p: float = 1.0                  # of these, keep the most probable that together reach this
+    seed: int | None = None             # None: another one for every request
+    max_tokens: int | None = 256        # None: as many as the context holds
+    ignore_eos: bool = False
+    stop_token_ids: tuple = ()          # end the answer, beside the model's own eos tokens
+    logprobs: int | None = None         # report the log-probability of each token, and of so many best ones
+
+    def __post_init__(self):
+        def check(name, good, expected):
+            value = getattr(self, name)
+            try:
+                if good(value):
+                    return
+            except TypeError:
+                pass
+            raise TinyVLLMError(f"{name} is {value!r}, expected is {expected}")
+
+        def is_int(value, least, most=math.inf):
+            return isinstance(value, (int, np.integer)) and least <= value <= most
+
+        check("temperature", lambda t: 0 <= t < math.inf, "0 (greedy) or more")
+        check("top_k", lambda k: is_int(k, 0), "a whole number of 1 or more, or 0 for all")
+        check("top_p", lambda p: 0 < p <= 1, "more than 0 and at most 1")
+        check("seed", lambda seed: seed is None or is_int(seed, 0, 2**64 - 1), "a whole number from 0 to 2^64 - 1")
+        check("max_tokens", lambda n: n is None or is_int(n, 1), "a whole number of 1 or more")
+        check("stop_token_ids", lambda ids: all(is_int(i, 0) for i in ids), "a list of token ids")
+        check("logprobs", lambda n: n is None or is_int(n, 0), "a whole number of 0 or more")
+
+
+@dataclass
+class RequestOutput:
+    """A request's answer. It grows while the request runs, and is final when finish_reason is set."""
+    prompt_token_ids: list
+    text: str = ""
+    token_ids: list = field(default_factory=list)
+    finish_reason: str | None = None    # "stop": an eos or stop token (the last of token_ids); "length": a limit; "error": see error
+    error: str | None = None            # why the request was refused
+    logprobs: list | None = None        # for each token a dict {token id: log-probability}: the token's and the best ones'
+    delta: str = ""                     # in LLM.stream: the text that is new
+    num_preemptions: int = 0
+    arrival_time: float = 0.0           # seconds of time.perf_counter()
+    first_token_time: float = 0.0
+    finish_time: float = 0.0
+
+
+class Sequence:
+    """A request inside the engine: its tokens, its pages, how far it is computed."""
+
+    def __init__(self, params, output, decoder, max_len):
+        """max_len: tokens of prompt and answer at which it ends, whatever comes."""
+        self.params, self.output, self.decoder, self.max_len = params, output, decoder, max_len
+        self.token_ids = list(output.prompt_token_ids)
+        self.num_computed_tokens = 0
+        self.block_table = []
+        self.seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little")
+
+    @property
+    def remaining(self):
+        """Tokens that are not yet computed."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+
+class Scheduler:
+    """Decides which tokens run in the next step, and gives them their pages."""
+
+    def __init__(self, allocator, max_num_batched_tokens, max_num_seqs):
+        """max_num_batched_tokens: the token budget of a step. max_num_seqs: how many sequences may run at once."""
+        self.allocator, self.max_num_batched_tokens, self.max_num_seqs = allocator, max_num_batched_tokens, max_num_seqs
+        self.waiting, self.running = deque(), []
+
+    def schedule(self):
+        """[(sequence, number of its tokens to compute)]: decodes first, then prefill as far as the budget goes."""
+        scheduled, budget = [], self.max_num_batched_tokens
+        # 1. Decodes, the oldest first. To find a page the youngest are preempted: those that this loop has not come to yet.
+        for sequence in [s for s in self.running if s.remaining == 1]:
+            if budget and sequence in self.running and self.grow(sequence):
+                scheduled.append((sequence, 1))
+                budget -= 1
+        # 2. Prompts that are under way. Their pages are theirs since admission.
+        prefills = [s for s in self.running if s.remaining > 1]
+        # 3. New ones, in order of arrival, while there are pages for all the tokens they have, and one to spare for each
+        #    sequence that runs: else these would soon preempt the newcomer, and its prefill would be for nothing.
+        planned = sum(s.remaining for s in prefills)
+        while self.waiting and planned < budget and len(self.running) < self.max_num_seqs:
+            sequence = self.waiting[0]
+            needed = self.allocator.blocks_for(len(sequence.token_ids))
+            if needed + len(self.running) > len(self.allocator.free):
+                break
+            sequence.block_table = self.allocator.allocate(needed)
+            self.running.append(self.waiting.popleft())
+            prefills.append(sequence)
+            planned += sequence.remaining
+        for sequence in prefills:
+            chunk = min(sequence.remaining, budget)
+            if chunk:
+                scheduled.append((sequence, chunk))
+                budget -= chunk
+        return scheduled
+
+    def grow(self, sequence):
+        """A page for the next token if its pages are full. False if the sequence itself is the youngest and had to go."""
+        while sequence.num_computed_tokens == len(sequence.block_table) * self.allocator.block_size:
+            if self.allocator.free:
+                sequence.block_table += self.allocator.allocate(1)
+            else:
+                victim = self.running[-1]
+                self.preempt(victim)
+                if victim is sequence:
+                    return False
+        return True
+
+    def preempt(self, sequence):
+        """Takes a sequence's pages. It keeps its tokens, and their keys and values will be computed again."""
+        self.remove(sequence)
+        sequence.num_computed_tokens = 0
+        sequence.output.num_preemptions += 1
+        self.waiting.appendleft(sequence)
+
+    def remove(self, sequence):
+        """Forgets a sequence that is done or given up, running or waiting."""
+        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        self.allocator.release(sequence.block_table)
+        sequence.block_table = []
+
+    def check_integrity(self):
+        """What always holds between two steps."""
+        self.allocator.check_integrity([s.block_table for s in self.running])
+        assert not any(s.block_table or s.num_computed_tokens for s in self.waiting)
+        for s in self.running:
+            assert s.num_computed_tokens <= len(s.block_table) * self.allocator.block_size and s.remaining >= 1
+
+
+# ======================================================================================================================
+# Forward pass
+#
+# One function for every step: it takes T tokens in a row and does not know which sequence brings a chunk of its prompt and
+# which a single token. What the kernels need to know about that is data, in the Batch.
+#
+#   sequence 0 brings 5 tokens (a chunk that starts at position 16), sequence 1 brings 1 (decode), sequence 2 brings 3:
+#   token_ids    a a a a a b c c c       T = 9
+#   positions   16 17 18 19 20 41 0 1 2
+#   cu_seqlens   0         5 6     9     where each sequence begins
+#   context_lens 21 42 3                 tokens in the cache after this step
+# ======================================================================================================================
+@dataclass
+class Batch:
+    """A step's tokens, and all that the kernels must know about them."""
+    sequences: list                     # S
+    token_ids: np.ndarray               # [T] int32
+    positions: np.ndarray               # [T] int32
+    slot_mapping: np.ndarray            # [T] int64: where each token's key and value go
+    block_tables: np.ndarray            # [S, the longest] int32: the pages of each sequence
+    cu_seqlens: np.ndarray              # [S + 1] int32
+    context_lens: np.ndarray            # [S] int32
+    sampled: list                       # R of the sequences: those of which nothing remains after this step
+    sampled_rows: np.ndarray            # [R] int32: their last tokens
+
+    @classmethod
+    def build(cls, scheduled, block_size):
+        """The batch for a list of (sequence, number of tokens)."""
+        sequences, counts = [s for s, _ in scheduled], [count for _, count in scheduled]
+        starts = [s.num_computed_tokens for s in sequences]
+        block_tables = np.zeros((len(sequences), max(len(s.block_table) for s in sequences)), np.int32)
+        token_ids, positions, slots = [], [], []
+        for row, (s, start, count) in enumerate(zip(sequences, starts, counts)):
+            block_tables[row, :len(s.block_table)] = s.block_table
+            token_ids += s.token_ids[start:start + count]
+            position = np.arange(start, start + count)
+            positions.append(position)
+            slots.append(block_tables[row, position // block_size].astype(np.int64) * block_size + position % block_size)
+        cu_seqlens = np.cumsum([0, *counts], dtype=np.int32)
+        done = [row for row, (s, count) in enumerate(scheduled) if s.remaining == count]
+        return cls(
+            sequences=sequences, token_ids=np.array(token_ids, np.int32), positions=np.concatenate(positions).astype(np.int32),
+            slot_mapping=np.concatenate(slots), block_tables=block_tables, cu_seqlens=cu_seqlens,
+            context_lens=np.array(starts, np.int32) + np.array(counts, np.int32),
+            sampled=[sequences[row] for row in done], sampled_rows=cu_seqlens[1:][done] - 1)
+
+
+def rope_frequencies(config):
+    """Radians that each of a head's h/2 pairs turns a position, float64 [h/2].
+
+    RoPE (arXiv:2104.09864): pair i turns by theta^(-2i/h). Llama 3.1 stretched the context (arXiv:2407.21783): pairs that
+    turn less than low_freq_factor times within the original context are slowed by `factor`, those that turn more than
+    high_freq_factor times stay as they are, and between the two the factor is blended.
+    """
+    frequencies = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+    if config.rope_scaling is None:
+        return frequencies
+    factor, low, high, original_context = config.rope_scaling.values()
+    turns = original_context * frequencies / (2 * np.pi)
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return kept * frequencies + (1 - kept) * frequencies / factor
+
+
+class Model:
+    """Config, weights, kernels and the KV cache, on a device."""
+
+    def __init__(self, config, weights, device, num_blocks, block_size, max_model_len):
+        c = config
+        self.config, self.weights, self.device, self.block_size = c, weights, device, block_size
+        self.kernels = compile_kernels(config, device, block_size)
+        # Keys are cache[l, 0], values cache[l, 1] of layer l. Within a page each head's tokens are consecutive.
+        self.kv_cache = device.empty((c.num_hidden_layers, 2, num_blocks, c.num_key_value_heads, block_size, c.head_dim))
+        angles = np.arange(max_model_len)[:, None] * rope_frequencies(c)
+        self.cos_sin = device.to_device(np.concatenate([np.cos(angles), np.sin(angles)], 1, dtype=np.float32))    # [max_model_len, h]
+
+    def forward(self, batch):
+        """The logits [R, V] that choose each sampled sequence's next token; as a side effect, keys and values in the cache."""
+        c, w, kernels, linear = self.config, self.weights, self.kernels, self.device.linear
+        T, S = len(batch.token_ids), len(batch.sequences)
+        D, F, heads_size = c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim
+        token_ids, positions, slot_mapping, block_tables, cu_seqlens, context_lens = map(self.device.to_device, (
+            batch.token_ids, batch.positions, batch.slot_mapping, batch.block_tables, batch.cu_seqlens, batch.context_lens))
+        tiles = -(-int(np.diff(batch.cu_seqlens).max()) // kernels.QUERY_TILE)
+        x, attention, activation = (self.device.empty((T, size)) for size in (D, heads_size, F))
+
+        residual = self.device.empty((T, D))
+        kernels.gather_rows((T,), residual, w.embed, token_ids)                         # the embedding
+        added = None                                                                    # what goes onto the residual next
+        for layer, (k_cache, v_cache) in zip(w.layers, self.kv_cache):
+            # x = norm(residual += added);  residual += attention(x) @ o
+            kernels.rms_norm((T,), x, residual, added, layer.input_norm)
+            qkv = linear(x, layer.qkv)                                                  # [T, (H + 2K) h]
+            kernels.rope_and_cache((T,), qkv, self.cos_sin, positions, slot_mapping, k_cache, v_cache)
+            kernels.paged_attention((tiles, c.num_key_value_heads, S), attention, qkv, k_cache, v_cache, block_tables,
+                                    block_tables.shape[1], cu_seqlens, context_lens, c.head_dim ** -0.5)
+            added = linear(attention, layer.o)                                          # [T, D]
+
+            # x = norm(residual += added);  residual += silu(x @ gate) * (x @ up) @ down
+            kernels.rms_norm((T,), x, residual, added, layer.post_attention_norm)
+            gate_up = linear(x, layer.gate_up)                                          # [T, 2F]
+            kernels.silu_mul((-(-F // (8 * kernels.SILU_THREADS)), T), activation, gate_up)
+            added = linear(activation, layer.down)                                      # [T, D]
+
+        R = len(batch.sampled_rows)
+        if R == 0:                                                                      # only chunks that do not end a prompt
+            return None
+        kernels.rms_norm((T,), x, residual, added, w.norm)
+        last = self.device.empty((R, D))                                                # the head is large: only these rows need it
+        kernels.gather_rows((R,), last, x, self.device.to_device(batch.sampled_rows))
+        return linear(last, w.head)
+
+    def sample(self, logits, batch):
+        """The next token of each sampled sequence and its log-probability: host arrays [R] int32 and [R] float32.
+
+        A random choice depends on the request's seed and the token's position alone: it is the same in any batch.
+        """
+        params = [s.params for s in batch.sampled]
+        R = len(params)
+        tokens, logprobs = self.device.empty(R, np.int32), self.device.empty(R, np.float32)
+        settings = (np.array([p.temperature for p in params], np.float32),
+                    np.array([min(p.top_k, self.config.vocab_size) for p in params], np.int32),
+                    np.array([p.top_p for p in params], np.float32),
+                    np.array([s.seed for s in batch.sampled], np.uint64),
+                    np.array([len(s.token_ids) for s in batch.sampled], np.int32))
+        self.kernels.sample((R,), tokens, logprobs, logits, *map(self.device.to_device, settings))
+        return self.device.to_host(tokens), self.device.to_host(logprobs)
+
+
+def compile_kernels(config, device, block_size):
+    """kernels.cu with this model's sizes as constants."""
+    c = config
+    return device.compile({
+        "HIDDEN": c.hidden_size, "NUM_HEADS": c.num_attention_heads, "NUM_KV_HEADS": c.num_key_value_heads, "HEAD_DIM": c.head_dim,
+        "FFN": c.intermediate_size, "VOCAB": c.vocab_size, "BLOCK_SIZE": block_size, "RMS_EPS": f"{c.rms_norm_eps:e}f"})
+
+
+# ======================================================================================================================
+# Engine
+#
+# A model, a scheduler, and the loop between them. Everything that a server does happens in step().
+# ======================================================================================================================
+@dataclass
+class Stats:
+    """What the steps have done so far. Decode steps, in which every sequence brings one token, are counted for themselves:
+    they are bound by memory, so bytes read over time can be held against what the card can do."""
+    steps: int = 0
+    decode_bytes: int = 0               # weights once a step, keys and values of every sequence's context
+    decode_seconds: float = 0.0
+
+    def add(self, batch, seconds, weight_bytes, kv_bytes_per_token):
+        """Counts a step."""
+        self.steps += 1
+        if len(batch.token_ids) == len(batch.sequences):
+            self.decode_bytes += weight_bytes + kv_bytes_per_token * int(batch.context_lens.sum())
+            self.decode_seconds += seconds
+
+
+class Engine:
+    """Runs requests by continuous batching."""
+
+    def __init__(self, model, scheduler, eos_token_ids):
+        self.model, self.scheduler, self.eos_token_ids = model, scheduler, eos_token_ids
+        self.stats = Stats()
+        self.weight_bytes, self.kv_bytes_per_token = weight_bytes(model.config), kv_bytes_per_token(model.config)
+
+    def step(self):
+        """Computes one step and returns the sequences that got a token. Call it while there is work."""
+        start = time.perf_counter()
+        scheduled = self.scheduler.schedule()
+        batch = Batch.build(scheduled, self.scheduler.allocator.block_size)
+        logits = self.model.forward(batch)
+        for sequence, count in scheduled:
+            sequence.num_computed_tokens += count
+        if batch.sampled:
+            tokens, logprobs = self.model.sample(logits, batch)
+            for row, (sequence, token, logprob) in enumerate(zip(batch.sampled, tokens.tolist(), logprobs.tolist())):
+                if sequence.params.logprobs is not None:
+                    sequence.output.logprobs.append(self.best_logprobs(logits[row], sequence.params.logprobs) | {token: logprob})
+                self.append(sequence, token)
+        self.stats.add(batch, time.perf_counter() - start, self.weight_bytes, self.kv_bytes_per_token)
+        return batch.sampled
+
+    def append(self, sequence, token):
+        """A sequence's new token: text, and whether it is the last one."""
+        output, params = sequence.output, sequence.params
+        sequence.token_ids.append(token)
+        output.token_ids.append(token)
+        output.text += sequence.decoder.push(token)
+        output.first_token_time = output.first_token_time or time.perf_counter()
+        if token in params.stop_token_ids or token in self.eos_token_ids and not params.ignore_eos:
+            output.finish_reason = "stop"
+        elif len(sequence.token_ids) == sequence.max_len:
+            output.finish_reason = "length"
+        if output.finish_reason:
+            output.text += sequence.decoder.flush()
+            output.finish_time = time.perf_counter()
+            self.scheduler.remove(sequence)
+
+    def best_logprobs(self, logits, count):
+        """{token id: log-probability} of the `count` most probable tokens, from a row of logits on the device."""
+        logits = self.model.device.to_host(logits).astype(np.float32)
+        best = np.argsort(-logits, kind="stable")[:count]
+        shifted = logits - logits.max()
+        return dict(zip(best.tolist(), (shifted[best] - np.log(np.exp(shifted).sum())).tolist()))
+
+
+def kv_bytes_per_token(config):
+    """Bytes of the KV cache for one token: a key and a value, in each layer, for each kv head."""
+    return 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+
+
+# ======================================================================================================================
+# API
+# ======================================================================================================================
+class LLM:
+    """A model, ready to answer.
+
+        llm = LLM("parrot")
+        for output in llm.generate(["Hello,", "The answer is"], SamplingParams(max_tokens=20)):
+            print(output.text, output.finish_reason)
+        for output in llm.stream(llm.tokenizer.chat([{"role": "user", "content": "What is a KV cache?"}])):
+            print(output.delta, end="", flush=True)
+    """
+
+    def __init__(self, model=None, *, device="auto", max_model_len=None, gpu_memory_utilization=0.9, block_size=16,
+                 max_num_batched_tokens=4096, max_num_seqs=256, num_blocks=None):
+        """model: a folder or a Hugging Face id; None: see find_model. max_model_len: tokens of prompt and answer together;
+        default: the model's limit. num_blocks: pages of the KV cache; default: as many as the memory share holds."""
+        check_options(gpu_memory_utilization, block_size, {"--max-model-len": max_model_len, "max_num_batched_tokens": max_num_batched_tokens,
+                                                           "max_num_seqs": max_num_seqs, "num_blocks": num_blocks})
+        folder = find_model(model)
+        config = ModelConfig.from_folder(folder)
+        self.config, self.tokenizer, self.device = config, Tokenizer(folder), open_device(device)
+        if max_model_len and max_model_len > config.max_position_embeddings:
+            raise TinyVLLMError(f"--max-model-len is {max_model_len}, the model's limit is {config.max_position_embeddings}")
+        total = self.device.memory()[1] * gpu_memory_utilization
+        reserved = activation_bytes(config, max_num_batched_tokens, max_num_seqs)
+        free = self.device.memory()[0] - self.device.memory()[1] + total - reserved
+        check_memory(free - all_weight_bytes(config), config, block_size, max_model_len or block_size)
+        weights = load_weights(folder, config, self.device)
+        wanted = max_num_seqs * -(-(max_model_len or config.max_position_embeddings) // block_size)     # more are of no use
+        if num_blocks is None:
+            num_blocks = min(wanted, int((free - all_weight_bytes(config)) // (block_size * kv_bytes_per_token(config))))
+        # A sequence that fits the pool alone always gets through, so this is the one limit that requests are held against.
+        self.max_model_len = min(max_model_len or config.max_position_embeddings, num_blocks * block_size)
+        model = Model(config, weights, self.device, num_blocks, block_size, self.max_model_len)
+        scheduler = Scheduler(BlockAllocator(num_blocks, block_size), max_num_batched_tokens, max_num_seqs)
+        self.engine = Engine(model, scheduler, config.eos_token_ids)
+
+    def generate(self, prompts, sampling_params=None):
+        """Answers prompts, all at once; returns a RequestOutput for each, in order.
+
+        prompts: a text or a list of token ids, or a list of such. Texts are taken as they are: for a chat, pass the ids of
+        tokenizer.chat(messages). sampling_params: one for all, or a list. A prompt that cannot be answered does not stop
+        the others: its output has finish_reason "error" and says why in `error`. A prompt that stands alone raises it.
+        """
+        alone = isinstance(prompts, str) or bool(prompts) and isinstance(prompts[0], (int, np.integer))
+        outputs = list(self.submit([prompts] if alone else prompts, sampling_params))
+        if alone and outputs[0].error:
+            raise TinyVLLMError(outputs[0].error)
+        bar = progress_bar(len(outputs))
+        for output in self.run(outputs):
+            if output.finish_reason:
+                bar.update()
+        bar.close()
+        return outputs
+
+    def stream(self, prompt, sampling_params=None):
+        """Yields the prompt's RequestOutput after each token; output.delta is the text that is new."""
+        [output] = self.submit([prompt], sampling_params)
+        if output.error:
+            raise TinyVLLMError(output.error)
+        shown = 0
+        for output in self.run([output]):
+            output.delta, shown = output.text[shown:], len(output.text)
+            yield output
+
+    def submit(self, prompts, sampling_params=None):
+        """Queues prompts and returns their RequestOutputs, for run()."""
+        if not isinstance(sampling_params, (list, tuple)):
+            sampling_params = [sampling_params or SamplingParams()] * len(prompts)
+        if len(sampling_params) != len(prompts):
+            raise TinyVLLMError(f"{len(sampling_params)} sampling_params for {len(prompts)} prompts: expected one for all, or one for each")
+        return [self.add_request(prompt, params) for prompt, params in zip(prompts, sampling_params)]
+
+    def add_request(self, prompt, params):
+        """Queues one prompt; an output with an error if it can never be answered."""
+        output = RequestOutput([], arrival_time=time.perf_counter(), logprobs=None if params.logprobs is None else [])
+        try:
+            output.prompt_token_ids = ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+            if not ids or prompt == "":
+                raise TinyVLLMError("the prompt is empty: expected at least one token")
+            wrong = [i for i in ids if not (isinstance(i, (int, np.integer)) and 0 <= i < self.config.vocab_size)]
+            if wrong:
+                raise TinyVLLMError(f"the prompt has the token id {wrong[0]!r}, the vocabulary has 0 to {self.config.vocab_size - 1}")
+            if len(ids) >= self.max_model_len:
+                raise TinyVLLMError(f"the prompt has {len(ids)} tokens, and with one new token the limit is {self.max_model_len} "
+                                    f"(the model's is {self.config.max_position_embeddings}; see --max-model-len, --gpu-memory-utilization)")
+        except (TinyVLLMError, TokenizerError) as error:
+            output.finish_reason, output.error = "error", str(error)
+            return output
+        max_len = min(self.max_model_len, len(ids) + (params.max_tokens or self.max_model_len))
+        self.engine.scheduler.waiting.append(Sequence(params, output, StreamDecoder(self.tokenizer), max_len))
+        return output
+
+    def run(self, outputs):
+        """Steps the engine until these outputs are final; yields each of them whenever it got a token. If the caller stops
+        early (an exception, Ctrl-C, a closed generator), their requests are given up and their pages freed."""
+        mine = {id(output) for output in outputs}
+        scheduler = self.engine.scheduler
+        try:
+            while any(output.finish_reason is None for output in outputs):
+                for sequence in self.engine.step():
+                    if id(sequence.output) in mine:
+                        yield sequence.output
+        finally:
+            for sequence in [*scheduler.running, *scheduler.waiting]:
+                if id(sequence.output) in mine:
+                    scheduler.remove(sequence)
+
+
+def check_options(gpu_memory_utilization, block_size, counts):
+    """Raises TinyVLLMError for engine options that make no sense. counts: {name: a number of 1 or more, or None}."""
+    if not 0 < gpu_memory_utilization <= 1:
+        raise TinyVLLMError(f"--gpu-memory-utilization is {gpu_memory_utilization}, expected is more than 0 and at most 1")
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise TinyVLLMError(f"{name} is {value}, expected is 1 or more")
+    if block_size not in (8, 16, 32, 64, 128):
+        raise TinyVLLMError(f"--block-size is {block_size}, expected is 8, 16, 32, 64 or 128")
+
+
+def all_weight_bytes(config):
+    """Bytes of the weights in memory."""
+    return weight_bytes(config) + (0 if config.tie_word_embeddings else 2 * config.vocab_size * config.hidden_size)
+
+
+def activation_bytes(config, max_num_batched_tokens, max_num_seqs):
+    """Bytes that a step may need beside weights and cache: the arrays of forward() at their largest, two layers' worth where
+    the allocator keeps old ones, and 256 MB for cuBLAS and compiled kernels."""
+    c = config
+    a_token = 4 * c.hidden_size + c.qkv_size + c.num_attention_heads * c.head_dim + 3 * c.intermediate_size
+    return 2 * 2 * (max_num_batched_tokens * a_token + max_num_seqs * c.vocab_size) + 2**28
+
+
+def check_memory(free, config, block_size, num_tokens):
+    """Raises TinyVLLMError if the memory that is left for the KV cache, `free` bytes, does not hold num_tokens tokens."""
+    needed = -(-num_tokens // block_size) * block_size * kv_bytes_per_token(config)
+    if free < needed:
+        raise TinyVLLMError(
+            f"too little memory: {needed / 1e9:.2f} GB are needed for {num_tokens} tokens of KV cache, beside {all_weight_bytes(config) / 1e9:.2f} GB "
+            f"of weights, and {max(free, 0) / 1e9:.2f} GB are left: raise --gpu-memory-utilization, lower --max-model-len, or take a smaller model")
+
+
+def progress_bar(total):
+    """A bar on stderr that counts answers; silent unless there are several and somebody watches."""
+    from tqdm import tqdm
+    return tqdm(total=total, unit="answer", disable=total < 2 or not sys.stderr.isatty())
+
+
+HUB_MODEL = "meta-llama/Llama-3.2-1B-Instruct"
+HUB_FILES = ["*.json", "*.jinja", "model*.safetensors"]
+
+
+def find_model(name=None):
+    """The folder of a model. name: a folder or a Hugging Face id. None: $TINYVLLM_MODEL, else Llama-3.2-1B-Instruct if it
+    was downloaded before, else Parrot, which comes with this project."""
+    name = name or os.environ.get("TINYVLLM_MODEL")
+    if not name:
+        folder = download(HUB_MODEL, local_files_only=True)
+        if folder and (folder / "config.json").exists() and any(folder.glob("model*.safetensors")):
+            return folder
+        print(f"tiny-vLLM: using the bundled Parrot, which can only recite. For a real model: --model {HUB_MODEL} (2.5 GB; accept its "
+              "license on huggingface.co and run `hf auth login` first)", file=sys.stderr)
+        return FOLDER / "parrot"
+    folder = Path(os.path.expanduser(name))
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise TinyVLLMError(f"{name} is no folder and no Hugging Face id: expected is a folder with config.json, or an id like {HUB_MODEL}")
+    return download(name)
+
+
+def download(repo, local_files_only=False):
+    """The local folder of a Hugging Face model. local_files_only: None if it is not there."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    try:
+        return Path(snapshot_download(repo, allow_patterns=HUB_FILES, local_files_only=local_files_only))
+    except Exception as error:      # the hub, its HTTP client and the disk have many kinds
+        if local_files_only:
+            return None
+        if isinstance(error, GatedRepoError):
+            what = f"accept its license at https://huggingface.co/{repo} and log in with `hf auth login`"
+        elif isinstance(error, RepositoryNotFoundError):
+            what = "there is no such model, or it is private: check the id, and `hf auth login`"
+        else:
+            what = "check the network, or give the folder of a model that is already here"
+        raise TinyVLLMError(f"cannot download {repo} ({first_line(error):.120}): {what}") from None
+
+
+# ======================================================================================================================
+# Command line
+# ======================================================================================================================
+EXAMPLES = """examples:
+  python tinyvllm.py "What is a KV cache?"                      one answer, streamed
+  python tinyvllm.py "Recite Ozymandias." "Who are you?"        several at once, by continuous batching
+  python tinyvllm.py - < prompts.txt                            one prompt a line
+  python tinyvllm.py --model meta-llama/Llama-3.2-1B-Instruct --temperature 0.7 --top-p 0.9 --seed 1 "Tell me a story."
+  python tinyvllm.py --raw --max-tokens 20 "Once upon a"        continue a text, without the chat format
+"""
+
+
+def parse_arguments(argv):
+    """The command line as a namespace."""
+    parser = argparse.ArgumentParser(prog="tinyvllm.py", description="Answer prompts with a Llama model.", epilog=EXAMPLES,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("prompts", nargs="+", metavar="PROMPT", help='a prompt; several run together; "-" reads one a line from stdin')
+    add("--model", help="a folder or a Hugging Face id (default: $TINYVLLM_MODEL, else Llama-3.2-1B-Instruct if it was downloaded "
+                        "before, else the bundled Parrot)")
+    add("--max-tokens", type=int, metavar="N", help="longest answer, in tokens (default: as long as the context allows)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 takes the most probable token (default), 1 samples as the model says")
+    add("--top-k", type=int, default=0, metavar="K", help="sample from the K most probable tokens (default: all)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="sample from the most probable tokens that together reach P (default: 1)")
+    add("--seed", type=int, metavar="N", help="makes sampling repeatable")
+    add("--system", metavar="TEXT", help="a system prompt")
+    add("--raw", action="store_true", help="no chat template: continue the prompt as it stands")
+    add("--max-model-len", type=int, metavar="N", help="tokens of prompt and answer together (default: the model's limit)")
+    add("--gpu-memory-utilization", type=float, default=0.9, metavar="X", help="share of the GPU's memory to use (default: 0.9)")
+    add("--block-size", type=int, default=16, metavar="N", help="tokens a page of the KV cache (default: 16)")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: a GPU if there is one, else the simulator")
+    add("--version", action="version", version=f"tiny-vLLM {__version__}")
+
+    def error(message):             # argparse's own prints the usage too: many lines, of which the last counts
+        raise TinyVLLMError(f"{message} (--help shows the options and examples)")
+    parser.error = error
+    return parser.parse_args(argv)
+
+
+def prompt_ids(llm, text, args):
+    """Token ids of a prompt as the model wants it: in its chat format, or raw."""
+    if not text.strip():
+        raise TinyVLLMError("the prompt is empty: expected some text")
+    if args.raw or not llm.tokenizer.has_chat_template:
+        return llm.tokenizer.encode(text)
+    system = [{"role": "system", "content": args.system}] if args.system else []
+    return llm.tokenizer.chat([*system, {"role": "user", "content": text}])
+
+
+def answer_one(llm, text, args, params):
+    """Streams one answer to stdout; returns its output."""
+    for output in llm.stream(prompt_ids(llm, text, args), params):
+        print(output.delta, end="", flush=True)
+    print(flush=True)
+    return output
+
+
+def answer_many(llm, texts, args, params):
+    """Runs prompts together and prints each answer whole under its prompt, in input order, as soon as it can; returns the
+    outputs. A prompt that is refused is reported in its place, and the others go on."""
+    def submit(text):
+        try:
+            return llm.add_request(prompt_ids(llm, text, args), params)
+        except (TinyVLLMError, TokenizerError) as error:
+            return RequestOutput([], finish_reason="error", error=str(error))
+
+    def show(outputs, texts):
+        """Prints the final outputs at the head of the list; returns the rest."""
+        while outputs and outputs[0].finish_reason:
+            if outputs[0].error:
+                print(f"tinyvllm: {texts[0][:60]!r}: {outputs[0].error}", file=sys.stderr)
+            else:
+                print(f"> {texts[0]}\n{outputs[0].text}\n", flush=True)
+            outputs, texts = outputs[1:], texts[1:]
+        return outputs, texts
+
+    outputs = [submit(text) for text in texts]
+    bar = progress_bar(len(outputs) if not sys.stdout.isatty() else 0)
+    pending = show(outputs, texts)
+    for output in llm.run(outputs):
+        if output.finish_reason:
+            bar.update()
+            pending = show(*pending)
+    bar.close()
+    return outputs
+
+
+def statistics(llm, outputs):
+    """One line: what came in, what went out, how fast."""
+    done = [output for output in outputs if not output.error]
+    prompt, new = (sum(len(ids) for ids in column) for column in zip(*((o.prompt_token_ids, o.token_ids) for o in done)))
+    start, end = min(o.arrival_time for o in done), max(o.finish_time for o in done)
+    first = sorted(o.first_token_time - o.arrival_time for o in done)[len(done) // 2]
+    line = (f"{prompt} prompt tokens, {new} new tokens, {'median ' if len(done) > 1 else ''}time to first token {first:.3f} s, "
+            f"{new / (end - start):.1f} tokens/s")
+    stats, peak = llm.engine.stats, llm.device.memory_bandwidth
+    if peak and stats.decode_seconds:
+        rate = stats.decode_bytes / stats.decode_seconds
+        line += f", decode read {rate / 1e9:.0f} GB/s ({rate / peak:.0%} of the memory's {peak / 1e9:.0f})"
+    return f"{line} | {llm.device.name}"
+
+
+def run_command(args):
+    """Answers the prompts of the command line; returns the exit code."""
+    params = SamplingParams(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed, max_tokens=args.max_tokens)
+    texts = [line for prompt in args.prompts for line in
+             (filter(str.strip, sys.stdin.read().splitlines()) if prompt == "-" else [prompt])]
+    if not texts:
+        raise TinyVLLMError("there is no prompt: expected at least one line of text on stdin")
+    llm = LLM(args.model, device=args.device, max_model_len=args.max_model_len, gpu_memory_utilization=args.gpu_memory_utilization,
+              block_size=args.block_size)
+    if args.system and not args.raw and not llm.tokenizer.has_chat_template:
+        raise TinyVLLMError("--system needs a chat format that is known, and this model has none: use --raw and write it into the prompt")
+    outputs = [answer_one(llm, texts[0], args, params)] if len(texts) == 1 else answer_many(llm, texts, args, params)
+    if not all(output.error for output in outputs):
+        print(f"tiny-vLLM: {statistics(llm, outputs)}", file=sys.stderr)
+    return 2 if any(output.error for output in outputs) else 0
+
+
+def main(argv=None):
+    """The command line: exit code 0, 2 for a mistake of the user's (with one line on stderr), 130 for Ctrl-C."""
+    # What stdout cannot say in its encoding is a "?". Bytes of stdin that are no text are kept, for the tokenizer to refuse that prompt.
+    for stream, errors in (sys.stdout, "replace"), (sys.stdin, "surrogateescape"):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=errors)
+    try:
+        sys.exit(run_command(parse_arguments(argv)))
+    except (TinyVLLMError, TokenizerError) as error:
+        print(f"tinyvllm: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        sys.exit(130)
+    except MemoryError as error:
+        print(f"tinyvllm: out of memory ({first_line(error)}): lower --gpu-memory-utilization or --max-model-len", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:        # `| head` has seen enough, the disk is full, the cache folder is not ours
+        if not isinstance(error, BrokenPipeError):
+            print(f"tinyvllm: {error}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())          # leave nothing for Python to flush at exit
+        sys.exit(0 if isinstance(error, BrokenPipeError) else 2)
+
+
+if __name__ == "__main__":
+    main()
