@@ -1364,6 +1364,36 @@ def test_stream_gives_the_text_in_pieces(parrot):
     assert not parrot.engine.scheduler.running and len(parrot.engine.scheduler.allocator.free) == parrot.engine.scheduler.allocator.num_blocks
 
 
+def test_callers_that_step_for_one_another(parrot):
+    """Two streams in turn, and generate() inside a stream: everybody gets all of the text."""
+    prompts, answers = chats(parrot, TEXTS[1:4]), [answer for _, answer in TEXTS[1:4]]
+    streams, texts = [parrot.stream(prompt) for prompt in prompts[:2]], ["", ""]
+    turns = [0] * 30 + [1] * 500 + [0] * 500
+    for turn in turns:
+        texts[turn] += getattr(next(streams[turn], None), "delta", "")
+    assert texts == answers[:2]
+    text = ""
+    for number, output in enumerate(parrot.stream(prompts[0])):
+        text += output.delta
+        if number == 3:
+            assert [output.text for output in parrot.generate(prompts[1:])] == answers[1:]
+    assert text == answers[0]
+    parrot.engine.scheduler.check_integrity()
+
+
+def test_an_interrupted_step_can_be_repeated(parrot, monkeypatch):
+    """Ctrl-C while one caller waits for its token: the other's request is unharmed."""
+    prompts = chats(parrot, TEXTS[1:3])
+    stream = parrot.stream(prompts[0])
+    text = next(stream).delta
+    with monkeypatch.context() as patch:
+        patch.setattr(type(parrot.engine.model), "sample", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            parrot.generate(prompts[1])
+    parrot.engine.scheduler.check_integrity()
+    assert text + "".join(output.delta for output in stream) == TEXTS[1][1]
+
+
 def test_when_an_answer_ends(parrot):
     prompt, eot = chats(parrot, TEXTS)[1], parrot.tokenizer.token_id("<|eot_id|>")
     whole = parrot.generate(prompt)[0]
@@ -1371,7 +1401,9 @@ def test_when_an_answer_ends(parrot):
     short = parrot.generate(prompt, SamplingParams(max_tokens=5))[0]
     assert (short.finish_reason, short.token_ids) == ("length", whole.token_ids[:5])
     stopped = parrot.generate(prompt, SamplingParams(stop_token_ids=[whole.token_ids[7]]))[0]
-    assert stopped.finish_reason == "stop" and stopped.token_ids == whole.token_ids[:whole.token_ids.index(whole.token_ids[7]) + 1]
+    at = whole.token_ids.index(whole.token_ids[7])
+    assert stopped.finish_reason == "stop" and stopped.token_ids == whole.token_ids[:at + 1]
+    assert stopped.text == parrot.tokenizer.decode(whole.token_ids[:at])                            # without the stop token's own text
     longer = parrot.generate(prompt, SamplingParams(ignore_eos=True, max_tokens=len(whole.token_ids) + 3))[0]
     assert longer.finish_reason == "length" and longer.token_ids[:len(whole.token_ids)] == whole.token_ids
     small = LLM(PARROT, max_model_len=len(prompt) + 4).generate(prompt)[0]
@@ -1400,11 +1432,23 @@ def test_bad_prompts_do_not_stop_the_good_ones(parrot):
     assert outputs[0].text == outputs[-1].text == TEXTS[1][1]
     with pytest.raises(TinyVLLMError, match="empty"):
         parrot.generate("")
+    assert parrot.generate([None, np.array(good)], SamplingParams(max_tokens=1))[0].error.startswith("the prompt is a NoneType")
+    with pytest.raises(TinyVLLMError, match="SamplingParams"):
+        parrot.generate([good, good], [SamplingParams(), {}])
+    assert not parrot.engine.scheduler.waiting
+
+
+def test_pool_limits():
+    """What does not fit is refused with the numbers; what the memory cuts short is said."""
+    for options in ({"num_blocks": 10**9}, {"num_blocks": 4, "max_model_len": 512}, {"num_blocks": 0}, {"max_num_seqs": 2.5}):
+        with pytest.raises(TinyVLLMError, match=str(options.get("num_blocks", 2.5))):
+            LLM(PARROT, **options)
+    assert LLM(PARROT, num_blocks=4).max_model_len == 64
 
 
 @pytest.mark.parametrize("name, value", [
-    ("temperature", -0.1), ("temperature", float("nan")), ("temperature", "hot"), ("top_p", 0), ("top_p", 1.5), ("top_k", -1), ("top_k", 2.5),
-    ("max_tokens", 0), ("seed", -1), ("logprobs", -1), ("stop_token_ids", 7)])
+    ("temperature", -0.1), ("temperature", float("nan")), ("temperature", "hot"), ("top_p", 0), ("top_p", 1.5), ("top_k", -2), ("top_k", 2.5), ("top_k", True),
+    ("max_tokens", 0), ("seed", -1), ("logprobs", -1), ("stop_token_ids", 7), ("stop_token_ids", "")])
 def test_sampling_params_refuse_nonsense(name, value):
     with pytest.raises(TinyVLLMError, match=f"{name} is {value!r}, expected is "):
         SamplingParams(**{name: value})
@@ -1480,7 +1524,7 @@ def recitation(question):
     ({"eos_token_id": "</s>"}, ["eos_token_id", "</s>"]),
     ({"vocab_size": 2040}, ["model.embed_tokens.weight", "(2048, 128)", "(2040, 128)"]),
     ({"num_hidden_layers": 1}, ["9 tensors", "model.layers.1."]),
-    ({"vocab_size": 10**12}, ["too little memory", "256000.00 GB", "--gpu-memory-utilization"]),
+    ({"vocab_size": 10**12}, ["too little memory", "256000.000 for the weights", "--gpu-memory-utilization"]),
 ], ids=str)
 def test_config_that_is_not_supported(change, parts, tmp_path):
     assert_refused(run_main("--model", write_model(tmp_path, change), "Hi"), *parts)
@@ -1531,7 +1575,7 @@ def test_files_that_are_missing_or_broken(name, content, parts, tmp_path):
     (["--max-model-len", "5000", "Hi"], ["5000", "4096"]),
     *[([f"--{name.replace('_', '-')}", value, "Hi"], [f"{name} is {value}", expected]) for name, values, expected in [
         ("max_tokens", ["0", "-1"], "1 or more"), ("temperature", ["-0.1", "nan", "inf"], "0 (greedy) or more"),
-        ("top_p", ["0.0", "1.01", "nan"], "more than 0 and at most 1"), ("top_k", ["-1"], "0 for all"), ("seed", ["-1"], "2^64 - 1")] for value in values],
+        ("top_p", ["0.0", "1.01", "nan"], "more than 0 and at most 1"), ("top_k", ["-2"], "0 for all"), ("seed", ["-1"], "2^64 - 1")] for value in values],
     (["--block-size", "17", "Hi"], ["--block-size is 17", "8, 16, 32"]),
     (["--gpu-memory-utilization", "1.5", "Hi"], ["--gpu-memory-utilization is 1.5"]),
     (["--gpu-memory-utilization", "1e-6", "Hi"], ["too little memory", "GB are needed", "--gpu-memory-utilization", "--max-model-len"]),

@@ -19,15 +19,15 @@ Shapes: T tokens of a step, S sequences of a step, R rows to sample (sequences t
 H query heads, K key/value heads, h head_dim, F ffn size, V vocabulary, N pages of the cache, B tokens a page (block_size).
 Weights and activations are bfloat16. A matrix is stored as [out, in], so a product is x @ w.T.
 
-Sections: Config and weights, Device, Pages, Sequences and scheduler, Forward pass, Engine, API, Command line.
+Sections: Config and weights, Device, Pages, Sequences and scheduler, Forward pass, Memory, Engine, API, Command line.
 """
 import argparse
+import contextlib
 import ctypes
 import hashlib
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -62,6 +62,47 @@ class TinyVLLMError(Exception):
 # each tensor is taken by name with the shape it must have. q, k and v are multiplied by the same input, so their
 # matrices are stacked into one, and so are gate and up: two large products a layer instead of five smaller ones.
 # ======================================================================================================================
+HUB_MODEL = "meta-llama/Llama-3.2-1B-Instruct"
+HUB_FILES = ["*.json", "*.jinja", "model*.safetensors"]
+
+
+def find_model(name=None):
+    """The folder of a model. name: a folder or a Hugging Face id. None: $TINYVLLM_MODEL, else Llama-3.2-1B-Instruct if it
+    was downloaded before, else Parrot, which comes with this project."""
+    name = name or os.environ.get("TINYVLLM_MODEL")
+    if not name:
+        folder = download(HUB_MODEL, local_files_only=True)
+        if folder and (folder / "config.json").exists() and any(folder.glob("model*.safetensors")):
+            return folder
+        print(f"tiny-vLLM: using the bundled Parrot, which can only recite. For a real model: --model {HUB_MODEL} (2.5 GB; accept its "
+              "license on huggingface.co and run `hf auth login` first)", file=sys.stderr)
+        return FOLDER / "parrot"
+    folder = Path(os.path.expanduser(name))
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise TinyVLLMError(f"{name} is no folder and no Hugging Face id: expected is a folder with config.json, or an id like {HUB_MODEL}")
+    return download(name)
+
+
+def download(repo, local_files_only=False):
+    """The local folder of a Hugging Face model. local_files_only: None if it is not there."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    try:
+        return Path(snapshot_download(repo, allow_patterns=HUB_FILES, local_files_only=local_files_only))
+    except Exception as error:      # the hub, its HTTP client and the disk have many kinds
+        if local_files_only:
+            return None
+        if isinstance(error, GatedRepoError):
+            what = f"accept its license at https://huggingface.co/{repo} and log in with `hf auth login`"
+        elif isinstance(error, RepositoryNotFoundError):
+            what = "there is no such model, or it is private: check the id, and `hf auth login`"
+        else:
+            what = "check the network, or give the folder of a model that is already here"
+        raise TinyVLLMError(f"cannot download {repo} ({first_line(error):.120}): {what}") from None
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of a Llama, under the names of config.json."""
@@ -244,7 +285,8 @@ def load_weights(folder, config, device):
         p = f"model.layers.{i}"
         return LayerWeights(
             input_norm=take(f"{p}.input_layernorm", D),
-            qkv=stack((f"{p}.self_attn.q_proj", q_rows, D), (f"{p}.self_attn.k_proj", kv_rows, D), (f"{p}.self_attn.v_proj", kv_rows, D)),
+            qkv=stack((f"{p}.self_attn.q_proj", q_rows, D), (f"{p}.self_attn.k_proj", kv_rows, D),
+                      (f"{p}.self_attn.v_proj", kv_rows, D)),
             o=take(f"{p}.self_attn.o_proj", D, q_rows),
             post_attention_norm=take(f"{p}.post_attention_layernorm", D),
             gate_up=stack((f"{p}.mlp.gate_proj", F, D), (f"{p}.mlp.up_proj", F, D)),
@@ -255,13 +297,6 @@ def load_weights(folder, config, device):
                       embed if c.tie_word_embeddings else take("lm_head", V, D))
     checkpoint.check_all_taken()
     return weights
-
-
-def weight_bytes(config):
-    """Bytes that a decode step reads: every weight once, and of an embedding table that is not the head, next to nothing."""
-    c = config
-    layer = c.hidden_size * (c.qkv_size + c.num_attention_heads * c.head_dim + 3 * c.intermediate_size + 2)
-    return 2 * (c.num_hidden_layers * layer + c.hidden_size * (c.vocab_size + 1))
 
 
 # ======================================================================================================================
@@ -358,9 +393,6 @@ class CudaDevice:
     def empty(self, shape, dtype=BFLOAT16):
         return self.xp.empty(shape, dtype)
 
-    def zeros(self, shape, dtype=BFLOAT16):
-        return self.xp.zeros(shape, dtype)
-
     def to_device(self, array):
         return self.xp.asarray(array)
 
@@ -373,9 +405,6 @@ class CudaDevice:
         free, total = self.xp.cuda.runtime.memGetInfo()
         return free + self.xp.get_default_memory_pool().free_bytes(), total
 
-    def synchronize(self):
-        self.xp.cuda.get_current_stream().synchronize()
-
     def linear(self, x, w):
         """x [T, in] @ w [out, in] transposed -> [T, out]; bf16, accumulated in float32."""
         return self.xp.matmul(x, w.T)
@@ -384,7 +413,7 @@ class CudaDevice:
         """NVRTC compiles for this very GPU; CuPy caches the result in ~/.cupy/kernel_cache."""
         source = path.read_text()
         options = ("-std=c++17", *(f"-D{name}={value}" for name, value in defines.items()))
-        module = self.xp.RawModule(code=source, options=options, backend="nvrtc")
+        module = self.xp.RawModule(code=source, options=options, backend="nvrtc")       # compiles at the first get_function
         try:
             return Kernels(source, self.xp.ndarray, module.get_function)
         except self.xp.cuda.compiler.CompileException as error:
@@ -407,8 +436,9 @@ class CpuDevice:
         self.memory_bandwidth = None
         self.float32_weights = {}           # id of a weight -> the same in float32
         # TINYVLLM_SANITIZE=1 finds out-of-bounds accesses; AddressSanitizer must be there before Python's first malloc.
-        self.flags = self.FLAGS + self.SANITIZE * (os.environ.get("TINYVLLM_SANITIZE", "") not in ("", "0"))
-        if self.flags != self.FLAGS and not hasattr(ctypes.CDLL(None), "__asan_init"):
+        sanitize = os.environ.get("TINYVLLM_SANITIZE", "") not in ("", "0")
+        self.flags = self.FLAGS + (self.SANITIZE if sanitize else [])
+        if sanitize and not hasattr(ctypes.CDLL(None), "__asan_init"):
             raise TinyVLLMError('TINYVLLM_SANITIZE=1 needs LD_PRELOAD="$(g++ -print-file-name=libasan.so) '
                                 '$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0')
         if not CpuDevice.warned:
@@ -418,9 +448,6 @@ class CpuDevice:
     def empty(self, shape, dtype=BFLOAT16):
         return np.empty(shape, dtype)
 
-    def zeros(self, shape, dtype=BFLOAT16):
-        return np.zeros(shape, dtype)
-
     def to_device(self, array):
         return np.array(array, order="C")   # a copy, as on a GPU: the caller may change its own
 
@@ -428,12 +455,9 @@ class CpuDevice:
         return np.array(array)
 
     def memory(self):
-        """Bytes: (free, total). Half of the machine's memory: the weights' float32 copies and others need the rest."""
-        half = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-        return half, half
-
-    def synchronize(self):
-        pass                                # a launch returns when it is done
+        """Bytes: (free, total). A third of the machine's memory: the weights' float32 copies are twice their size."""
+        third = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 3
+        return third, third
 
     def linear(self, x, w):
         """x [T, in] @ w [out, in] transposed -> [T, out]; bf16, accumulated in float32."""
@@ -457,11 +481,9 @@ class CpuDevice:
 
     def build(self, wrapper, flags, source):
         """Path of the shared library, compiled if the cache does not have it."""
-        version = subprocess.run([self.compiler, "--version"], capture_output=True, text=True).stdout
-        cpuinfo = Path("/proc/cpuinfo")                                             # -march=native depends on it
-        cpu = [line for line in (cpuinfo.read_text() if cpuinfo.exists() else "").splitlines()
-               if line.startswith(("flags", "Features"))][:1]
-        parts = [(FOLDER / "simulator.h").read_text(), source, wrapper, self.compiler, version, platform.machine(), *flags, *cpu]
+        # What the compiler says of itself, and of what "native" means on this machine.
+        version = subprocess.run([self.compiler, "-march=native", "-E", "-v", "-"], input="", capture_output=True, text=True).stderr
+        parts = [(FOLDER / "simulator.h").read_text(), source, wrapper, version, *flags]
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinyvllm"
         path = cache / (hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32] + ".so")
         if path.exists():
@@ -537,7 +559,7 @@ class BlockAllocator:
 
     def __init__(self, num_blocks, block_size):
         self.num_blocks, self.block_size = num_blocks, block_size
-        self.free = list(range(num_blocks - 1, -1, -1))             # taken from the end: lowest numbers first, then the warmest
+        self.free = list(range(num_blocks - 1, -1, -1))             # taken from the end: lowest numbers first, later the last released
 
     def blocks_for(self, num_tokens):
         """How many pages hold so many tokens."""
@@ -564,7 +586,8 @@ class BlockAllocator:
 # Continuous batching: which tokens run is decided anew at every step. The scheduler knows tokens and pages, and no arrays;
 # it can be tested without a model.
 #   waiting   has no pages yet, in order of arrival; a preempted sequence goes back to the front
-#   running   has pages for every token up to num_computed_tokens and more, in order of arrival
+#   running   has pages for the tokens it had on admission, and gets one more whenever decode has filled the last;
+#             in order of arrival
 # A sequence's tokens are its prompt and its answer so far. The first num_computed_tokens of them have their keys and values
 # in the cache. What remains to be computed is 1 in decode, and more after arrival or preemption: prefill and decode differ
 # in nothing else.
@@ -576,7 +599,7 @@ class BlockAllocator:
 class SamplingParams:
     """How to choose tokens and when to stop, under vLLM's names. Raises TinyVLLMError for values that make no sense."""
     temperature: float = 0.0            # 0: greedy
-    top_k: int = 0                      # keep the k most probable tokens; 0: all
+    top_k: int = 0                      # keep the k most probable tokens; 0 or -1: all
     top_p: float = 1.0                  # of these, keep the most probable that together reach this
     seed: int | None = None             # None: another one for every request
     max_tokens: int | None = 256        # None: as many as the context holds
@@ -595,14 +618,14 @@ class SamplingParams:
             raise TinyVLLMError(f"{name} is {value!r}, expected is {expected}")
 
         def is_int(value, least, most=math.inf):
-            return isinstance(value, (int, np.integer)) and least <= value <= most
+            return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and least <= value <= most
 
-        check("temperature", lambda t: 0 <= t < math.inf, "0 (greedy) or more")
-        check("top_k", lambda k: is_int(k, 0), "a whole number of 1 or more, or 0 for all")
+        check("temperature", lambda t: 0 <= t <= np.finfo(np.float32).max, "0 (greedy) or more")
+        check("top_k", lambda k: is_int(k, -1), "a whole number of 1 or more, or 0 for all")
         check("top_p", lambda p: 0 < p <= 1, "more than 0 and at most 1")
         check("seed", lambda seed: seed is None or is_int(seed, 0, 2**64 - 1), "a whole number from 0 to 2^64 - 1")
         check("max_tokens", lambda n: n is None or is_int(n, 1), "a whole number of 1 or more")
-        check("stop_token_ids", lambda ids: all(is_int(i, 0) for i in ids), "a list of token ids")
+        check("stop_token_ids", lambda ids: not isinstance(ids, str) and all(is_int(i, 0) for i in ids), "a list of token ids")
         check("logprobs", lambda n: n is None or is_int(n, 0), "a whole number of 0 or more")
 
 
@@ -651,8 +674,9 @@ class Scheduler:
         """[(sequence, number of its tokens to compute)]: decodes first, then prefill as far as the budget goes."""
         scheduled, budget = [], self.max_num_batched_tokens
         # 1. Decodes, the oldest first. To find a page the youngest are preempted: those that this loop has not come to yet.
+        #    The budget is enough for all: admission, below, never lets more sequences run than it has tokens.
         for sequence in [s for s in self.running if s.remaining == 1]:
-            if budget and sequence in self.running and self.grow(sequence):
+            if sequence in self.running and self.grow(sequence):
                 scheduled.append((sequence, 1))
                 budget -= 1
         # 2. Prompts that are under way. Their pages are theirs since admission.
@@ -662,7 +686,7 @@ class Scheduler:
         planned = sum(s.remaining for s in prefills)
         while self.waiting and planned < budget and len(self.running) < self.max_num_seqs:
             sequence = self.waiting[0]
-            needed = self.allocator.blocks_for(len(sequence.token_ids))
+            needed = self.allocator.blocks_for(len(sequence.token_ids) + 1)         # + 1: the token that it will get
             if needed + len(self.running) > len(self.allocator.free):
                 break
             sequence.block_table = self.allocator.allocate(needed)
@@ -732,7 +756,7 @@ class Batch:
     cu_seqlens: np.ndarray              # [S + 1] int32
     context_lens: np.ndarray            # [S] int32
     sampled: list                       # R of the sequences: those of which nothing remains after this step
-    sampled_rows: np.ndarray            # [R] int32: their last tokens
+    last_tokens: np.ndarray             # [R] int32: where among the T their last tokens are
 
     @classmethod
     def build(cls, scheduled, block_size):
@@ -748,12 +772,12 @@ class Batch:
             positions.append(position)
             slots.append(block_tables[row, position // block_size].astype(np.int64) * block_size + position % block_size)
         cu_seqlens = np.cumsum([0, *counts], dtype=np.int32)
-        done = [row for row, (s, count) in enumerate(scheduled) if s.remaining == count]
+        finished = [row for row, (s, count) in enumerate(scheduled) if s.remaining == count]
         return cls(
             sequences=sequences, token_ids=np.array(token_ids, np.int32), positions=np.concatenate(positions).astype(np.int32),
             slot_mapping=np.concatenate(slots), block_tables=block_tables, cu_seqlens=cu_seqlens,
             context_lens=np.array(starts, np.int32) + np.array(counts, np.int32),
-            sampled=[sequences[row] for row in done], sampled_rows=cu_seqlens[1:][done] - 1)
+            sampled=[sequences[row] for row in finished], last_tokens=cu_seqlens[1:][finished] - 1)
 
 
 def rope_frequencies(config):
@@ -766,10 +790,11 @@ def rope_frequencies(config):
     frequencies = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
     if config.rope_scaling is None:
         return frequencies
-    factor, low, high, original_context = config.rope_scaling.values()
-    turns = original_context * frequencies / (2 * np.pi)
+    scaling = config.rope_scaling
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * np.pi)
     kept = np.clip((turns - low) / (high - low), 0, 1)
-    return kept * frequencies + (1 - kept) * frequencies / factor
+    return kept * frequencies + (1 - kept) * frequencies / scaling["factor"]
 
 
 class Model:
@@ -777,7 +802,7 @@ class Model:
 
     def __init__(self, config, weights, device, num_blocks, block_size, max_model_len):
         c = config
-        self.config, self.weights, self.device, self.block_size = c, weights, device, block_size
+        self.config, self.weights, self.device = c, weights, device
         self.kernels = compile_kernels(config, device, block_size)
         # Keys are cache[l, 0], values cache[l, 1] of layer l. Within a page each head's tokens are consecutive.
         self.kv_cache = device.empty((c.num_hidden_layers, 2, num_blocks, c.num_key_value_heads, block_size, c.head_dim))
@@ -812,16 +837,16 @@ class Model:
             kernels.silu_mul((-(-F // (8 * kernels.SILU_THREADS)), T), activation, gate_up)
             added = linear(activation, layer.down)                                      # [T, D]
 
-        R = len(batch.sampled_rows)
+        R = len(batch.last_tokens)
         if R == 0:                                                                      # only chunks that do not end a prompt
             return None
         kernels.rms_norm((T,), x, residual, added, w.norm)
         last = self.device.empty((R, D))                                                # the head is large: only these rows need it
-        kernels.gather_rows((R,), last, x, self.device.to_device(batch.sampled_rows))
+        kernels.gather_rows((R,), last, x, self.device.to_device(batch.last_tokens))
         return linear(last, w.head)
 
     def sample(self, logits, batch):
-        """The next token of each sampled sequence and its log-probability: host arrays [R] int32 and [R] float32.
+        """The next token of each sampled sequence, and its log-probability: two lists of R.
 
         A random choice depends on the request's seed and the token's position alone: it is the same in any batch.
         """
@@ -834,7 +859,7 @@ class Model:
                     np.array([s.seed for s in batch.sampled], np.uint64),
                     np.array([len(s.token_ids) for s in batch.sampled], np.int32))
         self.kernels.sample((R,), tokens, logprobs, logits, *map(self.device.to_device, settings))
-        return self.device.to_host(tokens), self.device.to_host(logprobs)
+        return self.device.to_host(tokens).tolist(), self.device.to_host(logprobs).tolist()
 
 
 def compile_kernels(config, device, block_size):
@@ -846,23 +871,72 @@ def compile_kernels(config, device, block_size):
 
 
 # ======================================================================================================================
+# Memory
+#
+# The card's memory holds the weights, the arrays of a step, and the KV cache, which gets all that is left of the share
+# that we may use. The same arithmetic says what a decode step must read: that over the memory's bandwidth is its floor.
+# ======================================================================================================================
+BYTES = 2                               # of a bfloat16
+
+
+def decode_weight_bytes(config):
+    """Bytes of weights that a decode step reads: each once. (Of an embedding table that is not the head, next to nothing.)"""
+    c = config
+    layer = c.hidden_size * (c.qkv_size + c.num_attention_heads * c.head_dim + 3 * c.intermediate_size + 2)
+    return BYTES * (c.num_hidden_layers * layer + c.hidden_size * (c.vocab_size + 1))
+
+
+def weight_bytes(config):
+    """Bytes of all weights."""
+    return decode_weight_bytes(config) + (0 if config.tie_word_embeddings else BYTES * config.vocab_size * config.hidden_size)
+
+
+def kv_bytes_per_token(config):
+    """Bytes of the KV cache for one token: a key and a value, in each layer, for each kv head."""
+    return 2 * BYTES * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+
+
+def activation_bytes(config, max_num_batched_tokens, max_num_seqs, max_model_len):
+    """Bytes that a step needs beside weights and cache: the arrays of forward() at their largest, twice, since the allocator
+    keeps old ones; the table of angles; and 256 MB for cuBLAS and the compiled kernels."""
+    c = config
+    a_token = 4 * c.hidden_size + c.qkv_size + c.num_attention_heads * c.head_dim + 3 * c.intermediate_size
+    return (2 * BYTES * (max_num_batched_tokens * a_token + max_num_seqs * c.vocab_size) + 4 * max_model_len * c.head_dim + 2**28)
+
+
+def kv_cache_blocks(config, memory, utilization, block_size, limits, max_model_len):
+    """How many pages of KV cache fit into `memory`, (free, total) bytes, of which `utilization` (0 to 1) may be used. limits:
+    (max_num_batched_tokens, max_num_seqs). max_model_len: tokens that must fit; None: one page's worth."""
+    (free, total), weights = memory, weight_bytes(config)
+    activations = activation_bytes(config, *limits, max_model_len or config.max_position_embeddings)
+    left = free - (1 - utilization) * total - weights - activations
+    block_bytes = block_size * kv_bytes_per_token(config)
+    needed = -(-(max_model_len or 1) // block_size) * block_bytes
+    if left < needed:
+        raise TinyVLLMError(
+            f"too little memory: {(weights + activations + needed) / 1e9:.3f} GB are needed ({weights / 1e9:.3f} for the weights, "
+            f"{activations / 1e9:.3f} for a step, {needed / 1e9:.3f} for a context of {max_model_len or block_size} tokens), "
+            f"{max(left + weights + activations, 0) / 1e9:.3f} GB may be used: raise --gpu-memory-utilization, lower --max-model-len, "
+            "or take a smaller model")
+    return int(left // block_bytes)
+
+
+# ======================================================================================================================
 # Engine
 #
 # A model, a scheduler, and the loop between them. Everything that a server does happens in step().
 # ======================================================================================================================
 @dataclass
 class Stats:
-    """What the steps have done so far. Decode steps, in which every sequence brings one token, are counted for themselves:
-    they are bound by memory, so bytes read over time can be held against what the card can do."""
-    steps: int = 0
+    """What the decode steps have done so far, those in which every sequence brings one token: they are bound by memory, so
+    bytes read over time can be held against what the card can do."""
     decode_bytes: int = 0               # weights once a step, keys and values of every sequence's context
     decode_seconds: float = 0.0
 
-    def add(self, batch, seconds, weight_bytes, kv_bytes_per_token):
-        """Counts a step."""
-        self.steps += 1
+    def add(self, batch, seconds, config):
+        """Counts a step; its seconds are those of the whole step, scheduling and Python included."""
         if len(batch.token_ids) == len(batch.sequences):
-            self.decode_bytes += weight_bytes + kv_bytes_per_token * int(batch.context_lens.sum())
+            self.decode_bytes += decode_weight_bytes(config) + kv_bytes_per_token(config) * int(batch.context_lens.sum())
             self.decode_seconds += seconds
 
 
@@ -872,7 +946,6 @@ class Engine:
     def __init__(self, model, scheduler, eos_token_ids):
         self.model, self.scheduler, self.eos_token_ids = model, scheduler, eos_token_ids
         self.stats = Stats()
-        self.weight_bytes, self.kv_bytes_per_token = weight_bytes(model.config), kv_bytes_per_token(model.config)
 
     def step(self):
         """Computes one step and returns the sequences that got a token. Call it while there is work."""
@@ -880,15 +953,15 @@ class Engine:
         scheduled = self.scheduler.schedule()
         batch = Batch.build(scheduled, self.scheduler.allocator.block_size)
         logits = self.model.forward(batch)
-        for sequence, count in scheduled:
+        tokens, logprobs = self.model.sample(logits, batch) if batch.sampled else ([], [])
+        for sequence, count in scheduled:           # not before: should sampling be interrupted, the same step can run again
             sequence.num_computed_tokens += count
-        if batch.sampled:
-            tokens, logprobs = self.model.sample(logits, batch)
-            for row, (sequence, token, logprob) in enumerate(zip(batch.sampled, tokens.tolist(), logprobs.tolist())):
-                if sequence.params.logprobs is not None:
-                    sequence.output.logprobs.append(self.best_logprobs(logits[row], sequence.params.logprobs) | {token: logprob})
-                self.append(sequence, token)
-        self.stats.add(batch, time.perf_counter() - start, self.weight_bytes, self.kv_bytes_per_token)
+        for sequence, token, logprob, row in zip(batch.sampled, tokens, logprobs, range(len(tokens))):
+            if sequence.params.logprobs is not None:
+                best = self.best_logprobs(logits[row], sequence.params.logprobs) if sequence.params.logprobs else {}
+                sequence.output.logprobs.append(best | {token: logprob})        # the token may be none of the best
+            self.append(sequence, token)
+        self.stats.add(batch, time.perf_counter() - start, self.model.config)
         return batch.sampled
 
     def append(self, sequence, token):
@@ -896,32 +969,33 @@ class Engine:
         output, params = sequence.output, sequence.params
         sequence.token_ids.append(token)
         output.token_ids.append(token)
-        output.text += sequence.decoder.push(token)
         output.first_token_time = output.first_token_time or time.perf_counter()
-        if token in params.stop_token_ids or token in self.eos_token_ids and not params.ignore_eos:
-            output.finish_reason = "stop"
-        elif len(sequence.token_ids) == sequence.max_len:
-            output.finish_reason = "length"
+        if token in params.stop_token_ids or (token in self.eos_token_ids and not params.ignore_eos):
+            output.finish_reason = "stop"                                       # the token's own text is no part of the answer
+        else:
+            output.text += sequence.decoder.push(token)
+            if len(sequence.token_ids) == sequence.max_len:
+                output.finish_reason = "length"
         if output.finish_reason:
             output.text += sequence.decoder.flush()
             output.finish_time = time.perf_counter()
             self.scheduler.remove(sequence)
 
     def best_logprobs(self, logits, count):
-        """{token id: log-probability} of the `count` most probable tokens, from a row of logits on the device."""
+        """{token id: log-probability} of the `count` most probable tokens. logits: [V], on the device."""
         logits = self.model.device.to_host(logits).astype(np.float32)
         best = np.argsort(-logits, kind="stable")[:count]
         shifted = logits - logits.max()
         return dict(zip(best.tolist(), (shifted[best] - np.log(np.exp(shifted).sum())).tolist()))
 
 
-def kv_bytes_per_token(config):
-    """Bytes of the KV cache for one token: a key and a value, in each layer, for each kv head."""
-    return 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-
-
 # ======================================================================================================================
 # API
+#
+# What a program calls, named as in vLLM. There is no thread: whoever wants tokens steps the engine, and each step serves all
+# requests, also those of other callers (two streams, say), which find their tokens when they look. A request that its
+# caller gives up frees its pages at once. A prompt that can never be answered is refused before it takes any, as an output
+# with an error, so that the others of its list go on.
 # ======================================================================================================================
 class LLM:
     """A model, ready to answer.
@@ -937,24 +1011,27 @@ class LLM:
                  max_num_batched_tokens=4096, max_num_seqs=256, num_blocks=None):
         """model: a folder or a Hugging Face id; None: see find_model. max_model_len: tokens of prompt and answer together;
         default: the model's limit. num_blocks: pages of the KV cache; default: as many as the memory share holds."""
-        check_options(gpu_memory_utilization, block_size, {"--max-model-len": max_model_len, "max_num_batched_tokens": max_num_batched_tokens,
-                                                           "max_num_seqs": max_num_seqs, "num_blocks": num_blocks})
+        check_options(gpu_memory_utilization, block_size, {
+            "--max-model-len": max_model_len, "max_num_batched_tokens": max_num_batched_tokens, "max_num_seqs": max_num_seqs,
+            "num_blocks": num_blocks})
         folder = find_model(model)
         config = ModelConfig.from_folder(folder)
         self.config, self.tokenizer, self.device = config, Tokenizer(folder), open_device(device)
-        if max_model_len and max_model_len > config.max_position_embeddings:
+        limit = max_model_len or config.max_position_embeddings
+        if limit > config.max_position_embeddings:
             raise TinyVLLMError(f"--max-model-len is {max_model_len}, the model's limit is {config.max_position_embeddings}")
-        total = self.device.memory()[1] * gpu_memory_utilization
-        reserved = activation_bytes(config, max_num_batched_tokens, max_num_seqs)
-        free = self.device.memory()[0] - self.device.memory()[1] + total - reserved
-        check_memory(free - all_weight_bytes(config), config, block_size, max_model_len or block_size)
-        weights = load_weights(folder, config, self.device)
-        wanted = max_num_seqs * -(-(max_model_len or config.max_position_embeddings) // block_size)     # more are of no use
+        fitting = kv_cache_blocks(config, self.device.memory(), gpu_memory_utilization, block_size,
+                                  (max_num_batched_tokens, max_num_seqs), max_model_len)
         if num_blocks is None:
-            num_blocks = min(wanted, int((free - all_weight_bytes(config)) // (block_size * kv_bytes_per_token(config))))
+            num_blocks = min(fitting, max_num_seqs * -(-limit // block_size))           # more could never be used
+        if num_blocks > fitting or (max_model_len and max_model_len > num_blocks * block_size):
+            raise TinyVLLMError(f"num_blocks is {num_blocks}: memory holds {fitting}, and a context of {limit} tokens needs "
+                                f"{-(-limit // block_size)}")
         # A sequence that fits the pool alone always gets through, so this is the one limit that requests are held against.
-        self.max_model_len = min(max_model_len or config.max_position_embeddings, num_blocks * block_size)
-        model = Model(config, weights, self.device, num_blocks, block_size, self.max_model_len)
+        self.max_model_len = min(limit, num_blocks * block_size)
+        if self.max_model_len < limit:
+            print(f"tiny-vLLM: memory holds a context of {self.max_model_len} tokens, the model could have {limit}", file=sys.stderr)
+        model = Model(config, load_weights(folder, config, self.device), self.device, num_blocks, block_size, self.max_model_len)
         scheduler = Scheduler(BlockAllocator(num_blocks, block_size), max_num_batched_tokens, max_num_seqs)
         self.engine = Engine(model, scheduler, config.eos_token_ids)
 
@@ -965,7 +1042,7 @@ class LLM:
         tokenizer.chat(messages). sampling_params: one for all, or a list. A prompt that cannot be answered does not stop
         the others: its output has finish_reason "error" and says why in `error`. A prompt that stands alone raises it.
         """
-        alone = isinstance(prompts, str) or bool(prompts) and isinstance(prompts[0], (int, np.integer))
+        alone = isinstance(prompts, str) or len(prompts) > 0 and isinstance(prompts[0], (int, np.integer))
         outputs = list(self.submit([prompts] if alone else prompts, sampling_params))
         if alone and outputs[0].error:
             raise TinyVLLMError(outputs[0].error)
@@ -982,31 +1059,36 @@ class LLM:
         if output.error:
             raise TinyVLLMError(output.error)
         shown = 0
-        for output in self.run([output]):
-            output.delta, shown = output.text[shown:], len(output.text)
-            yield output
+        with contextlib.closing(self.run([output])) as outputs:         # if this generator is closed, so is that one, at once
+            for output in outputs:
+                output.delta, shown = output.text[shown:], len(output.text)
+                yield output
 
     def submit(self, prompts, sampling_params=None):
         """Queues prompts and returns their RequestOutputs, for run()."""
         if not isinstance(sampling_params, (list, tuple)):
             sampling_params = [sampling_params or SamplingParams()] * len(prompts)
-        if len(sampling_params) != len(prompts):
-            raise TinyVLLMError(f"{len(sampling_params)} sampling_params for {len(prompts)} prompts: expected one for all, or one for each")
+        if len(sampling_params) != len(prompts) or not all(isinstance(params, SamplingParams) for params in sampling_params):
+            raise TinyVLLMError(f"{len(sampling_params)} sampling_params for {len(prompts)} prompts: expected is a SamplingParams for "
+                                "all, or one for each")
         return [self.add_request(prompt, params) for prompt, params in zip(prompts, sampling_params)]
 
     def add_request(self, prompt, params):
         """Queues one prompt; an output with an error if it can never be answered."""
         output = RequestOutput([], arrival_time=time.perf_counter(), logprobs=None if params.logprobs is None else [])
         try:
-            output.prompt_token_ids = ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-            if not ids or prompt == "":
+            if not isinstance(prompt, (str, list, tuple, np.ndarray)):
+                raise TinyVLLMError(f"the prompt is a {type(prompt).__name__}, expected is a text or a list of token ids")
+            if len(prompt) == 0:
                 raise TinyVLLMError("the prompt is empty: expected at least one token")
+            output.prompt_token_ids = ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
             wrong = [i for i in ids if not (isinstance(i, (int, np.integer)) and 0 <= i < self.config.vocab_size)]
             if wrong:
                 raise TinyVLLMError(f"the prompt has the token id {wrong[0]!r}, the vocabulary has 0 to {self.config.vocab_size - 1}")
             if len(ids) >= self.max_model_len:
-                raise TinyVLLMError(f"the prompt has {len(ids)} tokens, and with one new token the limit is {self.max_model_len} "
-                                    f"(the model's is {self.config.max_position_embeddings}; see --max-model-len, --gpu-memory-utilization)")
+                raise TinyVLLMError(
+                    f"the prompt has {len(ids)} tokens, and with one new token the limit is {self.max_model_len} (the model's is "
+                    f"{self.config.max_position_embeddings}; see --max-model-len, --gpu-memory-utilization)")
         except (TinyVLLMError, TokenizerError) as error:
             output.finish_reason, output.error = "error", str(error)
             return output
@@ -1015,15 +1097,18 @@ class LLM:
         return output
 
     def run(self, outputs):
-        """Steps the engine until these outputs are final; yields each of them whenever it got a token. If the caller stops
-        early (an exception, Ctrl-C, a closed generator), their requests are given up and their pages freed."""
-        mine = {id(output) for output in outputs}
-        scheduler = self.engine.scheduler
+        """Steps the engine until these outputs are final. Yields each after its new tokens (several, if another caller
+        stepped in between), and once when it is final. If the caller stops early (an exception, Ctrl-C, a closed generator),
+        the requests are given up and their pages freed."""
+        unseen = {id(output): output for output in outputs if not output.finish_reason}      # not yet yielded as final
+        mine, scheduler = set(unseen), self.engine.scheduler
         try:
-            while any(output.finish_reason is None for output in outputs):
-                for sequence in self.engine.step():
-                    if id(sequence.output) in mine:
-                        yield sequence.output
+            while unseen:
+                ended = [output for output in unseen.values() if output.finish_reason]       # by another caller's steps
+                for output in ended or [s.output for s in self.engine.step() if id(s.output) in unseen]:
+                    if output.finish_reason:
+                        del unseen[id(output)]
+                    yield output
         finally:
             for sequence in [*scheduler.running, *scheduler.waiting]:
                 if id(sequence.output) in mine:
@@ -1035,32 +1120,10 @@ def check_options(gpu_memory_utilization, block_size, counts):
     if not 0 < gpu_memory_utilization <= 1:
         raise TinyVLLMError(f"--gpu-memory-utilization is {gpu_memory_utilization}, expected is more than 0 and at most 1")
     for name, value in counts.items():
-        if value is not None and value < 1:
-            raise TinyVLLMError(f"{name} is {value}, expected is 1 or more")
+        if value is not None and not (isinstance(value, int) and value >= 1):
+            raise TinyVLLMError(f"{name} is {value!r}, expected is a whole number of 1 or more")
     if block_size not in (8, 16, 32, 64, 128):
         raise TinyVLLMError(f"--block-size is {block_size}, expected is 8, 16, 32, 64 or 128")
-
-
-def all_weight_bytes(config):
-    """Bytes of the weights in memory."""
-    return weight_bytes(config) + (0 if config.tie_word_embeddings else 2 * config.vocab_size * config.hidden_size)
-
-
-def activation_bytes(config, max_num_batched_tokens, max_num_seqs):
-    """Bytes that a step may need beside weights and cache: the arrays of forward() at their largest, two layers' worth where
-    the allocator keeps old ones, and 256 MB for cuBLAS and compiled kernels."""
-    c = config
-    a_token = 4 * c.hidden_size + c.qkv_size + c.num_attention_heads * c.head_dim + 3 * c.intermediate_size
-    return 2 * 2 * (max_num_batched_tokens * a_token + max_num_seqs * c.vocab_size) + 2**28
-
-
-def check_memory(free, config, block_size, num_tokens):
-    """Raises TinyVLLMError if the memory that is left for the KV cache, `free` bytes, does not hold num_tokens tokens."""
-    needed = -(-num_tokens // block_size) * block_size * kv_bytes_per_token(config)
-    if free < needed:
-        raise TinyVLLMError(
-            f"too little memory: {needed / 1e9:.2f} GB are needed for {num_tokens} tokens of KV cache, beside {all_weight_bytes(config) / 1e9:.2f} GB "
-            f"of weights, and {max(free, 0) / 1e9:.2f} GB are left: raise --gpu-memory-utilization, lower --max-model-len, or take a smaller model")
 
 
 def progress_bar(total):
@@ -1069,49 +1132,10 @@ def progress_bar(total):
     return tqdm(total=total, unit="answer", disable=total < 2 or not sys.stderr.isatty())
 
 
-HUB_MODEL = "meta-llama/Llama-3.2-1B-Instruct"
-HUB_FILES = ["*.json", "*.jinja", "model*.safetensors"]
-
-
-def find_model(name=None):
-    """The folder of a model. name: a folder or a Hugging Face id. None: $TINYVLLM_MODEL, else Llama-3.2-1B-Instruct if it
-    was downloaded before, else Parrot, which comes with this project."""
-    name = name or os.environ.get("TINYVLLM_MODEL")
-    if not name:
-        folder = download(HUB_MODEL, local_files_only=True)
-        if folder and (folder / "config.json").exists() and any(folder.glob("model*.safetensors")):
-            return folder
-        print(f"tiny-vLLM: using the bundled Parrot, which can only recite. For a real model: --model {HUB_MODEL} (2.5 GB; accept its "
-              "license on huggingface.co and run `hf auth login` first)", file=sys.stderr)
-        return FOLDER / "parrot"
-    folder = Path(os.path.expanduser(name))
-    if folder.is_dir():
-        return folder
-    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise TinyVLLMError(f"{name} is no folder and no Hugging Face id: expected is a folder with config.json, or an id like {HUB_MODEL}")
-    return download(name)
-
-
-def download(repo, local_files_only=False):
-    """The local folder of a Hugging Face model. local_files_only: None if it is not there."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-    try:
-        return Path(snapshot_download(repo, allow_patterns=HUB_FILES, local_files_only=local_files_only))
-    except Exception as error:      # the hub, its HTTP client and the disk have many kinds
-        if local_files_only:
-            return None
-        if isinstance(error, GatedRepoError):
-            what = f"accept its license at https://huggingface.co/{repo} and log in with `hf auth login`"
-        elif isinstance(error, RepositoryNotFoundError):
-            what = "there is no such model, or it is private: check the id, and `hf auth login`"
-        else:
-            what = "check the network, or give the folder of a model that is already here"
-        raise TinyVLLMError(f"cannot download {repo} ({first_line(error):.120}): {what}") from None
-
-
 # ======================================================================================================================
 # Command line
+#
+# stdout gets answers and nothing else; notices, errors and statistics go to stderr. A mistake of the user's is one line.
 # ======================================================================================================================
 EXAMPLES = """examples:
   python tinyvllm.py "What is a KV cache?"                      one answer, streamed
@@ -1176,23 +1200,23 @@ def answer_many(llm, texts, args, params):
         except (TinyVLLMError, TokenizerError) as error:
             return RequestOutput([], finish_reason="error", error=str(error))
 
-    def show(outputs, texts):
-        """Prints the final outputs at the head of the list; returns the rest."""
-        while outputs and outputs[0].finish_reason:
-            if outputs[0].error:
-                print(f"tinyvllm: {texts[0][:60]!r}: {outputs[0].error}", file=sys.stderr)
+    def show():
+        """Prints the final outputs at the head of the queue."""
+        while pending and pending[0][0].finish_reason:
+            output, text = pending.popleft()
+            if output.error:
+                print(f"tinyvllm: {text[:60]!r}: {output.error}", file=sys.stderr)
             else:
-                print(f"> {texts[0]}\n{outputs[0].text}\n", flush=True)
-            outputs, texts = outputs[1:], texts[1:]
-        return outputs, texts
+                print(f"> {text}\n{output.text}\n", flush=True)
 
     outputs = [submit(text) for text in texts]
+    pending = deque(zip(outputs, texts))
     bar = progress_bar(len(outputs) if not sys.stdout.isatty() else 0)
-    pending = show(outputs, texts)
+    show()
     for output in llm.run(outputs):
         if output.finish_reason:
             bar.update()
-            pending = show(*pending)
+            show()
     bar.close()
     return outputs
 
@@ -1200,7 +1224,7 @@ def answer_many(llm, texts, args, params):
 def statistics(llm, outputs):
     """One line: what came in, what went out, how fast."""
     done = [output for output in outputs if not output.error]
-    prompt, new = (sum(len(ids) for ids in column) for column in zip(*((o.prompt_token_ids, o.token_ids) for o in done)))
+    prompt, new = sum(len(o.prompt_token_ids) for o in done), sum(len(o.token_ids) for o in done)
     start, end = min(o.arrival_time for o in done), max(o.finish_time for o in done)
     first = sorted(o.first_token_time - o.arrival_time for o in done)[len(done) // 2]
     line = (f"{prompt} prompt tokens, {new} new tokens, {'median ' if len(done) > 1 else ''}time to first token {first:.3f} s, "
@@ -1215,8 +1239,9 @@ def statistics(llm, outputs):
 def run_command(args):
     """Answers the prompts of the command line; returns the exit code."""
     params = SamplingParams(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed, max_tokens=args.max_tokens)
-    texts = [line for prompt in args.prompts for line in
-             (filter(str.strip, sys.stdin.read().splitlines()) if prompt == "-" else [prompt])]
+    texts = []
+    for prompt in args.prompts:
+        texts += filter(str.strip, sys.stdin.read().splitlines()) if prompt == "-" else [prompt]
     if not texts:
         raise TinyVLLMError("there is no prompt: expected at least one line of text on stdin")
     llm = LLM(args.model, device=args.device, max_model_len=args.max_model_len, gpu_memory_utilization=args.gpu_memory_utilization,
