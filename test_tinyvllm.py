@@ -566,7 +566,7 @@ def test_kernels_again(mode):
     """The twin tests of every kernel, with the threads of a block in a random order, and with every access checked."""
     environment = {"SIMULATOR_SHUFFLE": "3"} if mode == "shuffled" else sanitizer_environment()
     chosen = "gather_rows or test_rms_norm or rope_and_cache or attention_ragged or silu_mul or test_greedy"
-    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", f"({chosen}) and 144-4-1 or equals_its_twin and 0.95"],
+    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", f"({chosen}) and 144-4-1 or equals_its_twin and 0-0.9"],
                          env=os.environ | environment, capture_output=True, text=True)
     assert run.returncode == 0 and int(re.search(r"(\d+) passed", run.stdout)[1]) >= 13, run.stdout + run.stderr
 
@@ -1287,6 +1287,17 @@ def test_seed_decides_whatever_the_batch(parrot):
     assert len({tuple(parrot.generate(prompts[0], params)[0].token_ids) for params in hot}) > 3
 
 
+def test_noise_depends_on_position_and_on_the_seed(parrot):
+    """At this temperature noise alone decides. Each position has its own, whether its text came as prompt or as answer; without a seed, another."""
+    prompt = chats(parrot, TEXTS)[0]
+    noise = SamplingParams(temperature=1e6, seed=7, max_tokens=8, ignore_eos=True)
+    tokens = parrot.generate(prompt, noise)[0].token_ids
+    assert len(set(tokens)) > 4
+    assert parrot.generate(prompt + tokens[:3], noise)[0].token_ids[:5] == tokens[3:]
+    free = SamplingParams(temperature=1e6, max_tokens=4, ignore_eos=True)
+    assert parrot.generate(prompt, free)[0].token_ids != parrot.generate(prompt, free)[0].token_ids
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Allocator and scheduler, under thousands of random events, with no model
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1308,7 +1319,7 @@ def test_scheduler_random_events(seed):
         scheduled = scheduler.schedule()
         assert scheduled or not live
         assert all(count >= 1 for _, count in scheduled) and sum(count for _, count in scheduled) <= budget
-        assert len({id(s) for s, _ in scheduled}) == len(scheduled) and len(scheduler.running) <= max_seqs
+        assert len({id(s) for s, _ in scheduled}) == len(scheduled) and len(scheduler.running) <= min(max_seqs, budget)
         for sequence, count in scheduled:
             sequence.num_computed_tokens += count
             assert sequence.num_computed_tokens <= len(sequence.block_table) * block_size       # every token has its slot
@@ -1335,6 +1346,14 @@ def test_scheduler_random_events(seed):
             break
         step()
     assert not live and len(scheduler.allocator.free) == num_blocks
+
+
+def test_a_newcomer_leaves_a_page_for_each_that_runs():
+    """Four pages, and two prompts that with their next token take two each: together they would soon want a fifth."""
+    scheduler = Scheduler(BlockAllocator(4, 4), 99, 9)
+    for _ in range(2):
+        scheduler.waiting.append(Sequence(SamplingParams(), RequestOutput([1] * 4), None, 16))
+    assert len(scheduler.schedule()) == 1 and len(scheduler.waiting) == 1
 
 
 def test_allocator_notices_what_is_wrong():
@@ -1398,6 +1417,7 @@ def test_when_an_answer_ends(parrot):
     prompt, eot = chats(parrot, TEXTS)[1], parrot.tokenizer.token_id("<|eot_id|>")
     whole = parrot.generate(prompt)[0]
     assert whole.finish_reason == "stop" and whole.token_ids[-1] == eot and whole.text == TEXTS[1][1]
+    assert parrot.generate(chats(parrot, TEXTS)[0], SamplingParams(max_tokens=2))[0].text == "\ufffd"      # half of an emoji
     short = parrot.generate(prompt, SamplingParams(max_tokens=5))[0]
     assert (short.finish_reason, short.token_ids) == ("length", whole.token_ids[:5])
     stopped = parrot.generate(prompt, SamplingParams(stop_token_ids=[whole.token_ids[7]]))[0]
