@@ -212,7 +212,8 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
 // decode token (p = context - 1) or belongs to a chunk from the middle of a prompt. At p < 0 (padding) there is no key,
 // and out is 0.
 //   out [T, H h].   qkv [T, (H + 2K) h]: the rotated q is read; this step's k and v are in the cache by now.
-//   k_cache, v_cache [N, K, B, h]: of one layer.   block_tables [S, max_blocks]: for each B tokens, the page number.
+//   k_cache, v_cache [N, K, B, h]: of one layer.   block_tables [pages of all S], cu_blocks [S + 1]: sequence
+//   s has the pages block_tables[cu_blocks[s]] and on, one for each B tokens.
 //   cu_seqlens [S + 1]: sequence s brings tokens cu_seqlens[s] .. cu_seqlens[s + 1] - 1 of the batch.
 //   context_lens [S]: how many tokens it has by now, these included.
 //   Grid (ceil(most queries of a sequence / QUERY_TILE), K, S): a block owns a tile of one sequence's queries, times
@@ -225,7 +226,7 @@ constexpr int QUERY_TILE = 8;    // as many as warps, so that a warp has G rows 
 constexpr int ATTENTION_THREADS = 256;
 
 extern "C" __global__ __launch_bounds__(ATTENTION_THREADS) void paged_attention(
-        bf16* out, const bf16* qkv, const bf16* k_cache, const bf16* v_cache, const int* block_tables, int max_blocks,
+        bf16* out, const bf16* qkv, const bf16* k_cache, const bf16* v_cache, const int* block_tables, const int* cu_blocks,
         const int* cu_seqlens, const int* context_lens, float scale) {
     constexpr int WARPS = ATTENTION_THREADS / 32;
     constexpr int ROWS = (QUERY_TILE * GROUP + WARPS - 1) / WARPS;                // rows of one warp, at most
@@ -248,7 +249,7 @@ extern "C" __global__ __launch_bounds__(ATTENTION_THREADS) void paged_attention(
     const int first_position = context_lens[sequence] - query_len + first_query;    // and in the sequence
     const int queries = min(QUERY_TILE, query_len - first_query), rows = queries * GROUP;
     const int end = first_position + queries;                   // the last query sees keys 0..end-1
-    const int* block_table = block_tables + (size_t)sequence * max_blocks;
+    const int* block_table = block_tables + cu_blocks[sequence];
 
     float m[ROWS], l[ROWS], acc[ROWS][PAIRS][2];
     for (int r = 0; r < ROWS; ++r) {

@@ -346,7 +346,7 @@ def check_attention(model, batch, scale=1.0):
     out = poison(T + 1, H, h)
     cu = ints(np.cumsum([0] + [q for q, _ in batch]))
     def attend(k_cache, v_cache):
-        launch(model, "paged_attention", (-(-longest // QUERY_TILE), K, S), out, qkv, k_cache, v_cache, tables, max_blocks, cu,
+        launch(model, "paged_attention", (-(-longest // QUERY_TILE), K, S), out, qkv, k_cache, v_cache, tables, ints(range(0, S * max_blocks + 1, max_blocks)), cu,
                ints([c for _, c in batch]), np.float32(h ** -0.5))
     attend(np.full_like(caches[0], NAN), np.full_like(caches[1], NAN))    # leaves NaN in shared memory for the next launch
     out[...] = NAN
@@ -390,7 +390,7 @@ def test_offsets_need_64_bits():
     launch(BASE, "rope_and_cache", (T,), qkv, rope_table(T, h), ints(range(T)), slots, np.empty_like(cache), cache)
     assert (cache[page, 0, :T] == v).all()
     out = poison(T, H, h)
-    launch(BASE, "paged_attention", (1, K, 1), out, qkv, cache, cache, ints([[page]]), 1, ints([0, T]), ints([T]), np.float32(1 / 8))
+    launch(BASE, "paged_attention", (1, K, 1), out, qkv, cache, cache, ints([page]), ints([0, 1]), ints([0, T]), ints([T]), np.float32(1 / 8))
     close(out[-1], [attention_twin(q, v, v, 1 / 8) for q in qkv[-1, :H]], floor=4e-3)
     table, row, one = np.empty((2 ** 31 // 144 + 2, 144), bfloat16), randn(rng, 144), poison(1, 144)
     table[-1] = row
@@ -1178,16 +1178,17 @@ def write_model(folder, config={}, weights={}, files=["model.safetensors"], size
 def run_recorded(llm, prompts, params):
     """Outputs, and for each the logits [new tokens, V] that its tokens were chosen from."""
     model, recorded = llm.engine.model, {}
-    sample = type(model).sample
+    run = model.run
 
-    def record(logits, batch):
-        for sequence, row in zip(batch.sampled, llm.device.to_host(logits).astype(np.float64)):
-            recorded.setdefault(id(sequence.output), []).append(row)
-        return sample(model, logits, batch)
+    def record(batch):
+        tokens, logprobs, logits = run(batch)
+        for sequence, row in zip(batch.sampled, llm.device.to_host(logits) if batch.sampled else []):
+            recorded.setdefault(id(sequence.output), []).append(row.astype(np.float64))
+        return tokens, logprobs, logits
 
-    model.sample = record
+    model.run = record
     outputs = llm.generate(prompts, params)
-    del model.sample
+    del model.run
     return outputs, [np.array(recorded[id(output)]) for output in outputs]
 
 
@@ -1252,7 +1253,7 @@ SOME = [text for text in TEXTS if len(text[1]) < 700][::9] + [text for text in T
 
 @pytest.mark.parametrize("options", [
     {"max_num_batched_tokens": 1}, {"max_num_batched_tokens": 7}, {"max_num_batched_tokens": 33}, {"max_num_seqs": 2},
-    {"block_size": 8}, {"block_size": 64}], ids=lambda options: "-".join(f"{name}-{value}" for name, value in options.items()))
+    {"block_size": 8}, {"block_size": 64}, {"enforce_eager": True}], ids=lambda options: "-".join(f"{name}-{value}" for name, value in options.items()))
 def test_recitation_with_odd_limits(options):
     """Chunks of any size, pages of any size, few sequences at once."""
     recite(LLM(PARROT, **options), SOME)
@@ -1406,7 +1407,7 @@ def test_an_interrupted_step_can_be_repeated(parrot, monkeypatch):
     stream = parrot.stream(prompts[0])
     text = next(stream).delta
     with monkeypatch.context() as patch:
-        patch.setattr(type(parrot.engine.model), "sample", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(parrot.engine.model, "run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             parrot.generate(prompts[1])
     parrot.engine.scheduler.check_integrity()

@@ -36,7 +36,7 @@ import tempfile
 import time
 import weakref
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import ml_dtypes
@@ -310,6 +310,7 @@ def load_weights(folder, config, device):
 #   kernels.rms_norm((T,), out, ...)   a launch, T blocks; block size and argument types are
 #                                      read from kernels.cu itself, so they stand in one place
 #   device.linear(x, w)                the one place that multiplies matrices
+#   device.record(function)            the kernels that function() starts, as one thing to start: a CUDA graph
 # ======================================================================================================================
 KERNEL_TYPES = {"bf16": BFLOAT16, "float": np.dtype(np.float32), "int": np.dtype(np.int32),
                 "long long": np.dtype(np.int64), "u64": np.dtype(np.uint64)}
@@ -373,6 +374,24 @@ def parse_parameter(text):
     return name, KERNEL_TYPES[ctype], bool(pointer)
 
 
+CUDA_BF16, CUBLAS_COMPUTE_32F = 14, 68          # of cuBLAS's enumerations
+ONE, ZERO = ctypes.byref(ctypes.c_float(1)), ctypes.byref(ctypes.c_float(0))
+
+
+def open_cublas(cupy):
+    """(cublasGemmEx, cublasSetStream, a handle) from the cuBLAS that CuPy has loaded. CuPy's own matmul does the same product,
+    but refuses to be recorded in a CUDA graph."""
+    cupy.cuda.device.get_cublas_handle()                            # loads the library
+    loaded = [line.split()[-1] for line in open("/proc/self/maps") if "libcublas.so" in line]
+    library, handle = ctypes.CDLL(loaded[0]), ctypes.c_void_p()
+    assert library.cublasCreate_v2(ctypes.byref(handle)) == 0
+    library.cublasSetStream_v2.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    number, pointer = ctypes.c_int, ctypes.c_void_p
+    library.cublasGemmEx.argtypes = [pointer, *[number] * 5, pointer, pointer, number, number, pointer, number, number, pointer,
+                                     pointer, number, number, number, number]
+    return library.cublasGemmEx, library.cublasSetStream_v2, handle
+
+
 class CudaDevice:
     """An NVIDIA GPU, through CuPy."""
 
@@ -386,6 +405,7 @@ class CudaDevice:
         if properties["major"] < 8:
             raise TinyVLLMError(f"{self.name} has compute capability {properties['major']}.{properties['minor']}, needed is 8.0 "
                                 f"or newer (RTX 30 series, A100, ...), for bfloat16: use --device cpu or another GPU")
+        self.gemm, self.set_stream, self.cublas = open_cublas(cupy)
         # Attributes 36 and 37: memory clock in kHz, bus width in bits. Memory moves data twice a clock.
         clock, width = runtime.deviceGetAttribute(36, number), runtime.deviceGetAttribute(37, number)
         self.memory_bandwidth = 2e3 * clock * width / 8 or None     # bytes/s at best; some drivers say 0
@@ -405,9 +425,47 @@ class CudaDevice:
         free, total = self.xp.cuda.runtime.memGetInfo()
         return free + self.xp.get_default_memory_pool().free_bytes(), total
 
+    def pinned(self, num_bytes):
+        """Host memory that the GPU can read by itself, uint8."""
+        import cupyx
+        return cupyx.empty_pinned(num_bytes, np.uint8)
+
+    def copy(self, target, source):
+        """Host memory to an array of the device, of the same size; from pinned memory it does not wait."""
+        target.set(source)
+
+    def synchronize(self):
+        self.xp.cuda.get_current_stream().synchronize()
+
     def linear(self, x, w):
         """x [T, in] @ w [out, in] transposed -> [T, out]; bf16, accumulated in float32."""
-        return self.xp.matmul(x, w.T)
+        # cuBLAS counts columns first: what is x [T, in] to us is in x T to it, and it gives out x T = w' x, our [T, out].
+        (T, columns), rows = x.shape, len(w)
+        out = self.empty((T, rows))
+        self.set_stream(self.cublas, self.xp.cuda.get_current_stream().ptr)
+        status = self.gemm(self.cublas, 1, 0, rows, T, columns, ONE, w.data.ptr, CUDA_BF16, columns, x.data.ptr, CUDA_BF16, columns,
+                           ZERO, out.data.ptr, CUDA_BF16, rows, CUBLAS_COMPUTE_32F, -1)
+        assert status == 0, f"cuBLAS answers {status} to a product of {x.shape} and {w.shape}"
+        return out
+
+    def record(self, function):
+        """A function that does on the GPU what function() does, for the price of one launch, and returns the same arrays.
+
+        Starting a kernel costs the CPU some microseconds, and a decode step has more than a hundred. A CUDA graph starts them
+        all at once, with the arguments they were recorded with: what changes from step to step must be data at fixed addresses.
+        """
+        pool = self.xp.cuda.MemoryPool()            # the graph writes to these addresses whenever it runs: nobody else gets them
+        with self.xp.cuda.using_allocator(pool.malloc), self.xp.cuda.Stream() as stream:
+            function()                              # once for real, so that all is compiled, loaded and allocated
+            stream.begin_capture()
+            result = function()
+            graph = stream.end_capture()
+            stream.synchronize()
+
+        def run():
+            graph.launch(self.xp.cuda.get_current_stream())
+            return result
+        return run
 
     def compile(self, defines, path=FOLDER / "kernels.cu"):
         """NVRTC compiles for this very GPU; CuPy caches the result in ~/.cupy/kernel_cache."""
@@ -458,6 +516,18 @@ class CpuDevice:
         """Bytes: (free, total). A third of the machine's memory: the weights' float32 copies are twice their size."""
         third = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 3
         return third, third
+
+    def pinned(self, num_bytes):
+        return np.empty(num_bytes, np.uint8)
+
+    def copy(self, target, source):
+        target[:] = source
+
+    def synchronize(self):
+        pass                                # a launch returns when it is done
+
+    def record(self, function):
+        return function
 
     def linear(self, x, w):
         """x [T, in] @ w [out, in] transposed -> [T, out]; bf16, accumulated in float32."""
@@ -744,40 +814,85 @@ class Scheduler:
 #   positions   16 17 18 19 20 41 0 1 2
 #   cu_seqlens   0         5 6     9     where each sequence begins
 #   context_lens 21 42 3                 tokens in the cache after this step
+#   block_tables 7 2 | 5 3 9 | 4         the pages of each sequence; cu_blocks 0 2 5 6
+#
+# The steps in which every sequence decodes are run as CUDA graphs, one for each of a few batch sizes; a batch is padded to
+# the next of these with rows that compute nothing anyone reads (vLLM: cudagraph_capture_sizes; enforce_eager is without).
 # ======================================================================================================================
+GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+
+
 @dataclass
 class Batch:
-    """A step's tokens, and all that the kernels must know about them."""
-    sequences: list                     # S
+    """A step's tokens, and all that the kernels must know about them. The arrays are the host's or, after StepBuffer.upload,
+    the device's. What depends on nothing but T, S and R comes first: see there."""
+    sampled: list                       # R of the S sequences: those of which nothing remains after this step
+    max_query_len: int                  # tokens that a sequence brings at most
+    slot_mapping: np.ndarray            # [T] int64: where each token's key and value go; -1: nowhere
+    seeds: np.ndarray                   # [R] uint64
     token_ids: np.ndarray               # [T] int32
     positions: np.ndarray               # [T] int32
-    slot_mapping: np.ndarray            # [T] int64: where each token's key and value go
-    block_tables: np.ndarray            # [S, the longest] int32: the pages of each sequence
     cu_seqlens: np.ndarray              # [S + 1] int32
     context_lens: np.ndarray            # [S] int32
-    sampled: list                       # R of the sequences: those of which nothing remains after this step
-    last_tokens: np.ndarray             # [R] int32: where among the T their last tokens are
+    last_tokens: np.ndarray             # [R] int32: where among the T the last tokens of the sampled are
+    lengths: np.ndarray                 # [R] int32: how many tokens they have, which is the new one's position
+    temperatures: np.ndarray            # [R] float32
+    top_ks: np.ndarray                  # [R] int32
+    top_ps: np.ndarray                  # [R] float32
+    cu_blocks: np.ndarray               # [S + 1] int32
+    block_tables: np.ndarray            # [pages of all S] int32: sequence s has those from cu_blocks[s] on
 
     @classmethod
-    def build(cls, scheduled, block_size):
-        """The batch for a list of (sequence, number of tokens)."""
-        sequences, counts = [s for s, _ in scheduled], [count for _, count in scheduled]
-        starts = [s.num_computed_tokens for s in sequences]
-        block_tables = np.zeros((len(sequences), max(len(s.block_table) for s in sequences)), np.int32)
+    def build(cls, scheduled, block_size, sizes=()):
+        """The batch for a list of (sequence, number of tokens). sizes: ascending; a batch of decodes only is padded to the
+        least of them that is enough."""
+        starts, counts = [s.num_computed_tokens for s, _ in scheduled], [count for _, count in scheduled]
+        tables = [s.block_table for s, _ in scheduled]
+        sampled = [s for s, count in scheduled if s.remaining == count]
+        is_decode = max(counts) == 1 and len(sampled) == len(scheduled)
+        padding = next((size for size in sizes if size >= len(counts)), len(counts)) - len(counts) if is_decode else 0
+        pad = [0] * padding
+
         token_ids, positions, slots = [], [], []
-        for row, (s, start, count) in enumerate(zip(sequences, starts, counts)):
-            block_tables[row, :len(s.block_table)] = s.block_table
+        for (s, count), start in zip(scheduled, starts):
             token_ids += s.token_ids[start:start + count]
-            position = np.arange(start, start + count)
-            positions.append(position)
-            slots.append(block_tables[row, position // block_size].astype(np.int64) * block_size + position % block_size)
-        cu_seqlens = np.cumsum([0, *counts], dtype=np.int32)
-        finished = [row for row, (s, count) in enumerate(scheduled) if s.remaining == count]
+            positions += range(start, start + count)
+            slots += [s.block_table[p // block_size] * block_size + p % block_size for p in range(start, start + count)]
+        cu_seqlens = np.cumsum([0, *counts, *[1] * padding], dtype=np.int32)
+        finished = [row for row, (s, count) in enumerate(scheduled) if s.remaining == count] + list(range(len(counts), len(counts) + padding))
+        params, ints, floats = [s.params for s in sampled], np.int32, np.float32
         return cls(
-            sequences=sequences, token_ids=np.array(token_ids, np.int32), positions=np.concatenate(positions).astype(np.int32),
-            slot_mapping=np.concatenate(slots), block_tables=block_tables, cu_seqlens=cu_seqlens,
-            context_lens=np.array(starts, np.int32) + np.array(counts, np.int32),
-            sampled=[sequences[row] for row in finished], last_tokens=cu_seqlens[1:][finished] - 1)
+            sampled=sampled, max_query_len=max(counts),
+            slot_mapping=np.array(slots + [-1] * padding, np.int64), seeds=np.array([s.seed for s in sampled] + pad, np.uint64),
+            token_ids=np.array(token_ids + pad, ints), positions=np.array(positions + pad, ints),
+            cu_seqlens=cu_seqlens, context_lens=np.array([a + b for a, b in zip(starts, counts)] + pad, ints),
+            last_tokens=cu_seqlens[1:][finished] - 1, lengths=np.array([len(s.token_ids) for s in sampled] + pad, ints),
+            temperatures=np.array([p.temperature for p in params] + pad, floats),
+            top_ks=np.array([min(p.top_k, 2**31 - 1) for p in params] + pad, ints),
+            top_ps=np.array([p.top_p for p in params] + pad, floats),
+            cu_blocks=np.cumsum([0, *map(len, tables), *pad], dtype=ints),
+            block_tables=np.array([block for table in tables for block in table], ints))
+
+
+class StepBuffer:
+    """Carries a batch to the device, in one copy. Where an array arrives depends on nothing but T, S and R: a CUDA graph that
+    was recorded for one batch finds the next one of these sizes at the same addresses."""
+    ARRAYS = [f.name for f in fields(Batch) if f.type is np.ndarray]
+
+    def __init__(self, device, max_tokens, max_seqs, num_blocks):
+        num_bytes = 16 * max_tokens + 48 * (max_seqs + 1) + 4 * num_blocks
+        self.host, self.device, self.copy = device.pinned(num_bytes), device.empty(num_bytes, np.uint8), device.copy
+
+    def upload(self, batch):
+        """The batch, with its arrays on the device."""
+        arrays, end = {}, 0
+        for name in self.ARRAYS:
+            array = getattr(batch, name)
+            start, end = end, end + array.nbytes
+            self.host[start:end] = array.view(np.uint8)
+            arrays[name] = self.device[start:end].view(array.dtype)
+        self.copy(self.device[:end], self.host[:end])
+        return replace(batch, **arrays)
 
 
 def rope_frequencies(config):
@@ -800,35 +915,54 @@ def rope_frequencies(config):
 class Model:
     """Config, weights, kernels and the KV cache, on a device."""
 
-    def __init__(self, config, weights, device, num_blocks, block_size, max_model_len):
+    def __init__(self, config, weights, device, num_blocks, block_size, max_model_len, step_buffer, enforce_eager):
+        """max_model_len: positions that can occur. step_buffer: for its batches. enforce_eager: no CUDA graphs."""
         c = config
-        self.config, self.weights, self.device = c, weights, device
+        self.config, self.weights, self.device, self.buffer = c, weights, device, step_buffer
+        self.graph_sizes, self.graphs = () if enforce_eager else GRAPH_SIZES, {}       # size -> what device.record returned
         self.kernels = compile_kernels(config, device, block_size)
         # Keys are cache[l, 0], values cache[l, 1] of layer l. Within a page each head's tokens are consecutive.
         self.kv_cache = device.empty((c.num_hidden_layers, 2, num_blocks, c.num_key_value_heads, block_size, c.head_dim))
         angles = np.arange(max_model_len)[:, None] * rope_frequencies(c)
         self.cos_sin = device.to_device(np.concatenate([np.cos(angles), np.sin(angles)], 1, dtype=np.float32))    # [max_model_len, h]
 
-    def forward(self, batch):
-        """The logits [R, V] that choose each sampled sequence's next token; as a side effect, keys and values in the cache."""
+    def run(self, batch):
+        """One step: for each sampled sequence its next token and that token's log-probability, two lists; and the logits
+        [R, V] on the device. The lists may be longer, by padding."""
+        b = self.buffer.upload(batch)
+        size = len(b.lengths)
+        if size == 0:                                                                   # only chunks that do not end a prompt
+            self.forward(b)
+            self.device.synchronize()                                                   # the buffer can be filled again
+            return [], [], None
+        if batch.max_query_len == 1 and size in self.graph_sizes and size == len(b.token_ids):
+            if size not in self.graphs:
+                self.graphs[size] = self.device.record(lambda: self.sample(self.forward(b), b))
+            tokens, logits = self.graphs[size]()
+        else:
+            tokens, logits = self.sample(self.forward(b), b)
+        tokens = self.device.to_host(tokens)                                            # waits until the step is done
+        return tokens[0].tolist(), tokens[1].view(np.float32).tolist(), logits
+
+    def forward(self, b):
+        """The logits [R, V] that choose each sampled sequence's next token; as a side effect, keys and values in the cache.
+        b: a batch on the device."""
         c, w, kernels, linear = self.config, self.weights, self.kernels, self.device.linear
-        T, S = len(batch.token_ids), len(batch.sequences)
+        T, S, R = len(b.token_ids), len(b.context_lens), len(b.last_tokens)
         D, F, heads_size = c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim
-        token_ids, positions, slot_mapping, block_tables, cu_seqlens, context_lens = map(self.device.to_device, (
-            batch.token_ids, batch.positions, batch.slot_mapping, batch.block_tables, batch.cu_seqlens, batch.context_lens))
-        tiles = -(-int(np.diff(batch.cu_seqlens).max()) // kernels.QUERY_TILE)
+        tiles = -(-b.max_query_len // kernels.QUERY_TILE)
         x, attention, activation = (self.device.empty((T, size)) for size in (D, heads_size, F))
 
         residual = self.device.empty((T, D))
-        kernels.gather_rows((T,), residual, w.embed, token_ids)                         # the embedding
+        kernels.gather_rows((T,), residual, w.embed, b.token_ids)                       # the embedding
         added = None                                                                    # what goes onto the residual next
         for layer, (k_cache, v_cache) in zip(w.layers, self.kv_cache):
             # x = norm(residual += added);  residual += attention(x) @ o
             kernels.rms_norm((T,), x, residual, added, layer.input_norm)
             qkv = linear(x, layer.qkv)                                                  # [T, (H + 2K) h]
-            kernels.rope_and_cache((T,), qkv, self.cos_sin, positions, slot_mapping, k_cache, v_cache)
-            kernels.paged_attention((tiles, c.num_key_value_heads, S), attention, qkv, k_cache, v_cache, block_tables,
-                                    block_tables.shape[1], cu_seqlens, context_lens, c.head_dim ** -0.5)
+            kernels.rope_and_cache((T,), qkv, self.cos_sin, b.positions, b.slot_mapping, k_cache, v_cache)
+            kernels.paged_attention((tiles, c.num_key_value_heads, S), attention, qkv, k_cache, v_cache, b.block_tables, b.cu_blocks,
+                                    b.cu_seqlens, b.context_lens, c.head_dim ** -0.5)
             added = linear(attention, layer.o)                                          # [T, D]
 
             # x = norm(residual += added);  residual += silu(x @ gate) * (x @ up) @ down
@@ -837,29 +971,21 @@ class Model:
             kernels.silu_mul((-(-F // (8 * kernels.SILU_THREADS)), T), activation, gate_up)
             added = linear(activation, layer.down)                                      # [T, D]
 
-        R = len(batch.last_tokens)
-        if R == 0:                                                                      # only chunks that do not end a prompt
+        if R == 0:
             return None
         kernels.rms_norm((T,), x, residual, added, w.norm)
         last = self.device.empty((R, D))                                                # the head is large: only these rows need it
-        kernels.gather_rows((R,), last, x, self.device.to_device(batch.last_tokens))
+        kernels.gather_rows((R,), last, x, b.last_tokens)
         return linear(last, w.head)
 
-    def sample(self, logits, batch):
-        """The next token of each sampled sequence, and its log-probability: two lists of R.
+    def sample(self, logits, b):
+        """([2, R] int32: the next tokens, and the bits of their float32 log-probabilities; the logits).
 
         A random choice depends on the request's seed and the token's position alone: it is the same in any batch.
         """
-        params = [s.params for s in batch.sampled]
-        R = len(params)
-        tokens, logprobs = self.device.empty(R, np.int32), self.device.empty(R, np.float32)
-        settings = (np.array([p.temperature for p in params], np.float32),
-                    np.array([min(p.top_k, self.config.vocab_size) for p in params], np.int32),
-                    np.array([p.top_p for p in params], np.float32),
-                    np.array([s.seed for s in batch.sampled], np.uint64),
-                    np.array([len(s.token_ids) for s in batch.sampled], np.int32))
-        self.kernels.sample((R,), tokens, logprobs, logits, *map(self.device.to_device, settings))
-        return self.device.to_host(tokens).tolist(), self.device.to_host(logprobs).tolist()
+        tokens = self.device.empty((2, len(logits)), np.int32)
+        self.kernels.sample((len(logits),), tokens[0], tokens[1].view(np.float32), logits, b.temperatures, b.top_ks, b.top_ps, b.seeds, b.lengths)
+        return tokens, logits
 
 
 def compile_kernels(config, device, block_size):
@@ -898,10 +1024,11 @@ def kv_bytes_per_token(config):
 
 def activation_bytes(config, max_num_batched_tokens, max_num_seqs, max_model_len):
     """Bytes that a step needs beside weights and cache: the arrays of forward() at their largest, twice, since the allocator
-    keeps old ones; the table of angles; and 256 MB for cuBLAS and the compiled kernels."""
+    keeps old ones; logits for each CUDA graph; the table of angles; and 256 MB for cuBLAS and the compiled kernels."""
     c = config
     a_token = 4 * c.hidden_size + c.qkv_size + c.num_attention_heads * c.head_dim + 3 * c.intermediate_size
-    return (2 * BYTES * (max_num_batched_tokens * a_token + max_num_seqs * c.vocab_size) + 4 * max_model_len * c.head_dim + 2**28)
+    rows = 2 * max_num_seqs + sum(size for size in GRAPH_SIZES if size < 2 * max_num_seqs)
+    return BYTES * (2 * max_num_batched_tokens * a_token + rows * c.vocab_size) + 4 * max_model_len * c.head_dim + 2**28
 
 
 def kv_cache_blocks(config, memory, utilization, block_size, limits, max_model_len):
@@ -935,7 +1062,7 @@ class Stats:
 
     def add(self, batch, seconds, config):
         """Counts a step; its seconds are those of the whole step, scheduling and Python included."""
-        if len(batch.token_ids) == len(batch.sequences):
+        if batch.max_query_len == 1:
             self.decode_bytes += decode_weight_bytes(config) + kv_bytes_per_token(config) * int(batch.context_lens.sum())
             self.decode_seconds += seconds
 
@@ -951,10 +1078,9 @@ class Engine:
         """Computes one step and returns the sequences that got a token. Call it while there is work."""
         start = time.perf_counter()
         scheduled = self.scheduler.schedule()
-        batch = Batch.build(scheduled, self.scheduler.allocator.block_size)
-        logits = self.model.forward(batch)
-        tokens, logprobs = self.model.sample(logits, batch) if batch.sampled else ([], [])
-        for sequence, count in scheduled:           # not before: should sampling be interrupted, the same step can run again
+        batch = Batch.build(scheduled, self.scheduler.allocator.block_size, self.model.graph_sizes)
+        tokens, logprobs, logits = self.model.run(batch)
+        for sequence, count in scheduled:           # not before: should the step be interrupted, it can run again
             sequence.num_computed_tokens += count
         for sequence, token, logprob, row in zip(batch.sampled, tokens, logprobs, range(len(tokens))):
             if sequence.params.logprobs is not None:
@@ -1008,9 +1134,10 @@ class LLM:
     """
 
     def __init__(self, model=None, *, device="auto", max_model_len=None, gpu_memory_utilization=0.9, block_size=16,
-                 max_num_batched_tokens=4096, max_num_seqs=256, num_blocks=None):
+                 max_num_batched_tokens=4096, max_num_seqs=256, num_blocks=None, enforce_eager=False):
         """model: a folder or a Hugging Face id; None: see find_model. max_model_len: tokens of prompt and answer together;
-        default: the model's limit. num_blocks: pages of the KV cache; default: as many as the memory share holds."""
+        default: the model's limit. num_blocks: pages of the KV cache; default: as many as the memory share holds.
+        enforce_eager: launch every kernel by itself rather than by CUDA graphs."""
         check_options(gpu_memory_utilization, block_size, {
             "--max-model-len": max_model_len, "max_num_batched_tokens": max_num_batched_tokens, "max_num_seqs": max_num_seqs,
             "num_blocks": num_blocks})
@@ -1031,7 +1158,9 @@ class LLM:
         self.max_model_len = min(limit, num_blocks * block_size)
         if self.max_model_len < limit:
             print(f"tiny-vLLM: memory holds a context of {self.max_model_len} tokens, the model could have {limit}", file=sys.stderr)
-        model = Model(config, load_weights(folder, config, self.device), self.device, num_blocks, block_size, self.max_model_len)
+        weights = load_weights(folder, config, self.device)
+        buffer = StepBuffer(self.device, max_num_batched_tokens, max(max_num_seqs, *GRAPH_SIZES), num_blocks)
+        model = Model(config, weights, self.device, num_blocks, block_size, self.max_model_len, buffer, enforce_eager)
         scheduler = Scheduler(BlockAllocator(num_blocks, block_size), max_num_batched_tokens, max_num_seqs)
         self.engine = Engine(model, scheduler, config.eos_token_ids)
 
