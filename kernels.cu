@@ -1,12 +1,13 @@
 // tiny-vLLM: every GPU kernel of the engine.
 //
 // A step of the engine is matrix products, which cuBLAS does, and between them these kernels, in the order in which a
-// token meets them (the middle four in every layer, rms_norm twice and once more before the head):
+// token meets them (the middle five in every layer, rms_norm twice and once more before the head):
 //
 //     gather_rows       token id -> its row of the embedding table
 //     rms_norm          add what the last product gave to the residual stream, normalise
 //     rope_and_cache    rotate queries and keys by their position, put keys and values into the paged KV cache
 //     paged_attention   each query looks at all the keys up to its own, wherever their pages lie
+//     merge_splits      ... and what it found there is added up, where several blocks shared the keys
 //     silu_mul          the gate of the feed-forward part
 //     sample            logits -> the next token, on the GPU, so that the next step need not wait for the CPU
 //
@@ -216,8 +217,11 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
 //   s has the pages block_tables[cu_blocks[s]] and on, one for each B tokens.
 //   cu_seqlens [S + 1]: sequence s brings tokens cu_seqlens[s] .. cu_seqlens[s + 1] - 1 of the batch.
 //   context_lens [S]: how many tokens it has by now, these included.
-//   Grid (ceil(most queries of a sequence / QUERY_TILE), K, S): a block owns a tile of one sequence's queries, times
-//   the G heads of one kv head. Such a pair (query, head) is a row. Rows are dealt to the warps in turn, so each has at
+//   splits, partial [T, H, splits, h + 2] float or null: a few decode tokens make too few blocks for a GPU, however long
+//   their contexts. So the keys of each are dealt to `splits` blocks, a row of tiles to each (flash-decoding). With one
+//   split, out is written; with more, partial: each block's acc, m and l, for merge_splits.
+//   Grid (ceil(most queries of a sequence / QUERY_TILE) * splits, K, S): a block owns a tile of one sequence's queries,
+//   times the G heads of one kv head. Such a pair (query, head) is a row. Rows are dealt to the warps in turn, so each has at
 //   most G; one decode token has G rows in all, the others are skipped. Within a row, a lane owns one key in 32 for the
 //   scores, then two numbers in 64 of head_dim for the values.
 //   Shared memory: a tile of keys and values, and for each warp the probabilities of its current row; 22 to 38 KB.
@@ -227,7 +231,7 @@ constexpr int ATTENTION_THREADS = 256;
 
 extern "C" __global__ __launch_bounds__(ATTENTION_THREADS) void paged_attention(
         bf16* out, const bf16* qkv, const bf16* k_cache, const bf16* v_cache, const int* block_tables, const int* cu_blocks,
-        const int* cu_seqlens, const int* context_lens, float scale) {
+        const int* cu_seqlens, const int* context_lens, float scale, float* partial, int splits) {
     constexpr int WARPS = ATTENTION_THREADS / 32;
     constexpr int ROWS = (QUERY_TILE * GROUP + WARPS - 1) / WARPS;                // rows of one warp, at most
     constexpr int KEY_TILE = HEAD_DIM <= 64 ? 128 : HEAD_DIM <= 128 ? 64 : 32;    // the static limit is 48 KB
@@ -241,15 +245,18 @@ extern "C" __global__ __launch_bounds__(ATTENTION_THREADS) void paged_attention(
     __shared__ float p_tile[WARPS][KEY_TILE];
 
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int kv_head = blockIdx.y, sequence = blockIdx.z;
+    const int split = blockIdx.x % splits, kv_head = blockIdx.y, sequence = blockIdx.z;
     const int query_len = cu_seqlens[sequence + 1] - cu_seqlens[sequence];
-    const int first_query = blockIdx.x * QUERY_TILE;
+    const int first_query = blockIdx.x / splits * QUERY_TILE;
     if (first_query >= query_len) return;                       // the whole block returns: it misses no barrier
     const int first_token = cu_seqlens[sequence] + first_query;                     // its number in the batch
     const int first_position = context_lens[sequence] - query_len + first_query;    // and in the sequence
     const int queries = min(QUERY_TILE, query_len - first_query), rows = queries * GROUP;
     const int end = first_position + queries;                   // the last query sees keys 0..end-1
     const int* block_table = block_tables + cu_blocks[sequence];
+    // This block's keys: whole tiles, so that only the last one of all can be partial. There may be none.
+    const int tiles = (end + KEY_TILE - 1) / KEY_TILE, share = (tiles + splits - 1) / splits * KEY_TILE;
+    const int first_key = split * share, last_key = min(end, first_key + share);
 
     float m[ROWS], l[ROWS], acc[ROWS][PAIRS][2];
     for (int r = 0; r < ROWS; ++r) {
@@ -258,11 +265,11 @@ extern "C" __global__ __launch_bounds__(ATTENTION_THREADS) void paged_attention(
         for (int d = 0; d < PAIRS; ++d) acc[r][d][0] = acc[r][d][1] = 0;
     }
 
-    for (int start = 0; start < end; start += KEY_TILE) {
+    for (int start = first_key; start < last_key; start += KEY_TILE) {
         // 1. All threads copy the tile. Hazard: the last one may be partial, and so may the last page. Nothing at or
         //    past `end` is read, neither unused slots (garbage, possibly NaN) nor unused entries of the block table
         //    (not even page numbers).
-        const int keys = min(KEY_TILE, end - start);
+        const int keys = min(KEY_TILE, last_key - start);
         __syncthreads();    // a slow warp may still be reading the tile before this one
         #pragma unroll 4
         for (int item = threadIdx.x; item < keys * PARTS; item += ATTENTION_THREADS) {
@@ -340,8 +347,20 @@ extern "C" __global__ __launch_bounds__(ATTENTION_THREADS) void paged_attention(
         const int row = r * WARPS + warp, query = row / GROUP, head = kv_head * GROUP + row % GROUP;
         if (row >= rows) break;
         const float sum = warp_reduce(l[r], Sum());
+        const size_t place = (size_t)(first_token + query) * NUM_HEADS + head;
+        if (splits > 1) {
+            float* target = partial + (place * splits + split) * (HEAD_DIM + 2);
+            for (int d = 0; d < PAIRS; ++d) {
+                const int pair = 32 * d + lane;
+                if (pair >= HEAD_DIM / 2) break;
+                target[2 * pair] = acc[r][d][0];
+                target[2 * pair + 1] = acc[r][d][1];
+            }
+            if (lane == 0) target[HEAD_DIM] = m[r], target[HEAD_DIM + 1] = sum;
+            continue;
+        }
         const float scale_down = sum > 0 ? 1 / sum : 0;    // a padding query has seen no key: 0, not 0 / 0
-        bf16* target = out + (size_t)(first_token + query) * (NUM_HEADS * HEAD_DIM) + head * HEAD_DIM;
+        bf16* target = out + place * HEAD_DIM;
         for (int d = 0; d < PAIRS; ++d) {
             const int pair = 32 * d + lane;
             if (pair >= HEAD_DIM / 2) break;
@@ -349,6 +368,32 @@ extern "C" __global__ __launch_bounds__(ATTENTION_THREADS) void paged_attention(
                                                         __float2bfloat16(acc[r][d][1] * scale_down)}};
         }
     }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// merge_splits: the splits of paged_attention, added up
+//
+// Each split has summed relative to its own maximum m; the same rule as from tile to tile brings them to a common one.
+//   out [T, H h].   partial [T, H, splits, h + 2]: acc, m, l of each split, as paged_attention leaves them.
+//   Grid (T, H): one block owns one row of out, a thread one number of it.
+// ---------------------------------------------------------------------------------------------------------------------
+constexpr int MERGE_THREADS = 256;    // the largest head_dim
+
+extern "C" __global__ __launch_bounds__(MERGE_THREADS) void merge_splits(bf16* out, const float* partial, int splits) {
+    const size_t place = (size_t)blockIdx.x * NUM_HEADS + blockIdx.y;
+    const float* split = partial + place * splits * (HEAD_DIM + 2);
+    const int d = threadIdx.x;
+    if (d >= HEAD_DIM) return;
+    float m = -INF, l = 0, acc = 0;
+    for (int s = 0; s < splits; ++s, split += HEAD_DIM + 2) {
+        const float other = split[HEAD_DIM];
+        if (other == -INF) continue;    // it had no keys. Hazard: as in paged_attention, -inf - -inf would be NaN
+        const float highest = fmaxf(m, other), mine = expf(m - highest), its = expf(other - highest);
+        l = l * mine + split[HEAD_DIM + 1] * its;
+        acc = acc * mine + split[d] * its;
+        m = highest;
+    }
+    out[place * HEAD_DIM + d] = __float2bfloat16(l > 0 ? acc / l : 0);    // a padding query has seen no key at all
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -326,7 +326,7 @@ def attention_twin(q, keys, values, scale):    # one query at position p of one 
 RAGGED = [(1, 1), (1, 16), (5, 5), (1, 17), (13, 300), (1, 129), (8, 8), (9, 41), (0, 33), (17, 64), (1, 0), (5, 3)]    # (queries, context)
 
 
-def check_attention(model, batch, scale=1.0):
+def check_attention(model, batch, scale=1.0, splits=1):
     """A cache of shuffled pages, where everything that no sequence owns is NaN and every unused table entry points nowhere."""
     rng, (H, K, h, B) = RNG(4), attention_sizes(model)
     T, S, longest = sum(q for q, _ in batch), len(batch), max(q for q, _ in batch)
@@ -344,10 +344,12 @@ def check_attention(model, batch, scale=1.0):
     qkv = poison(T, H + 2 * K, h)
     qkv[:, :H] = randn(rng, T, H, h, scale=scale)
     out = poison(T + 1, H, h)
+    partial = poison(T, H, splits, h + 2, dtype=np.float32)
     cu = ints(np.cumsum([0] + [q for q, _ in batch]))
     def attend(k_cache, v_cache):
-        launch(model, "paged_attention", (-(-longest // QUERY_TILE), K, S), out, qkv, k_cache, v_cache, tables, ints(range(0, S * max_blocks + 1, max_blocks)), cu,
-               ints([c for _, c in batch]), np.float32(h ** -0.5))
+        launch(model, "paged_attention", (-(-longest // QUERY_TILE) * splits, K, S), out, qkv, k_cache, v_cache, tables, ints(range(0, S * max_blocks + 1, max_blocks)), cu,
+               ints([c for _, c in batch]), np.float32(h ** -0.5), partial, splits)
+        if splits > 1: launch(model, "merge_splits", (T, H), out, partial, splits)
     attend(np.full_like(caches[0], NAN), np.full_like(caches[1], NAN))    # leaves NaN in shared memory for the next launch
     out[...] = NAN
     attend(*caches)
@@ -363,20 +365,23 @@ def check_attention(model, batch, scale=1.0):
 
 
 @every_model
-def test_attention_ragged(model):
-    check_attention(model, RAGGED)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_attention_ragged(model, splits):
+    check_attention(model, RAGGED, splits=splits)
 
 
 @pytest.mark.parametrize("queries, context", [(1, 1), (1, 15), (1, 16), (1, 17), (1, 127), (1, 128), (1, 129), (16, 16), (17, 17),
                                               (7, 135), (8, 129), (130, 130), (33, 257)])
 def test_attention_one_sequence(queries, context):
     check_attention(BASE, [(queries, context)])
+    check_attention(BASE, [(queries, context)], splits=7)
 
 
 @pytest.mark.parametrize("scale", [30.0, 1e9])
 def test_attention_extreme_scores(scale):
     """Differences of thousands between scores: one key takes it all, and nothing may overflow on the way."""
     check_attention(BASE, RAGGED, scale)
+    check_attention(BASE, RAGGED, scale, splits=2)
 
 
 @pytest.mark.skipif(ON_GPU, reason="would copy gigabytes; the simulator's memory is touched page by page")
@@ -390,7 +395,7 @@ def test_offsets_need_64_bits():
     launch(BASE, "rope_and_cache", (T,), qkv, rope_table(T, h), ints(range(T)), slots, np.empty_like(cache), cache)
     assert (cache[page, 0, :T] == v).all()
     out = poison(T, H, h)
-    launch(BASE, "paged_attention", (1, K, 1), out, qkv, cache, cache, ints([page]), ints([0, 1]), ints([0, T]), ints([T]), np.float32(1 / 8))
+    launch(BASE, "paged_attention", (1, K, 1), out, qkv, cache, cache, ints([page]), ints([0, 1]), ints([0, T]), ints([T]), np.float32(1 / 8), None, 1)
     close(out[-1], [attention_twin(q, v, v, 1 / 8) for q in qkv[-1, :H]], floor=4e-3)
     table, row, one = np.empty((2 ** 31 // 144 + 2, 144), bfloat16), randn(rng, 144), poison(1, 144)
     table[-1] = row

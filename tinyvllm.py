@@ -406,6 +406,7 @@ class CudaDevice:
             raise TinyVLLMError(f"{self.name} has compute capability {properties['major']}.{properties['minor']}, needed is 8.0 "
                                 f"or newer (RTX 30 series, A100, ...), for bfloat16: use --device cpu or another GPU")
         self.gemm, self.set_stream, self.cublas = open_cublas(cupy)
+        self.multiprocessors = properties["multiProcessorCount"]
         # Attributes 36 and 37: memory clock in kHz, bus width in bits. Memory moves data twice a clock.
         clock, width = runtime.deviceGetAttribute(36, number), runtime.deviceGetAttribute(37, number)
         self.memory_bandwidth = 2e3 * clock * width / 8 or None     # bytes/s at best; some drivers say 0
@@ -490,7 +491,7 @@ class CpuDevice:
         self.compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
         if not self.compiler:
             raise TinyVLLMError("no NVIDIA GPU and no C++ compiler: install g++ (apt install g++), or run where there is a GPU")
-        self.name = f"simulated GPU on {os.cpu_count()} CPU cores"
+        self.name, self.multiprocessors = f"simulated GPU on {os.cpu_count()} CPU cores", 4
         self.memory_bandwidth = None
         self.float32_weights = {}           # id of a weight -> the same in float32
         # TINYVLLM_SANITIZE=1 finds out-of-bounds accesses; AddressSanitizer must be there before Python's first malloc.
@@ -746,7 +747,7 @@ class Scheduler:
         # 1. Decodes, the oldest first. To find a page the youngest are preempted: those that this loop has not come to yet.
         #    The budget is enough for all: admission, below, never lets more sequences run than it has tokens.
         for sequence in [s for s in self.running if s.remaining == 1]:
-            if sequence in self.running and self.grow(sequence):
+            if sequence.block_table and self.grow(sequence):            # without pages it has just been preempted
                 scheduled.append((sequence, 1))
                 budget -= 1
         # 2. Prompts that are under way. Their pages are theirs since admission.
@@ -825,7 +826,7 @@ GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 @dataclass
 class Batch:
     """A step's tokens, and all that the kernels must know about them. The arrays are the host's or, after StepBuffer.upload,
-    the device's. What depends on nothing but T, S and R comes first: see there."""
+    the device's. Those of 8 bytes an entry come first, so that all are aligned; that of unforeseeable size comes last."""
     sampled: list                       # R of the S sequences: those of which nothing remains after this step
     max_query_len: int                  # tokens that a sequence brings at most
     slot_mapping: np.ndarray            # [T] int64: where each token's key and value go; -1: nowhere
@@ -843,40 +844,48 @@ class Batch:
     block_tables: np.ndarray            # [pages of all S] int32: sequence s has those from cu_blocks[s] on
 
     @classmethod
-    def build(cls, scheduled, block_size, sizes=()):
-        """The batch for a list of (sequence, number of tokens). sizes: ascending; a batch of decodes only is padded to the
-        least of them that is enough."""
-        starts, counts = [s.num_computed_tokens for s, _ in scheduled], [count for _, count in scheduled]
-        tables = [s.block_table for s, _ in scheduled]
-        sampled = [s for s, count in scheduled if s.remaining == count]
-        is_decode = max(counts) == 1 and len(sampled) == len(scheduled)
-        padding = next((size for size in sizes if size >= len(counts)), len(counts)) - len(counts) if is_decode else 0
-        pad = [0] * padding
-
-        token_ids, positions, slots = [], [], []
-        for (s, count), start in zip(scheduled, starts):
-            token_ids += s.token_ids[start:start + count]
-            positions += range(start, start + count)
-            slots += [s.block_table[p // block_size] * block_size + p % block_size for p in range(start, start + count)]
-        cu_seqlens = np.cumsum([0, *counts, *[1] * padding], dtype=np.int32)
-        finished = [row for row, (s, count) in enumerate(scheduled) if s.remaining == count] + list(range(len(counts), len(counts) + padding))
+    def build(cls, scheduled, block_size):
+        """The batch for a list of (sequence, number of tokens)."""
+        token_ids, positions, slots, context_lens = [], [], [], []
+        for s, count in scheduled:
+            start, end = s.num_computed_tokens, s.num_computed_tokens + count
+            token_ids += s.token_ids[start:end]
+            positions += range(start, end)
+            slots += [s.block_table[p // block_size] * block_size + p % block_size for p in range(start, end)]
+            context_lens.append(end)
+        counts, tables = [count for _, count in scheduled], [s.block_table for s, _ in scheduled]
+        cu_seqlens = np.cumsum([0, *counts], dtype=np.int32)
+        rows = [row for row, (s, count) in enumerate(scheduled) if s.remaining == count]
+        sampled = [scheduled[row][0] for row in rows]
         params, ints, floats = [s.params for s in sampled], np.int32, np.float32
         return cls(
-            sampled=sampled, max_query_len=max(counts),
-            slot_mapping=np.array(slots + [-1] * padding, np.int64), seeds=np.array([s.seed for s in sampled] + pad, np.uint64),
-            token_ids=np.array(token_ids + pad, ints), positions=np.array(positions + pad, ints),
-            cu_seqlens=cu_seqlens, context_lens=np.array([a + b for a, b in zip(starts, counts)] + pad, ints),
-            last_tokens=cu_seqlens[1:][finished] - 1, lengths=np.array([len(s.token_ids) for s in sampled] + pad, ints),
-            temperatures=np.array([p.temperature for p in params] + pad, floats),
-            top_ks=np.array([min(p.top_k, 2**31 - 1) for p in params] + pad, ints),
-            top_ps=np.array([p.top_p for p in params] + pad, floats),
-            cu_blocks=np.cumsum([0, *map(len, tables), *pad], dtype=ints),
+            sampled=sampled, max_query_len=max(counts), slot_mapping=np.array(slots, np.int64),
+            seeds=np.array([s.seed for s in sampled], np.uint64), token_ids=np.array(token_ids, ints),
+            positions=np.array(positions, ints), cu_seqlens=cu_seqlens, context_lens=np.array(context_lens, ints),
+            last_tokens=cu_seqlens[1:][rows] - 1, lengths=np.array([len(s.token_ids) for s in sampled], ints),
+            temperatures=np.array([p.temperature for p in params], floats),
+            top_ks=np.array([min(p.top_k, 2**31 - 1) for p in params], ints), top_ps=np.array([p.top_p for p in params], floats),
+            cu_blocks=np.cumsum([0, *map(len, tables)], dtype=ints),
             block_tables=np.array([block for table in tables for block in table], ints))
+
+    @property
+    def is_decode(self):
+        """Whether every sequence brings one token and gets one: T = S = R."""
+        return self.max_query_len == 1 and len(self.sampled) == len(self.context_lens)
+
+    def padded(self, size):
+        """A batch of decodes with rows added, up to `size`: sequences of one token that write to no slot and see no key."""
+        def fill(array, value=0):
+            return np.concatenate([array, np.full(more, value, array.dtype)])
+        more, rows = size - len(self.token_ids), np.arange(size + 1, dtype=np.int32)
+        zeros = ("seeds", "token_ids", "positions", "context_lens", "lengths", "temperatures", "top_ks", "top_ps")
+        return replace(self, slot_mapping=fill(self.slot_mapping, -1), cu_seqlens=rows, last_tokens=rows[:-1],
+                       cu_blocks=fill(self.cu_blocks, self.cu_blocks[-1]), **{name: fill(getattr(self, name)) for name in zeros})
 
 
 class StepBuffer:
-    """Carries a batch to the device, in one copy. Where an array arrives depends on nothing but T, S and R: a CUDA graph that
-    was recorded for one batch finds the next one of these sizes at the same addresses."""
+    """Carries batches to the device, each in one copy. Where an array arrives depends on T, S and R alone: a CUDA graph that was
+    recorded for one batch finds the next one of these sizes at the same addresses."""
     ARRAYS = [f.name for f in fields(Batch) if f.type is np.ndarray]
 
     def __init__(self, device, max_tokens, max_seqs, num_blocks):
@@ -929,18 +938,18 @@ class Model:
     def run(self, batch):
         """One step: for each sampled sequence its next token and that token's log-probability, two lists; and the logits
         [R, V] on the device. The lists may be longer, by padding."""
-        b = self.buffer.upload(batch)
-        size = len(b.lengths)
-        if size == 0:                                                                   # only chunks that do not end a prompt
-            self.forward(b)
-            self.device.synchronize()                                                   # the buffer can be filled again
-            return [], [], None
-        if batch.max_query_len == 1 and size in self.graph_sizes and size == len(b.token_ids):
+        size = next((size for size in self.graph_sizes if size >= len(batch.token_ids)), None) if batch.is_decode else None
+        b = self.buffer.upload(batch.padded(size) if size else batch)
+        if size:
             if size not in self.graphs:
                 self.graphs[size] = self.device.record(lambda: self.sample(self.forward(b), b))
             tokens, logits = self.graphs[size]()
-        else:
+        elif batch.sampled:
             tokens, logits = self.sample(self.forward(b), b)
+        else:                                                                           # only chunks that do not end a prompt
+            self.forward(b)
+            self.device.synchronize()                                                   # from here on the buffer can be filled again
+            return [], [], None
         tokens = self.device.to_host(tokens)                                            # waits until the step is done
         return tokens[0].tolist(), tokens[1].view(np.float32).tolist(), logits
 
@@ -950,7 +959,10 @@ class Model:
         c, w, kernels, linear = self.config, self.weights, self.kernels, self.device.linear
         T, S, R = len(b.token_ids), len(b.context_lens), len(b.last_tokens)
         D, F, heads_size = c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim
-        tiles = -(-b.max_query_len // kernels.QUERY_TILE)
+        tiles, K = -(-b.max_query_len // kernels.QUERY_TILE), c.num_key_value_heads
+        # Two blocks of attention for each multiprocessor keep the memory busy: where there are fewer, split the contexts.
+        splits = max(1, min(32, 2 * self.device.multiprocessors // (tiles * K * S)))
+        partial = self.device.empty((T, c.num_attention_heads, splits, c.head_dim + 2), np.float32) if splits > 1 else None
         x, attention, activation = (self.device.empty((T, size)) for size in (D, heads_size, F))
 
         residual = self.device.empty((T, D))
@@ -961,8 +973,10 @@ class Model:
             kernels.rms_norm((T,), x, residual, added, layer.input_norm)
             qkv = linear(x, layer.qkv)                                                  # [T, (H + 2K) h]
             kernels.rope_and_cache((T,), qkv, self.cos_sin, b.positions, b.slot_mapping, k_cache, v_cache)
-            kernels.paged_attention((tiles, c.num_key_value_heads, S), attention, qkv, k_cache, v_cache, b.block_tables, b.cu_blocks,
-                                    b.cu_seqlens, b.context_lens, c.head_dim ** -0.5)
+            kernels.paged_attention((tiles * splits, K, S), attention, qkv, k_cache, v_cache, b.block_tables, b.cu_blocks,
+                                    b.cu_seqlens, b.context_lens, c.head_dim ** -0.5, partial, splits)
+            if splits > 1:
+                kernels.merge_splits((T, c.num_attention_heads), attention, partial, splits)
             added = linear(attention, layer.o)                                          # [T, D]
 
             # x = norm(residual += added);  residual += silu(x @ gate) * (x @ up) @ down
@@ -984,7 +998,8 @@ class Model:
         A random choice depends on the request's seed and the token's position alone: it is the same in any batch.
         """
         tokens = self.device.empty((2, len(logits)), np.int32)
-        self.kernels.sample((len(logits),), tokens[0], tokens[1].view(np.float32), logits, b.temperatures, b.top_ks, b.top_ps, b.seeds, b.lengths)
+        self.kernels.sample((len(logits),), tokens[0], tokens[1].view(np.float32), logits, b.temperatures, b.top_ks, b.top_ps,
+                            b.seeds, b.lengths)
         return tokens, logits
 
 
@@ -1078,7 +1093,7 @@ class Engine:
         """Computes one step and returns the sequences that got a token. Call it while there is work."""
         start = time.perf_counter()
         scheduled = self.scheduler.schedule()
-        batch = Batch.build(scheduled, self.scheduler.allocator.block_size, self.model.graph_sizes)
+        batch = Batch.build(scheduled, self.scheduler.allocator.block_size)
         tokens, logprobs, logits = self.model.run(batch)
         for sequence, count in scheduled:           # not before: should the step be interrupted, it can run again
             sequence.num_computed_tokens += count
