@@ -9,13 +9,14 @@
 //     paged_attention   each query looks at all the keys up to its own, wherever their pages lie
 //     merge_splits      ... and what it found there is added up, where several blocks shared the keys
 //     silu_mul          the gate of the feed-forward part
-//     sample            logits -> the next token, on the GPU, so that the next step need not wait for the CPU
+//     sample            logits -> the next token, on the GPU, so that 8 bytes a sequence go to the CPU and not V logits
 //
 // How to read it. Letters are sizes: T tokens in this step (a ragged batch: the new tokens of all sequences, one after
-// the other, whether a sequence brings one token or a chunk of its prompt), S sequences, D hidden, H query heads, K kv
-// heads, G = H/K query heads that share a kv head, h head_dim, F ffn, V vocabulary, B tokens a page, N pages. Above
-// each kernel stands its contract: the grid, what one block and one thread own, each pointer with its shape. No kernel
-// knows whether it serves prefill or decode: positions, slots and lengths are data.
+// the other, whether a sequence brings one token or a chunk of its prompt), S sequences, R rows to sample (sequences
+// that get a token), D hidden, H query heads, K kv heads, G = H/K query heads that share a kv head, h head_dim, F ffn,
+// V vocabulary, B tokens a page, N pages. Above each kernel stands its contract: the grid, what one block and one
+// thread own, each pointer with its shape. No kernel knows whether it serves prefill or decode: positions, slots and lengths
+// are data.
 //
 // Everything is stored as bfloat16 (the upper half of a float32) and computed in float32. The file is compiled for one
 // model: the sizes below come in as -D macros, so that loops have constant bounds. The CPU simulator (simulator.h)
@@ -213,25 +214,27 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
 // decode token (p = context - 1) or belongs to a chunk from the middle of a prompt. At p < 0 (padding) there is no key,
 // and out is 0.
 //   out [T, H h].   qkv [T, (H + 2K) h]: the rotated q is read; this step's k and v are in the cache by now.
-//   k_cache, v_cache [N, K, B, h]: of one layer.   block_tables [pages of all S], cu_blocks [S + 1]: sequence
-//   s has the pages block_tables[cu_blocks[s]] and on, one for each B tokens.
+//   k_cache, v_cache [N, K, B, h]: of one layer.
+//   block_tables [pages of all S], cu_blocks [S + 1]: the pages of sequence s, one for each B tokens, stand in
+//   block_tables from number cu_blocks[s] on.
 //   cu_seqlens [S + 1]: sequence s brings tokens cu_seqlens[s] .. cu_seqlens[s + 1] - 1 of the batch.
 //   context_lens [S]: how many tokens it has by now, these included.
-//   splits, partial [T, H, splits, h + 2] float or null: a few decode tokens make too few blocks for a GPU, however long
-//   their contexts. So the keys of each are dealt to `splits` blocks, a row of tiles to each (flash-decoding). With one
-//   split, out is written; with more, partial: each block's acc, m and l, for merge_splits.
+//   partial [T, H, splits, h + 2] float, or null with one split: a few decode tokens make too few blocks for a GPU,
+//   however long their contexts. So the keys are dealt to `splits` blocks, a run of whole tiles to each (flash-
+//   decoding). With one split, out is written; with more, partial: each block's acc, m and l, also of one without keys
+//   (0, -inf, 0).
 //   Grid (ceil(most queries of a sequence / QUERY_TILE) * splits, K, S): a block owns a tile of one sequence's queries,
-//   times the G heads of one kv head. Such a pair (query, head) is a row. Rows are dealt to the warps in turn, so each has at
-//   most G; one decode token has G rows in all, the others are skipped. Within a row, a lane owns one key in 32 for the
-//   scores, then two numbers in 64 of head_dim for the values.
+//   times the G heads of one kv head. Such a pair (query, head) is a row. Rows are dealt to the warps in turn, so each
+//   has at most G; one decode token has G rows in all, the others are skipped. Within a row, a lane owns one key in 32
+//   for the scores, then two numbers in 64 of head_dim for the values.
 //   Shared memory: a tile of keys and values, and for each warp the probabilities of its current row; 22 to 38 KB.
 // ---------------------------------------------------------------------------------------------------------------------
 constexpr int QUERY_TILE = 8;    // as many as warps, so that a warp has G rows at most and their acc fits its registers
 constexpr int ATTENTION_THREADS = 256;
 
 extern "C" __global__ __launch_bounds__(ATTENTION_THREADS) void paged_attention(
-        bf16* out, const bf16* qkv, const bf16* k_cache, const bf16* v_cache, const int* block_tables, const int* cu_blocks,
-        const int* cu_seqlens, const int* context_lens, float scale, float* partial, int splits) {
+        bf16* out, const bf16* qkv, const bf16* k_cache, const bf16* v_cache, const int* block_tables,
+        const int* cu_blocks, const int* cu_seqlens, const int* context_lens, float scale, float* partial, int splits) {
     constexpr int WARPS = ATTENTION_THREADS / 32;
     constexpr int ROWS = (QUERY_TILE * GROUP + WARPS - 1) / WARPS;                // rows of one warp, at most
     constexpr int KEY_TILE = HEAD_DIM <= 64 ? 128 : HEAD_DIM <= 128 ? 64 : 32;    // the static limit is 48 KB
@@ -435,11 +438,12 @@ extern "C" __global__ __launch_bounds__(SILU_THREADS) void silu_mul(bf16* out, c
 // the greatest logit/T - log E, an argmax like greedy's, only with noise: "Gumbel noise" is what -log E is called.
 //
 // Whatever is summed here is summed in integers (probabilities as multiples of 2^-40 of the most probable token's): no
-// order of addition can change the result, so threads may add as they come and yet the same request gets the same bits
+// order of addition can change the result, so threads may add as they come and yet the same logits give the same bits
 // in any batch.
-//   token [S].   logprob [S]: log-softmax of the logits as they are, before temperature and cuts.   logits [S, V].
-//   temperature [S].   top_k [S]: 0 or >= V is off.   top_p [S]: >= 1 is off.   seed [S].   position [S]: the token's.
-//   Grid (S): one block owns one row; a thread owns every 1,024th group of eight logits.
+//   token [R].   logprob [R]: log-softmax of the logits as they are, before temperature and cuts.   logits [R, V].
+//   temperature [R].   top_k [R]: <= 0 or >= V is off.   top_p [R]: >= 1 is off.
+//   seed [R].   position [R]: of the new token in its text.
+//   Grid (R): one block owns one row; a thread owns every 1,024th group of eight logits.
 //   Shared memory: Scratch (33 KB), and block_reduce's.
 // ---------------------------------------------------------------------------------------------------------------------
 constexpr int SAMPLE_THREADS = 1024;

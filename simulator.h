@@ -54,7 +54,6 @@
 #define __global__
 #define __device__
 #define __launch_bounds__(...)
-#define __forceinline__ inline __attribute__((always_inline))
 struct uint3 { unsigned x, y, z; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
@@ -72,7 +71,6 @@ inline __nv_bfloat16 __float2bfloat16(float x) {
 
 // Macros, because glibc has functions of these names. What is approximate on a GPU is exact here.
 #define rsqrtf(x) (1.0f / sqrtf(x))
-#define __expf(x) expf(x)
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 using std::max, std::min;
 
@@ -87,7 +85,6 @@ using std::max, std::min;
 SIMULATOR_ATOMIC(atomicAdd, old + x)
 SIMULATOR_ATOMIC(atomicMax, max(old, x))
 SIMULATOR_ATOMIC(atomicMin, min(old, x))
-inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 
 namespace simulator {
 

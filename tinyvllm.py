@@ -316,6 +316,9 @@ KERNEL_TYPES = {"bf16": BFLOAT16, "float": np.dtype(np.float32), "int": np.dtype
                 "long long": np.dtype(np.int64), "u64": np.dtype(np.uint64)}
 
 
+MAX_GRID = 65535                        # blocks in y and in z
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One kernel as kernels.cu declares it, and `launch(grid, block, values)`, which starts it."""
@@ -329,8 +332,8 @@ class Kernel:
         """grid: blocks in x, y and z (1 to 3 ints). args: arrays (None is a null pointer) and numbers."""
         if len(args) != len(self.parameters):
             raise TypeError(f"{self.name} takes {len(self.parameters)} arguments, got {len(args)}")
-        if min(grid) < 1 or max(grid[1:], default=1) > 65535:       # CuPy would make one block of none
-            raise ValueError(f"{self.name}: grid {grid} must be at least 1, and at most 65535 in y and z")
+        if min(grid) < 1 or max(grid[1:], default=1) > MAX_GRID:    # CuPy would make one block of none
+            raise ValueError(f"{self.name}: grid {grid} must be at least 1, and at most {MAX_GRID} in y and z")
         values = [self.check(arg, *parameter) for arg, parameter in zip(args, self.parameters)]
         self.launch((*grid, 1, 1)[:3], (self.threads, 1, 1), values)
 
@@ -382,9 +385,10 @@ def open_cublas(cupy):
     """(cublasGemmEx, cublasSetStream, a handle) from the cuBLAS that CuPy has loaded. CuPy's own matmul does the same product,
     but refuses to be recorded in a CUDA graph."""
     cupy.cuda.device.get_cublas_handle()                            # loads the library
-    loaded = [line.split()[-1] for line in open("/proc/self/maps") if "libcublas.so" in line]
-    library, handle = ctypes.CDLL(loaded[0]), ctypes.c_void_p()
-    assert library.cublasCreate_v2(ctypes.byref(handle)) == 0
+    path = next(line.split(maxsplit=5)[-1].strip() for line in open("/proc/self/maps") if "libcublas.so" in line)
+    library, handle = ctypes.CDLL(path), ctypes.c_void_p()
+    status = library.cublasCreate_v2(ctypes.byref(handle))
+    assert status == 0, f"cuBLAS answers {status} to cublasCreate"
     library.cublasSetStream_v2.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     number, pointer = ctypes.c_int, ctypes.c_void_p
     library.cublasGemmEx.argtypes = [pointer, *[number] * 5, pointer, pointer, number, number, pointer, number, number, pointer,
@@ -406,6 +410,7 @@ class CudaDevice:
             raise TinyVLLMError(f"{self.name} has compute capability {properties['major']}.{properties['minor']}, needed is 8.0 "
                                 f"or newer (RTX 30 series, A100, ...), for bfloat16: use --device cpu or another GPU")
         self.gemm, self.set_stream, self.cublas = open_cublas(cupy)
+        self.graph_pool, self.graph_stream = cupy.cuda.MemoryPool(), cupy.cuda.Stream()
         self.multiprocessors = properties["multiProcessorCount"]
         # Attributes 36 and 37: memory clock in kHz, bus width in bits. Memory moves data twice a clock.
         clock, width = runtime.deviceGetAttribute(36, number), runtime.deviceGetAttribute(37, number)
@@ -455,8 +460,10 @@ class CudaDevice:
         Starting a kernel costs the CPU some microseconds, and a decode step has more than a hundred. A CUDA graph starts them
         all at once, with the arguments they were recorded with: what changes from step to step must be data at fixed addresses.
         """
-        pool = self.xp.cuda.MemoryPool()            # the graph writes to these addresses whenever it runs: nobody else gets them
-        with self.xp.cuda.using_allocator(pool.malloc), self.xp.cuda.Stream() as stream:
+        self.synchronize()                          # another stream records: what this one was given must be there
+        # What a graph writes to must be nobody else's as long as it may run: hence a pool that lives as long as the device.
+        # Graphs may share it: they run one after the other, and their results stay taken.
+        with self.xp.cuda.using_allocator(self.graph_pool.malloc), self.graph_stream as stream:
             function()                              # once for real, so that all is compiled, loaded and allocated
             stream.begin_capture()
             result = function()
@@ -491,7 +498,7 @@ class CpuDevice:
         self.compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
         if not self.compiler:
             raise TinyVLLMError("no NVIDIA GPU and no C++ compiler: install g++ (apt install g++), or run where there is a GPU")
-        self.name, self.multiprocessors = f"simulated GPU on {os.cpu_count()} CPU cores", 4
+        self.name, self.multiprocessors = f"simulated GPU on {os.cpu_count()} CPU cores", 2
         self.memory_bandwidth = None
         self.float32_weights = {}           # id of a weight -> the same in float32
         # TINYVLLM_SANITIZE=1 finds out-of-bounds accesses; AddressSanitizer must be there before Python's first malloc.
@@ -817,7 +824,7 @@ class Scheduler:
 #   context_lens 21 42 3                 tokens in the cache after this step
 #   block_tables 7 2 | 5 3 9 | 4         the pages of each sequence; cu_blocks 0 2 5 6
 #
-# The steps in which every sequence decodes are run as CUDA graphs, one for each of a few batch sizes; a batch is padded to
+# Steps in which every sequence decodes are run as CUDA graphs, one for each of a few batch sizes; a batch is padded to
 # the next of these with rows that compute nothing anyone reads (vLLM: cudagraph_capture_sizes; enforce_eager is without).
 # ======================================================================================================================
 GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -889,11 +896,14 @@ class StepBuffer:
     ARRAYS = [f.name for f in fields(Batch) if f.type is np.ndarray]
 
     def __init__(self, device, max_tokens, max_seqs, num_blocks):
-        num_bytes = 16 * max_tokens + 48 * (max_seqs + 1) + 4 * num_blocks
-        self.host, self.device, self.copy = device.pinned(num_bytes), device.empty(num_bytes, np.uint8), device.copy
+        # A token: slot 8, id 4, position 4. A sequence: seed 8 and eight arrays of 4, of which two have one entry more than S.
+        num_bytes = 16 * max_tokens + 40 * (max_seqs + 1) + 4 * num_blocks
+        self.host, self.device = device.pinned(num_bytes), device.empty(num_bytes, np.uint8)
+        self.copy, self.synchronize = device.copy, device.synchronize
 
     def upload(self, batch):
         """The batch, with its arrays on the device."""
+        self.synchronize()                  # the copy before this one may still be reading self.host
         arrays, end = {}, 0
         for name in self.ARRAYS:
             array = getattr(batch, name)
@@ -937,7 +947,7 @@ class Model:
 
     def run(self, batch):
         """One step: for each sampled sequence its next token and that token's log-probability, two lists; and the logits
-        [R, V] on the device. The lists may be longer, by padding."""
+        [R, V] on the device, good until the next step (a graph overwrites its own). All may be longer, by padding."""
         size = next((size for size in self.graph_sizes if size >= len(batch.token_ids)), None) if batch.is_decode else None
         b = self.buffer.upload(batch.padded(size) if size else batch)
         if size:
@@ -948,7 +958,6 @@ class Model:
             tokens, logits = self.sample(self.forward(b), b)
         else:                                                                           # only chunks that do not end a prompt
             self.forward(b)
-            self.device.synchronize()                                                   # from here on the buffer can be filled again
             return [], [], None
         tokens = self.device.to_host(tokens)                                            # waits until the step is done
         return tokens[0].tolist(), tokens[1].view(np.float32).tolist(), logits
@@ -960,7 +969,8 @@ class Model:
         T, S, R = len(b.token_ids), len(b.context_lens), len(b.last_tokens)
         D, F, heads_size = c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim
         tiles, K = -(-b.max_query_len // kernels.QUERY_TILE), c.num_key_value_heads
-        # Two blocks of attention for each multiprocessor keep the memory busy: where there are fewer, split the contexts.
+        # Two blocks of attention for each multiprocessor keep the memory busy: where there are fewer, split the contexts (by 32
+        # at most: merging reads them all). By the batch's size alone, not by its contexts: a CUDA graph keeps its grids.
         splits = max(1, min(32, 2 * self.device.multiprocessors // (tiles * K * S)))
         partial = self.device.empty((T, c.num_attention_heads, splits, c.head_dim + 2), np.float32) if splits > 1 else None
         x, attention, activation = (self.device.empty((T, size)) for size in (D, heads_size, F))
@@ -995,7 +1005,8 @@ class Model:
     def sample(self, logits, b):
         """([2, R] int32: the next tokens, and the bits of their float32 log-probabilities; the logits).
 
-        A random choice depends on the request's seed and the token's position alone: it is the same in any batch.
+        The noise depends on the request's seed and the token's position alone. (The logits may differ in their last bits from
+        batch to batch: how cuBLAS adds, and into how many parts attention splits, goes by the batch's size.)
         """
         tokens = self.device.empty((2, len(logits)), np.int32)
         self.kernels.sample((len(logits),), tokens[0], tokens[1].view(np.float32), logits, b.temperatures, b.top_ks, b.top_ps,
@@ -1039,11 +1050,11 @@ def kv_bytes_per_token(config):
 
 def activation_bytes(config, max_num_batched_tokens, max_num_seqs, max_model_len):
     """Bytes that a step needs beside weights and cache: the arrays of forward() at their largest, twice, since the allocator
-    keeps old ones; logits for each CUDA graph; the table of angles; and 256 MB for cuBLAS and the compiled kernels."""
+    keeps old ones; the CUDA graphs', and logits for each of these; the table of angles; and 256 MB for cuBLAS and the kernels."""
     c = config
     a_token = 4 * c.hidden_size + c.qkv_size + c.num_attention_heads * c.head_dim + 3 * c.intermediate_size
-    rows = 2 * max_num_seqs + sum(size for size in GRAPH_SIZES if size < 2 * max_num_seqs)
-    return BYTES * (2 * max_num_batched_tokens * a_token + rows * c.vocab_size) + 4 * max_model_len * c.head_dim + 2**28
+    tokens, rows = 2 * max_num_batched_tokens + GRAPH_SIZES[-1], 2 * max_num_seqs + sum(GRAPH_SIZES)
+    return BYTES * (tokens * a_token + rows * c.vocab_size) + 4 * max_model_len * c.head_dim + 2**28
 
 
 def kv_cache_blocks(config, memory, utilization, block_size, limits, max_model_len):
@@ -1076,7 +1087,8 @@ class Stats:
     decode_seconds: float = 0.0
 
     def add(self, batch, seconds, config):
-        """Counts a step; its seconds are those of the whole step, scheduling and Python included."""
+        """Counts a step; its seconds are those of the whole step, Python included, and the recording of a new CUDA graph: a short
+        run shows less than the card does."""
         if batch.max_query_len == 1:
             self.decode_bytes += decode_weight_bytes(config) + kv_bytes_per_token(config) * int(batch.context_lens.sum())
             self.decode_seconds += seconds
@@ -1174,7 +1186,7 @@ class LLM:
         if self.max_model_len < limit:
             print(f"tiny-vLLM: memory holds a context of {self.max_model_len} tokens, the model could have {limit}", file=sys.stderr)
         weights = load_weights(folder, config, self.device)
-        buffer = StepBuffer(self.device, max_num_batched_tokens, max(max_num_seqs, *GRAPH_SIZES), num_blocks)
+        buffer = StepBuffer(self.device, max(max_num_batched_tokens, *GRAPH_SIZES), max(max_num_seqs, *GRAPH_SIZES), num_blocks)
         model = Model(config, weights, self.device, num_blocks, block_size, self.max_model_len, buffer, enforce_eager)
         scheduler = Scheduler(BlockAllocator(num_blocks, block_size), max_num_batched_tokens, max_num_seqs)
         self.engine = Engine(model, scheduler, config.eos_token_ids)
@@ -1266,6 +1278,8 @@ def check_options(gpu_memory_utilization, block_size, counts):
     for name, value in counts.items():
         if value is not None and not (isinstance(value, int) and value >= 1):
             raise TinyVLLMError(f"{name} is {value!r}, expected is a whole number of 1 or more")
+        if value is not None and name in ("max_num_batched_tokens", "max_num_seqs") and value > MAX_GRID:
+            raise TinyVLLMError(f"{name} is {value}, expected is at most {MAX_GRID}: a CUDA grid has no more blocks in y and z")
     if block_size not in (8, 16, 32, 64, 128):
         raise TinyVLLMError(f"--block-size is {block_size}, expected is 8, 16, 32, 64 or 128")
 

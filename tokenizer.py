@@ -129,8 +129,7 @@ class Tokenizer:
     #
     # A chat is one text in which special tokens separate the turns; it ends where the assistant's answer begins, and the
     # model continues it. Special tokens are inserted by id and the texts between them encoded one by one: these are the
-    # ids of the whole rendered prompt, since no merge crosses a special token. (Not so for a sentencepiece tokenizer that
-    # puts its space before the very first text only.) Not handled: tools, images, other layouts; vLLM runs the Jinja itself.
+    # ids of the whole rendered prompt, since no merge crosses a special token. Not handled: tools, images, other layouts.
     # -----------------------------------------------------------------------------------------------------------------
     def chat(self, messages: list[dict], today: date | None = None) -> list[int]:
         """Ids of the prompt for [{"role": "user", "content": "Hi"}, ...], up to where the assistant's answer starts. `today`
@@ -166,8 +165,7 @@ class Tokenizer:
     def _chatml(self, turns) -> list[int | str]:
         """A turn is <|im_start|>role, a newline, the content as it is, <|im_end|>, a newline."""
         start, end = map(self.token_id, CHATML)
-        # SmolLM2 and Qwen 2 bring a system prompt for chats that have none. It stands in the template between the two
-        # tokens, in one string literal (so no quote, no brace), after a newline or Jinja's \n.
+        # SmolLM2 and Qwen 2 bring a system prompt for chats that have none: one string literal between the two tokens.
         default = re.search(r"<\|im_start\|>system(?:\n|\\n)([^'\"{<]+)<\|im_end\|>", self._template)
         if default and turns[0][0] != "system":
             turns = [("system", default[1]), *turns]
