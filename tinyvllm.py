@@ -54,6 +54,11 @@ class TinyVLLMError(Exception):
     """An error that the user can act on, in one line: what was expected, what came, what to do."""
 
 
+def cdiv(a, b):
+    """a / b, rounded up: how many pages of b tokens hold a tokens, how many tiles of b queries hold a queries."""
+    return -(-a // b)
+
+
 # ======================================================================================================================
 # Config and weights
 #
@@ -639,10 +644,6 @@ class BlockAllocator:
         self.num_blocks, self.block_size = num_blocks, block_size
         self.free = list(range(num_blocks - 1, -1, -1))             # taken from the end: lowest numbers first, later the last released
 
-    def blocks_for(self, num_tokens):
-        """How many pages hold so many tokens."""
-        return -(-num_tokens // self.block_size)
-
     def allocate(self, count):
         """`count` page numbers. The caller has seen that len(free) >= count."""
         assert count <= len(self.free), f"{count} pages were asked for, {len(self.free)} are free"
@@ -764,7 +765,7 @@ class Scheduler:
         planned = sum(s.remaining for s in prefills)
         while self.waiting and planned < budget and len(self.running) < self.max_num_seqs:
             sequence = self.waiting[0]
-            needed = self.allocator.blocks_for(len(sequence.token_ids) + 1)         # + 1: the token that it will get
+            needed = cdiv(len(sequence.token_ids) + 1, self.allocator.block_size)         # + 1: the token that it will get
             if needed + len(self.running) > len(self.allocator.free):
                 break
             sequence.block_table = self.allocator.allocate(needed)
@@ -898,19 +899,18 @@ class StepBuffer:
     def __init__(self, device, max_tokens, max_seqs, num_blocks):
         # A token: slot 8, id 4, position 4. A sequence: seed 8 and eight arrays of 4, of which two have one entry more than S.
         num_bytes = 16 * max_tokens + 40 * (max_seqs + 1) + 4 * num_blocks
-        self.host, self.device = device.pinned(num_bytes), device.empty(num_bytes, np.uint8)
-        self.copy, self.synchronize = device.copy, device.synchronize
+        self.device, self.source, self.target = device, device.pinned(num_bytes), device.empty(num_bytes, np.uint8)
 
     def upload(self, batch):
         """The batch, with its arrays on the device."""
-        self.synchronize()                  # the copy before this one may still be reading self.host
+        self.device.synchronize()           # the copy before this one may still be reading the source
         arrays, end = {}, 0
         for name in self.ARRAYS:
             array = getattr(batch, name)
             start, end = end, end + array.nbytes
-            self.host[start:end] = array.view(np.uint8)
-            arrays[name] = self.device[start:end].view(array.dtype)
-        self.copy(self.device[:end], self.host[:end])
+            self.source[start:end] = array.view(np.uint8)
+            arrays[name] = self.target[start:end].view(array.dtype)
+        self.device.copy(self.target[:end], self.source[:end])
         return replace(batch, **arrays)
 
 
@@ -968,7 +968,7 @@ class Model:
         c, w, kernels, linear = self.config, self.weights, self.kernels, self.device.linear
         T, S, R = len(b.token_ids), len(b.context_lens), len(b.last_tokens)
         D, F, heads_size = c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim
-        tiles, K = -(-b.max_query_len // kernels.QUERY_TILE), c.num_key_value_heads
+        tiles, K = cdiv(b.max_query_len, kernels.QUERY_TILE), c.num_key_value_heads
         # Two blocks of attention for each multiprocessor keep the memory busy: where there are fewer, split the contexts (by 32
         # at most: merging reads them all). By the batch's size alone, not by its contexts: a CUDA graph keeps its grids.
         splits = max(1, min(32, 2 * self.device.multiprocessors // (tiles * K * S)))
@@ -992,7 +992,7 @@ class Model:
             # x = norm(residual += added);  residual += silu(x @ gate) * (x @ up) @ down
             kernels.rms_norm((T,), x, residual, added, layer.post_attention_norm)
             gate_up = linear(x, layer.gate_up)                                          # [T, 2F]
-            kernels.silu_mul((-(-F // (8 * kernels.SILU_THREADS)), T), activation, gate_up)
+            kernels.silu_mul((cdiv(F, 8 * kernels.SILU_THREADS), T), activation, gate_up)
             added = linear(activation, layer.down)                                      # [T, D]
 
         if R == 0:
@@ -1064,7 +1064,7 @@ def kv_cache_blocks(config, memory, utilization, block_size, limits, max_model_l
     activations = activation_bytes(config, *limits, max_model_len or config.max_position_embeddings)
     left = free - (1 - utilization) * total - weights - activations
     block_bytes = block_size * kv_bytes_per_token(config)
-    needed = -(-(max_model_len or 1) // block_size) * block_bytes
+    needed = cdiv(max_model_len or 1, block_size) * block_bytes
     if left < needed:
         raise TinyVLLMError(
             f"too little memory: {(weights + activations + needed) / 1e9:.3f} GB are needed ({weights / 1e9:.3f} for the weights, "
@@ -1097,9 +1097,8 @@ class Stats:
 class Engine:
     """Runs requests by continuous batching."""
 
-    def __init__(self, model, scheduler, eos_token_ids):
-        self.model, self.scheduler, self.eos_token_ids = model, scheduler, eos_token_ids
-        self.stats = Stats()
+    def __init__(self, model, scheduler):
+        self.model, self.scheduler, self.stats = model, scheduler, Stats()
 
     def step(self):
         """Computes one step and returns the sequences that got a token. Call it while there is work."""
@@ -1123,7 +1122,7 @@ class Engine:
         sequence.token_ids.append(token)
         output.token_ids.append(token)
         output.first_token_time = output.first_token_time or time.perf_counter()
-        if token in params.stop_token_ids or (token in self.eos_token_ids and not params.ignore_eos):
+        if token in params.stop_token_ids or (token in self.model.config.eos_token_ids and not params.ignore_eos):
             output.finish_reason = "stop"                                       # the token's own text is no part of the answer
         else:
             output.text += sequence.decoder.push(token)
@@ -1177,10 +1176,10 @@ class LLM:
         fitting = kv_cache_blocks(config, self.device.memory(), gpu_memory_utilization, block_size,
                                   (max_num_batched_tokens, max_num_seqs), max_model_len)
         if num_blocks is None:
-            num_blocks = min(fitting, max_num_seqs * -(-limit // block_size))           # more could never be used
+            num_blocks = min(fitting, max_num_seqs * cdiv(limit, block_size))           # more could never be used
         if num_blocks > fitting or (max_model_len and max_model_len > num_blocks * block_size):
             raise TinyVLLMError(f"num_blocks is {num_blocks}: memory holds {fitting}, and a context of {limit} tokens needs "
-                                f"{-(-limit // block_size)}")
+                                f"{cdiv(limit, block_size)}")
         # A sequence that fits the pool alone always gets through, so this is the one limit that requests are held against.
         self.max_model_len = min(limit, num_blocks * block_size)
         if self.max_model_len < limit:
@@ -1189,7 +1188,7 @@ class LLM:
         buffer = StepBuffer(self.device, max(max_num_batched_tokens, *GRAPH_SIZES), max(max_num_seqs, *GRAPH_SIZES), num_blocks)
         model = Model(config, weights, self.device, num_blocks, block_size, self.max_model_len, buffer, enforce_eager)
         scheduler = Scheduler(BlockAllocator(num_blocks, block_size), max_num_batched_tokens, max_num_seqs)
-        self.engine = Engine(model, scheduler, config.eos_token_ids)
+        self.engine = Engine(model, scheduler)
 
     def generate(self, prompts, sampling_params=None):
         """Answers prompts, all at once; returns a RequestOutput for each, in order.
@@ -1199,7 +1198,7 @@ class LLM:
         the others: its output has finish_reason "error" and says why in `error`. A prompt that stands alone raises it.
         """
         alone = isinstance(prompts, str) or len(prompts) > 0 and isinstance(prompts[0], (int, np.integer))
-        outputs = list(self.submit([prompts] if alone else prompts, sampling_params))
+        outputs = self.submit([prompts] if alone else prompts, sampling_params)
         if alone and outputs[0].error:
             raise TinyVLLMError(outputs[0].error)
         bar = progress_bar(len(outputs))
