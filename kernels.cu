@@ -91,15 +91,18 @@ __device__ inline T block_reduce(T x, Op op) {
 // gather_rows: out[r] = table[rows[r]]
 //
 // The embedding lookup at the start of a step; at its end, it picks each sequence's last row, the only one that the
-// head needs.
-//   out [R, D], table [*, D], rows [R].   Grid (R): one block copies one row, a thread 16 bytes of it at a time.
+// head needs. A step is launched before the CPU has read the tokens that the one before sampled. Such a token is
+// written ~i in rows: number i of these, still on the GPU.
+//   out [R, D], table [*, D], rows [R], sampled [*]: by the step before; null if no row is negative.
+//   Grid (R): one block copies one row, a thread 16 bytes of it at a time.
 // ---------------------------------------------------------------------------------------------------------------------
 constexpr int GATHER_THREADS = 128;
 
 extern "C" __global__ __launch_bounds__(GATHER_THREADS) void gather_rows(
-        bf16* out, const bf16* table, const int* rows) {
+        bf16* out, const bf16* table, const int* rows, const int* sampled) {
+    const int row = rows[blockIdx.x];
     // 64 bits: a vocabulary of 256,000 rows of 16,384 is more than an int can count.
-    const bf16* source = table + (size_t)rows[blockIdx.x] * HIDDEN;
+    const bf16* source = table + (size_t)(row < 0 ? sampled[~row] : row) * HIDDEN;
     bf16* target = out + (size_t)blockIdx.x * HIDDEN;
     for (int i = 8 * threadIdx.x; i < HIDDEN; i += 8 * GATHER_THREADS) vec8(target + i) = vec8(source + i);
 }

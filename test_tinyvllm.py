@@ -232,7 +232,7 @@ def launch(model, name, grid, *args):
     on_device = [device.to_device(a) if is_small(a) else a for a in args]
     getattr(kernels, name)(grid, *on_device)
     for a, d in zip(args, on_device):
-        if is_small(a): a[...] = device.to_host(d)
+        if is_small(a): a[...] = device.fetch(d)()
 
 
 def randn(rng, *shape, scale=1.0): return (rng.standard_normal(shape) * scale).astype(bfloat16)
@@ -253,9 +253,10 @@ def close(got, want, tolerance=2.0 ** -8, floor=1e-3):
 def test_gather_rows(model):
     rng, hidden = RNG(1), model["HIDDEN"]
     table, rows = randn(rng, 50, hidden), ints([49, 0, 7, 7, 31])
-    out = poison(len(rows) + 1, hidden)
-    launch(model, "gather_rows", (len(rows),), out, table, rows)
-    assert (out[:-1] == table[rows]).all() and np.isnan(np.float32(out[-1])).all()
+    for given, sampled in (rows, None), (ints([49, ~2, 7, ~0, 31]), ints([7, 99, 0])):     # ~i: number i of the sampled
+        out = poison(len(rows) + 1, hidden)
+        launch(model, "gather_rows", (len(rows),), out, table, given, sampled)
+        assert (out[:-1] == table[rows]).all() and np.isnan(np.float32(out[-1])).all()
 
 
 # rms_norm
@@ -399,7 +400,7 @@ def test_offsets_need_64_bits():
     close(out[-1], [attention_twin(q, v, v, 1 / 8) for q in qkv[-1, :H]], floor=4e-3)
     table, row, one = np.empty((2 ** 31 // 144 + 2, 144), bfloat16), randn(rng, 144), poison(1, 144)
     table[-1] = row
-    launch(BASE, "gather_rows", (1,), one, table, ints([len(table) - 1]))
+    launch(BASE, "gather_rows", (1,), one, table, ints([len(table) - 1]), None)
     assert (one[0] == row).all()
 
 
@@ -1183,17 +1184,17 @@ def write_model(folder, config={}, weights={}, files=["model.safetensors"], size
 def run_recorded(llm, prompts, params):
     """Outputs, and for each the logits [new tokens, V] that its tokens were chosen from."""
     model, recorded = llm.engine.model, {}
-    run = model.run
+    launch = model.launch
 
     def record(batch):
-        tokens, logprobs, logits = run(batch)
-        for sequence, row in zip(batch.sampled, llm.device.to_host(logits) if batch.sampled else []):
+        logits, get_tokens = launch(batch)
+        for sequence, row in zip(batch.sampled, llm.device.fetch(logits)() if batch.sampled else []):
             recorded.setdefault(id(sequence.output), []).append(row.astype(np.float64))
-        return tokens, logprobs, logits
+        return logits, get_tokens
 
-    model.run = record
+    model.launch = record
     outputs = llm.generate(prompts, params)
-    del model.run
+    del model.launch
     return outputs, [np.array(recorded[id(output)]) for output in outputs]
 
 
@@ -1258,20 +1259,22 @@ SOME = [text for text in TEXTS if len(text[1]) < 700][::9] + [text for text in T
 
 @pytest.mark.parametrize("options", [
     {"max_num_batched_tokens": 1}, {"max_num_batched_tokens": 7}, {"max_num_batched_tokens": 33}, {"max_num_seqs": 2},
-    {"block_size": 8}, {"block_size": 64}, {"enforce_eager": True}], ids=lambda options: "-".join(f"{name}-{value}" for name, value in options.items()))
+    {"block_size": 8}, {"block_size": 64}, {"enforce_eager": True}, {"overlap": False}], ids=lambda options: "-".join(f"{name}-{value}" for name, value in options.items()))
 def test_recitation_with_odd_limits(options):
-    """Chunks of any size, pages of any size, few sequences at once."""
+    """Chunks of any size, pages of any size, few sequences at once, the plain loop."""
     recite(LLM(PARROT, **options), SOME)
 
 
-def test_preempted_and_resumed():
+@pytest.mark.parametrize("overlap", [True, False])
+def test_preempted_and_resumed(overlap):
     """A pool for a fraction of the load: sequences are preempted, computed again, and say the same."""
-    outputs = recite(LLM(PARROT, num_blocks=40), SOME)
+    outputs = recite(LLM(PARROT, num_blocks=40, overlap=overlap), SOME)
     assert sum(output.num_preemptions for output in outputs) >= 3
 
 
 def test_join_while_others_run(parrot):
-    """A request that arrives in the middle starts with the next step and ends before a longer one that came first."""
+    """A request that arrives in the middle starts with the next step, whose tokens the one after it brings, and ends before a longer one
+    that came first."""
     long, short = parrot.submit(chats(parrot, [text for text in TEXTS if text[0][0] in ("Recite Jabberwocky.",)]) + chats(parrot, TEXTS[:1]),
                                 SamplingParams(max_tokens=None))
     scheduler = parrot.engine.scheduler
@@ -1279,7 +1282,7 @@ def test_join_while_others_run(parrot):
     for _ in range(20):
         parrot.engine.step()
     scheduler.waiting.append(late)
-    assert parrot.engine.step()[-1].output is short and len(long.token_ids) > 15
+    assert [[s.output for s in parrot.engine.step()] for _ in range(2)] == [[long], [long, short]] and len(long.token_ids) > 15
     ended = [output for output in parrot.run([long, short]) if output.finish_reason]
     assert ended == [short, long] and short.text == TEXTS[0][1]
 
@@ -1307,13 +1310,15 @@ def test_noise_depends_on_position_and_on_the_seed(parrot):
 # ---------------------------------------------------------------------------------------------------------------------
 # Allocator and scheduler, under thousands of random events, with no model
 # ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("overlap", [0, 1])
 @pytest.mark.parametrize("seed", range(6))
-def test_scheduler_random_events(seed):
-    """Requests come, go and are given up at random: pages are never lost or shared, budgets hold, everyone is served."""
+def test_scheduler_random_events(seed, overlap):
+    """Requests come, go and are given up at random: pages are never lost or shared, budgets hold, everyone is served. With overlap a
+    sequence's end is seen one step late."""
     rng = RNG(seed)
     block_size, num_blocks, budget, max_seqs = int(rng.choice([1, 4, 16])), int(rng.integers(8, 60)), int(rng.integers(1, 70)), int(rng.integers(1, 12))
     scheduler = Scheduler(BlockAllocator(num_blocks, block_size), budget, max_seqs)
-    limit, live = num_blocks * block_size, []
+    limit, live, in_flight = num_blocks * block_size, [], []
 
     def arrive():
         length = int(rng.integers(1, limit))
@@ -1323,17 +1328,21 @@ def test_scheduler_random_events(seed):
 
     def step():
         scheduled = scheduler.schedule()
-        assert scheduled or not live
+        assert scheduled or not live or in_flight
         assert all(count >= 1 for _, count in scheduled) and sum(count for _, count in scheduled) <= budget
         assert len({id(s) for s, _ in scheduled}) == len(scheduled) and len(scheduler.running) <= min(max_seqs, budget)
         for sequence, count in scheduled:
             sequence.num_computed_tokens += count
             assert sequence.num_computed_tokens <= len(sequence.block_table) * block_size       # every token has its slot
-            if sequence.remaining == 0:
-                sequence.token_ids.append(0)
-                if len(sequence.token_ids) == sequence.max_len:
-                    scheduler.remove(sequence)
-                    live.remove(sequence)
+        sampled = [sequence for sequence, _ in scheduled if sequence.remaining == 0]
+        for sequence in sampled:
+            sequence.token_ids.append(0)
+            assert len(sequence.token_ids) <= sequence.max_len
+        in_flight.append([(sequence, rng.random() < 0.01) for sequence in sampled])                     # some stop by themselves
+        for sequence, stops in in_flight.pop(0) if len(in_flight) > overlap else []:
+            if sequence in live and (stops or sequence.is_full):
+                scheduler.remove(sequence)
+                live.remove(sequence)
         order = [live.index(s) for s in [*scheduler.running, *scheduler.waiting]]
         assert order == sorted(order)                                       # first come, first served, preempted ones too
         scheduler.check_integrity()
@@ -1406,13 +1415,33 @@ def test_callers_that_step_for_one_another(parrot):
     parrot.engine.scheduler.check_integrity()
 
 
-def test_an_interrupted_step_can_be_repeated(parrot, monkeypatch):
+@pytest.mark.parametrize("where", ["before the launch", "after the launch", "waiting"])
+def test_an_interrupted_step_can_be_repeated(parrot, monkeypatch, where):
     """Ctrl-C while one caller waits for its token: the other's request is unharmed."""
     prompts = chats(parrot, TEXTS[1:3])
     stream = parrot.stream(prompts[0])
     text = next(stream).delta
+    launch, fetch = parrot.engine.model.launch, parrot.device.fetch
+
+    def interrupted_launch(batch):
+        if where == "after the launch":
+            launch(batch)
+        raise KeyboardInterrupt
+
+    def interrupted_fetch(array):
+        wait, interrupts = fetch(array), [KeyboardInterrupt]
+
+        def interrupted_once():
+            if interrupts:
+                raise interrupts.pop()
+            return wait()
+        return interrupted_once
+
     with monkeypatch.context() as patch:
-        patch.setattr(parrot.engine.model, "run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        if where == "waiting":
+            patch.setattr(parrot.device, "fetch", interrupted_fetch)
+        else:
+            patch.setattr(parrot.engine.model, "launch", interrupted_launch)
         with pytest.raises(KeyboardInterrupt):
             parrot.generate(prompts[1])
     parrot.engine.scheduler.check_integrity()

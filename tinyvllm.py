@@ -315,6 +315,7 @@ def load_weights(folder, config, device):
 #   kernels.rms_norm((T,), out, ...)   a launch, T blocks; block size and argument types are
 #                                      read from kernels.cu itself, so they stand in one place
 #   device.linear(x, w)                the one place that multiplies matrices
+#   device.fetch(array)                a copy to the host that somebody will wait for, later
 #   device.record(function)            the kernels that function() starts, as one thing to start: a CUDA graph
 # ======================================================================================================================
 KERNEL_TYPES = {"bf16": BFLOAT16, "float": np.dtype(np.float32), "int": np.dtype(np.int32),
@@ -427,26 +428,30 @@ class CudaDevice:
     def to_device(self, array):
         return self.xp.asarray(array)
 
-    def to_host(self, array):
-        """Waits for the kernels that write it."""
-        return self.xp.asnumpy(array)
-
     def memory(self):
         """Bytes: (free, total). CuPy's pool keeps what was freed; it counts as free."""
         free, total = self.xp.cuda.runtime.memGetInfo()
         return free + self.xp.get_default_memory_pool().free_bytes(), total
 
     def pinned(self, num_bytes):
-        """Host memory that the GPU can read by itself, uint8."""
+        """Host memory that the GPU can read and write by itself, uint8."""
         import cupyx
         return cupyx.empty_pinned(num_bytes, np.uint8)
 
     def copy(self, target, source):
-        """Host memory to an array of the device, of the same size; from pinned memory it does not wait."""
-        target.set(source)
+        """Starts a copy of pinned memory to an array of the device; source must stay as it is until it is done."""
+        target.data.copy_from_host_async(source.ctypes.data, source.nbytes)
 
-    def synchronize(self):
-        self.xp.cuda.get_current_stream().synchronize()
+    def fetch(self, array):
+        """Starts a copy to the host; returns a function that waits for it and returns the NumPy array."""
+        host, event = self.pinned(array.nbytes), self.xp.cuda.Event(disable_timing=True)
+        array.data.copy_to_host_async(host.ctypes.data, array.nbytes)
+        event.record()
+
+        def wait():
+            event.synchronize()
+            return host.view(array.dtype).reshape(array.shape)
+        return wait
 
     def linear(self, x, w):
         """x [T, in] @ w [out, in] transposed -> [T, out]; bf16, accumulated in float32."""
@@ -460,16 +465,17 @@ class CudaDevice:
         return out
 
     def record(self, function):
-        """A function that does on the GPU what function() does, for the price of one launch, and returns the same arrays.
+        """What function() returns, and a function that does on the GPU the same again, for the price of one launch, and returns
+        what that gives, in the same arrays each time.
 
         Starting a kernel costs the CPU some microseconds, and a decode step has more than a hundred. A CUDA graph starts them
         all at once, with the arguments they were recorded with: what changes from step to step must be data at fixed addresses.
         """
-        self.synchronize()                          # another stream records: what this one was given must be there
+        self.xp.cuda.get_current_stream().synchronize()     # another stream records: what this one was given must be there
         # What a graph writes to must be nobody else's as long as it may run: hence a pool that lives as long as the device.
         # Graphs may share it: they run one after the other, and their results stay taken.
         with self.xp.cuda.using_allocator(self.graph_pool.malloc), self.graph_stream as stream:
-            function()                              # once for real, so that all is compiled, loaded and allocated
+            first = function()                      # for real: now all is compiled, loaded and allocated
             stream.begin_capture()
             result = function()
             graph = stream.end_capture()
@@ -478,7 +484,7 @@ class CudaDevice:
         def run():
             graph.launch(self.xp.cuda.get_current_stream())
             return result
-        return run
+        return first, run
 
     def compile(self, defines, path=FOLDER / "kernels.cu"):
         """NVRTC compiles for this very GPU; CuPy caches the result in ~/.cupy/kernel_cache."""
@@ -522,9 +528,6 @@ class CpuDevice:
     def to_device(self, array):
         return np.array(array, order="C")   # a copy, as on a GPU: the caller may change its own
 
-    def to_host(self, array):
-        return np.array(array)
-
     def memory(self):
         """Bytes: (free, total). A third of the machine's memory: the weights' float32 copies are twice their size."""
         third = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 3
@@ -536,11 +539,12 @@ class CpuDevice:
     def copy(self, target, source):
         target[:] = source
 
-    def synchronize(self):
-        pass                                # a launch returns when it is done
+    def fetch(self, array):
+        host = np.array(array)
+        return lambda: host                 # a launch returns when it is done
 
     def record(self, function):
-        return function
+        return function(), function
 
     def linear(self, x, w):
         """x [T, in] @ w [out, in] transposed -> [T, out]; bf16, accumulated in float32."""
@@ -714,7 +718,8 @@ class RequestOutput:
     prompt_token_ids: list
     text: str = ""
     token_ids: list = field(default_factory=list)
-    finish_reason: str | None = None    # "stop": an eos or stop token (the last of token_ids); "length": a limit; "error": see error
+    finish_reason: str | None = None    # "stop": an eos or stop token (the last of token_ids); "length": a limit; "error": see error;
+                                        # "abort": given up by the caller
     error: str | None = None            # why the request was refused
     logprobs: list | None = None        # for each token a dict {token id: log-probability}: the token's and the best ones'
     delta: str = ""                     # in LLM.stream: the text that is new
@@ -740,6 +745,11 @@ class Sequence:
         """Tokens that are not yet computed."""
         return len(self.token_ids) - self.num_computed_tokens
 
+    @property
+    def is_full(self):
+        """Whether it has its last token, and only waits to learn which."""
+        return len(self.token_ids) == self.max_len
+
 
 class Scheduler:
     """Decides which tokens run in the next step, and gives them their pages."""
@@ -754,7 +764,7 @@ class Scheduler:
         scheduled, budget = [], self.max_num_batched_tokens
         # 1. Decodes, the oldest first. To find a page the youngest are preempted: those that this loop has not come to yet.
         #    The budget is enough for all: admission, below, never lets more sequences run than it has tokens.
-        for sequence in [s for s in self.running if s.remaining == 1]:
+        for sequence in [s for s in self.running if s.remaining == 1 and not s.is_full]:
             if sequence.block_table and self.grow(sequence):            # without pages it has just been preempted
                 scheduled.append((sequence, 1))
                 budget -= 1
@@ -763,7 +773,7 @@ class Scheduler:
         # 3. New ones, in order of arrival, while there are pages for all the tokens they have, and one to spare for each
         #    sequence that runs: else these would soon preempt the newcomer, and its prefill would be for nothing.
         planned = sum(s.remaining for s in prefills)
-        while self.waiting and planned < budget and len(self.running) < self.max_num_seqs:
+        while self.waiting and not self.waiting[0].is_full and planned < budget and len(self.running) < self.max_num_seqs:
             sequence = self.waiting[0]
             needed = cdiv(len(sequence.token_ids) + 1, self.allocator.block_size)         # + 1: the token that it will get
             if needed + len(self.running) > len(self.allocator.free):
@@ -892,25 +902,27 @@ class Batch:
 
 
 class StepBuffer:
-    """Carries batches to the device, each in one copy. Where an array arrives depends on T, S and R alone: a CUDA graph that was
-    recorded for one batch finds the next one of these sizes at the same addresses."""
+    """What travels between host and device: a step's batch there, in one copy, and the sampled tokens back. Where an array of a batch
+    arrives depends on T, S and R alone: a CUDA graph that was recorded for one batch finds the next of these sizes at the same addresses."""
     ARRAYS = [f.name for f in fields(Batch) if f.type is np.ndarray]
 
     def __init__(self, device, max_tokens, max_seqs, num_blocks):
         # A token: slot 8, id 4, position 4. A sequence: seed 8 and eight arrays of 4, of which two have one entry more than S.
         num_bytes = 16 * max_tokens + 40 * (max_seqs + 1) + 4 * num_blocks
-        self.device, self.source, self.target = device, device.pinned(num_bytes), device.empty(num_bytes, np.uint8)
+        self.device, self.target = device, device.empty(num_bytes, np.uint8)
+        self.sources = deque(device.pinned(num_bytes) for _ in range(2))    # two: the step before may still be copying from one
+        self.sampled = device.empty((2, max_seqs), np.int32)                # of the latest step: tokens, bits of their log-probabilities
 
     def upload(self, batch):
         """The batch, with its arrays on the device."""
-        self.device.synchronize()           # the copy before this one may still be reading the source
+        self.sources.rotate()
         arrays, end = {}, 0
         for name in self.ARRAYS:
             array = getattr(batch, name)
             start, end = end, end + array.nbytes
-            self.source[start:end] = array.view(np.uint8)
+            self.sources[0][start:end] = array.view(np.uint8)
             arrays[name] = self.target[start:end].view(array.dtype)
-        self.device.copy(self.target[:end], self.source[:end])
+        self.device.copy(self.target[:end], self.sources[0][:end])
         return replace(batch, **arrays)
 
 
@@ -945,26 +957,28 @@ class Model:
         angles = np.arange(max_model_len)[:, None] * rope_frequencies(c)
         self.cos_sin = device.to_device(np.concatenate([np.cos(angles), np.sin(angles)], 1, dtype=np.float32))    # [max_model_len, h]
 
-    def run(self, batch):
-        """One step: for each sampled sequence its next token and that token's log-probability, two lists; and the logits
-        [R, V] on the device, good until the next step (a graph overwrites its own). All may be longer, by padding."""
+    def launch(self, batch):
+        """Starts a step and does not wait for it. Returns the logits [R, V], good until the next step (a graph overwrites its own), and
+        a function that waits and returns the sampled sequences' next tokens and these tokens' log-probabilities, int32 and
+        float32. All may be longer than R, by padding."""
         size = next((size for size in self.graph_sizes if size >= len(batch.token_ids)), None) if batch.is_decode else None
         b = self.buffer.upload(batch.padded(size) if size else batch)
-        if size:
-            if size not in self.graphs:
-                self.graphs[size] = self.device.record(lambda: self.sample(self.forward(b), b))
-            tokens, logits = self.graphs[size]()
-        elif batch.sampled:
-            tokens, logits = self.sample(self.forward(b), b)
-        else:                                                                           # only chunks that do not end a prompt
-            self.forward(b)
-            return [], [], None
-        tokens = self.device.to_host(tokens)                                            # waits until the step is done
-        return tokens[0].tolist(), tokens[1].view(np.float32).tolist(), logits
+        if size in self.graphs:
+            logits = self.graphs[size]()
+        elif size:
+            logits, self.graphs[size] = self.device.record(lambda: self.forward(b))
+        else:
+            logits = self.forward(b)
+        wait = self.device.fetch(self.buffer.sampled)
+
+        def get_tokens():
+            tokens, logprobs = wait()
+            return tokens, logprobs.view(np.float32)
+        return logits, get_tokens
 
     def forward(self, b):
-        """The logits [R, V] that choose each sampled sequence's next token; as a side effect, keys and values in the cache.
-        b: a batch on the device."""
+        """Puts the new tokens' keys and values into the cache and the sampled sequences' next tokens into the step buffer; returns
+        the logits [R, V] that chose them. b: a batch on the device."""
         c, w, kernels, linear = self.config, self.weights, self.kernels, self.device.linear
         T, S, R = len(b.token_ids), len(b.context_lens), len(b.last_tokens)
         D, F, heads_size = c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim
@@ -976,7 +990,7 @@ class Model:
         x, attention, activation = (self.device.empty((T, size)) for size in (D, heads_size, F))
 
         residual = self.device.empty((T, D))
-        kernels.gather_rows((T,), residual, w.embed, b.token_ids)                       # the embedding
+        kernels.gather_rows((T,), residual, w.embed, b.token_ids, self.buffer.sampled[0])       # the embedding
         added = None                                                                    # what goes onto the residual next
         for layer, (k_cache, v_cache) in zip(w.layers, self.kv_cache):
             # x = norm(residual += added);  residual += attention(x) @ o
@@ -999,19 +1013,13 @@ class Model:
             return None
         kernels.rms_norm((T,), x, residual, added, w.norm)
         last = self.device.empty((R, D))                                                # the head is large: only these rows need it
-        kernels.gather_rows((R,), last, x, b.last_tokens)
-        return linear(last, w.head)
-
-    def sample(self, logits, b):
-        """([2, R] int32: the next tokens, and the bits of their float32 log-probabilities; the logits).
-
-        The noise depends on the request's seed and the token's position alone. (The logits may differ in their last bits from
-        batch to batch: how cuBLAS adds, and into how many parts attention splits, goes by the batch's size.)
-        """
-        tokens = self.device.empty((2, len(logits)), np.int32)
-        self.kernels.sample((len(logits),), tokens[0], tokens[1].view(np.float32), logits, b.temperatures, b.top_ks, b.top_ps,
-                            b.seeds, b.lengths)
-        return tokens, logits
+        kernels.gather_rows((R,), last, x, b.last_tokens, None)
+        logits = linear(last, w.head)
+        # The noise depends on the request's seed and the token's position alone. (The logits may differ in their last bits from
+        # batch to batch: how cuBLAS adds, and into how many parts attention splits, goes by the batch's size.)
+        tokens, logprobs = self.buffer.sampled
+        kernels.sample((R,), tokens, logprobs.view(np.float32), logits, b.temperatures, b.top_ks, b.top_ps, b.seeds, b.lengths)
+        return logits
 
 
 def compile_kernels(config, device, block_size):
@@ -1078,6 +1086,15 @@ def kv_cache_blocks(config, memory, utilization, block_size, limits, max_model_l
 # Engine
 #
 # A model, a scheduler, and the loop between them. Everything that a server does happens in step().
+#
+# The GPU takes a millisecond for a step, and Python half of one to plan the next and to hand out tokens: done in turn, the
+# GPU would be idle for a third of the time. So step n + 1 is launched first, and then the tokens of step n are read (vLLM:
+# async scheduling). What step n + 1 must know of step n's tokens is that there is one for each sampled sequence. Which, it
+# finds on the GPU: a token that is not known here is ~row, its row among the sampled. A text's end is seen one step late,
+# and the surplus token is dropped; the pages it wrote to are free by then, but on the GPU whoever gets them writes later.
+#
+#            launch 1   launch 2        read 1   launch 3        read 2   ...
+#   GPU                 | step 1 ............... | step 2 ............... | step 3
 # ======================================================================================================================
 @dataclass
 class Stats:
@@ -1085,48 +1102,84 @@ class Stats:
     bytes read over time can be held against what the card can do."""
     decode_bytes: int = 0               # weights once a step, keys and values of every sequence's context
     decode_seconds: float = 0.0
+    last_time: float = 0.0              # when the tokens of the latest step were read
 
-    def add(self, batch, seconds, config):
-        """Counts a step; its seconds are those of the whole step, Python included, and the recording of a new CUDA graph: a short
-        run shows less than the card does."""
+    def add(self, batch, start, config):
+        """Counts a step that was launched at `start` and whose tokens have just been read. Its time begins with its launch, or
+        when those of the step before were read; Python is in it, and the recording of a new CUDA graph: a short run shows less than the
+        card does."""
+        now = time.perf_counter()
         if batch.max_query_len == 1:
             self.decode_bytes += decode_weight_bytes(config) + kv_bytes_per_token(config) * int(batch.context_lens.sum())
-            self.decode_seconds += seconds
+            self.decode_seconds += now - max(start, self.last_time)
+        self.last_time = now
 
 
 class Engine:
     """Runs requests by continuous batching."""
 
-    def __init__(self, model, scheduler):
-        self.model, self.scheduler, self.stats = model, scheduler, Stats()
+    def __init__(self, model, scheduler, overlap):
+        """overlap: start a step before the tokens of the one before are read, so that the GPU never waits for Python."""
+        self.model, self.scheduler, self.overlap, self.stats = model, scheduler, overlap, Stats()
+        self.in_flight = deque()            # of (batch, logits, get_tokens, when it was launched): steps whose tokens are not read
 
     def step(self):
-        """Computes one step and returns the sequences that got a token. Call it while there is work."""
-        start = time.perf_counter()
-        scheduled = self.scheduler.schedule()
-        batch = Batch.build(scheduled, self.scheduler.allocator.block_size)
-        tokens, logprobs, logits = self.model.run(batch)
-        for sequence, count in scheduled:           # not before: should the step be interrupted, it can run again
-            sequence.num_computed_tokens += count
-        for sequence, token, logprob, row in zip(batch.sampled, tokens, logprobs, range(len(tokens))):
-            if sequence.params.logprobs is not None:
-                best = self.best_logprobs(logits[row], sequence.params.logprobs) if sequence.params.logprobs else {}
-                sequence.output.logprobs.append(best | {token: logprob})        # the token may be none of the best
-            self.append(sequence, token)
-        self.stats.add(batch, time.perf_counter() - start, self.model.config)
-        return batch.sampled
+        """Starts a step and returns the sequences that got a token: from this one or, with overlap, from the one before. Call it
+        while there is work."""
+        try:
+            scheduled = self.scheduler.schedule()
+            if scheduled:
+                self.launch(scheduled)
+            wait = not self.overlap or not scheduled or any(s.params.logprobs for s in self.in_flight[-1][0].sampled)
+            got_token = []
+            while len(self.in_flight) > (0 if wait else 1):
+                got_token += self.finish()
+            return got_token
+        except BaseException:               # Ctrl-C: the step may be computed again, from tokens that are known
+            while self.in_flight:
+                self.finish()
+            raise
 
-    def append(self, sequence, token):
+    def launch(self, scheduled):
+        """Starts a step. Its tokens are not known, but that they will come is, so the next step can be planned."""
+        start = time.perf_counter()
+        batch = Batch.build(scheduled, self.scheduler.allocator.block_size)
+        logits, get_tokens = self.model.launch(batch)
+        for sequence, count in scheduled:
+            sequence.num_computed_tokens += count
+        for row, sequence in enumerate(batch.sampled):
+            sequence.token_ids.append(~row)                                     # the next step finds it on the device, in this row
+        self.in_flight.append((batch, logits, get_tokens, start))
+
+    def finish(self):
+        """Waits for the oldest step in flight and gives its tokens to their sequences, which are returned. A sequence that ended, or was
+        given up, while the step was under way has no use for its token."""
+        batch, logits, get_tokens, start = self.in_flight[0]
+        tokens, logprobs = (array.tolist() for array in get_tokens())
+        self.in_flight.popleft()
+        self.stats.add(batch, start, self.model.config)
+        sampled = []
+        for row, (sequence, position) in enumerate(zip(batch.sampled, batch.lengths.tolist())):
+            if not sequence.output.finish_reason:
+                token, count = tokens[row], sequence.params.logprobs
+                if count is not None:
+                    best = self.best_logprobs(logits[row], count) if count else {}
+                    sequence.output.logprobs.append(best | {token: logprobs[row]})      # the token may be none of the best
+                self.append(sequence, position, token)
+                sampled.append(sequence)
+        return sampled
+
+    def append(self, sequence, position, token):
         """A sequence's new token: text, and whether it is the last one."""
         output, params = sequence.output, sequence.params
-        sequence.token_ids.append(token)
+        sequence.token_ids[position] = token
         output.token_ids.append(token)
         output.first_token_time = output.first_token_time or time.perf_counter()
         if token in params.stop_token_ids or (token in self.model.config.eos_token_ids and not params.ignore_eos):
             output.finish_reason = "stop"                                       # the token's own text is no part of the answer
         else:
             output.text += sequence.decoder.push(token)
-            if len(sequence.token_ids) == sequence.max_len:
+            if position + 1 == sequence.max_len:
                 output.finish_reason = "length"
         if output.finish_reason:
             output.text += sequence.decoder.flush()
@@ -1135,7 +1188,7 @@ class Engine:
 
     def best_logprobs(self, logits, count):
         """{token id: log-probability} of the `count` most probable tokens. logits: [V], on the device."""
-        logits = self.model.device.to_host(logits).astype(np.float32)
+        logits = self.model.device.fetch(logits)().astype(np.float32)
         best = np.argsort(-logits, kind="stable")[:count]
         shifted = logits - logits.max()
         return dict(zip(best.tolist(), (shifted[best] - np.log(np.exp(shifted).sum())).tolist()))
@@ -1160,10 +1213,10 @@ class LLM:
     """
 
     def __init__(self, model=None, *, device="auto", max_model_len=None, gpu_memory_utilization=0.9, block_size=16,
-                 max_num_batched_tokens=4096, max_num_seqs=256, num_blocks=None, enforce_eager=False):
+                 max_num_batched_tokens=4096, max_num_seqs=256, num_blocks=None, enforce_eager=False, overlap=True):
         """model: a folder or a Hugging Face id; None: see find_model. max_model_len: tokens of prompt and answer together;
         default: the model's limit. num_blocks: pages of the KV cache; default: as many as the memory share holds.
-        enforce_eager: launch every kernel by itself rather than by CUDA graphs."""
+        enforce_eager: launch every kernel by itself rather than by CUDA graphs. overlap: see Engine."""
         check_options(gpu_memory_utilization, block_size, {
             "--max-model-len": max_model_len, "max_num_batched_tokens": max_num_batched_tokens, "max_num_seqs": max_num_seqs,
             "num_blocks": num_blocks})
@@ -1188,7 +1241,7 @@ class LLM:
         buffer = StepBuffer(self.device, max(max_num_batched_tokens, *GRAPH_SIZES), max(max_num_seqs, *GRAPH_SIZES), num_blocks)
         model = Model(config, weights, self.device, num_blocks, block_size, self.max_model_len, buffer, enforce_eager)
         scheduler = Scheduler(BlockAllocator(num_blocks, block_size), max_num_batched_tokens, max_num_seqs)
-        self.engine = Engine(model, scheduler)
+        self.engine = Engine(model, scheduler, overlap)
 
     def generate(self, prompts, sampling_params=None):
         """Answers prompts, all at once; returns a RequestOutput for each, in order.
@@ -1260,13 +1313,15 @@ class LLM:
         try:
             while unseen:
                 ended = [output for output in unseen.values() if output.finish_reason]       # by another caller's steps
-                for output in ended or [s.output for s in self.engine.step() if id(s.output) in unseen]:
-                    if output.finish_reason:
-                        del unseen[id(output)]
-                    yield output
+                for output in ended or [s.output for s in self.engine.step()]:
+                    if id(output) in unseen:
+                        if output.finish_reason:
+                            del unseen[id(output)]
+                        yield output
         finally:
             for sequence in [*scheduler.running, *scheduler.waiting]:
                 if id(sequence.output) in mine:
+                    sequence.output.finish_reason = "abort"
                     scheduler.remove(sequence)
 
 
