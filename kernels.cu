@@ -498,26 +498,32 @@ struct Scratch {
     int found;                     // the bin in which the sum passes the target
 };
 
-// The greatest key such that the weights of all logits with this key or a greater one add up to `target` or more.
-// The target is at least 1 and at most the sum of all weights.
-template <class Weight>
-__device__ inline int cutoff(Scratch& shared, const bf16* logits, u64 target, Weight weight) {
+// The greatest key such that the weights of all logits with this key or a greater one add up to the target or more. Logits
+// with keys below `lowest` count for nothing. get_target(sum of all weights) is at least 1 and at most that sum.
+template <class Weight, class Target>
+__device__ inline int cutoff(Scratch& shared, const bf16* logits, int lowest, Weight weight, Target get_target) {
     const int bin = threadIdx.x;    // in the parts where 256 threads own one bin each
     int prefix = 0;                 // the key's upper bits, as far as they are known
+    u64 target = 0;
     for (int shift = 8; shift >= 0; shift -= 8) {
         for (int i = threadIdx.x; i < 256 * COPIES; i += SAMPLE_THREADS) shared.histogram[i / COPIES][i % COPIES] = 0;
         __syncthreads();    // all bins are zero before the first is added to
         for_each_logit(logits, [&](int, float logit) {
             const int key = key_of(logit);
-            if (key >> (shift + 8) == prefix)    // an integer sum: the same in any order
+            if (key >= lowest && key >> (shift + 8) == prefix)    // an integer sum: the same in any order
                 atomicAdd(&shared.histogram[key >> shift & 255][threadIdx.x % COPIES], weight(logit));
         });
         __syncthreads();    // all weights are added before the bins are read
         if (bin < 256) for (int c = 1; c < COPIES; ++c) shared.histogram[bin][0] += shared.histogram[bin][c];
         __syncthreads();    // all bins are folded before any thread looks at another's
         if (bin < 256) {
-            u64 above = 0;
-            for (int b = bin + 1; b < 256; ++b) above += shared.histogram[b][0];
+            u64 above = 0, total = 0;
+            for (int b = 0; b < 256; ++b) {    // all read the same bin at once: in turns of their own they would queue at one bank
+                const u64 sum = shared.histogram[b][0];
+                total += sum;
+                if (b > bin) above += sum;
+            }
+            if (shift == 8) target = get_target(total);
             if (above < target && target <= above + shared.histogram[bin][0]) {    // true for one bin
                 shared.found = bin;
                 shared.remaining = target - above;
@@ -540,6 +546,7 @@ extern "C" __global__ __launch_bounds__(SAMPLE_THREADS) void sample(
     // 1. The greatest logit: greedy's choice, and the zero point of all exponents below, so that none can overflow.
     u64 best = 0;
     for_each_logit(row, [&](int t, float logit) { best = max(best, candidate(logit, t)); });
+    const int my_key = best >> 48;    // of this thread's greatest logit; 0 if it has none
     best = block_reduce(best, Max());
     int chosen = ~(unsigned)best;
     const float greatest = __bfloat162float(row[chosen]);
@@ -555,16 +562,18 @@ extern "C" __global__ __launch_bounds__(SAMPLE_THREADS) void sample(
         // Hazard: divide, do not multiply by 1 / tau: that may be inf, and the greatest logit would get 0 * inf = NaN.
         const auto weight = [&](float logit) { return mass((greatest - logit) / tau); };
         int lowest = 0;
-        if (0 < top_k[s] && top_k[s] < VOCAB)
-            lowest = cutoff(scratch, row, top_k[s], [](float) { return (u64)1; });
-        if (top_p[s] < 1) {
-            u64 total = 0;
-            for_each_logit(row, [&](int, float logit) { if (key_of(logit) >= lowest) total += weight(logit); });
-            total = block_reduce(total, Sum());
-            // A part of the mass that top-k left, so this cut cannot fall below that one. In double: float has 24 bits,
-            // the sum up to 58. At least 1: top_p = 0 keeps the most probable token.
-            lowest = cutoff(scratch, row, max((u64)1, (u64)ceil(top_p[s] * (double)total)), weight);
+        if (0 < top_k[s] && top_k[s] < VOCAB) {
+            // Every thread's greatest logit is at or above the least of these: so many logits, at least. The k-th greatest
+            // is not below it, then, and most logits are: they need not be counted.
+            if (top_k[s] <= SAMPLE_THREADS) lowest = -block_reduce(-my_key, Max());
+            lowest = cutoff(scratch, row, lowest, [](float) { return (u64)1; }, [&](u64) { return (u64)top_k[s]; });
         }
+        if (top_p[s] < 1)
+            // A part of the mass that top-k left. In double: float has 24 bits, the sum up to 58. At least 1: top_p = 0 keeps
+            // the most probable token.
+            lowest = cutoff(scratch, row, lowest, weight, [&](u64 total) {
+                return max((u64)1, (u64)ceil(top_p[s] * (double)total));
+            });
 
         // 4. The race. The noise depends on the request's seed, the position and the token, and on nothing else.
         const u64 stream = scramble(scramble(seed[s] + GOLDEN) + position[s]);
@@ -583,4 +592,26 @@ extern "C" __global__ __launch_bounds__(SAMPLE_THREADS) void sample(
         token[s] = chosen;
         logprob[s] = __bfloat162float(row[chosen]) - greatest - logf(denominator * 0x1p-40f);
     }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// stream_read: reads memory as fast as the card can, for --bench: the floor of whatever is bound by memory
+//
+//   out [grid * READ_THREADS]: of each thread, the exclusive or of all that it read, so that no load can be left out.
+//   x [rounds, 4, grid * READ_THREADS, 2]: a round is four words of 16 bytes for each thread: four loads in flight.
+//   Grid (any).
+// ---------------------------------------------------------------------------------------------------------------------
+constexpr int READ_THREADS = 512;
+
+extern "C" __global__ __launch_bounds__(READ_THREADS) void stream_read(u64* out, const u64* x, int rounds) {
+    struct alignas(16) Word { u64 v[2]; };
+    const size_t threads = gridDim.x * READ_THREADS, me = blockIdx.x * READ_THREADS + threadIdx.x;
+    const Word* word = reinterpret_cast<const Word*>(x) + me;
+    u64 all = 0;
+    for (int round = 0; round < rounds; ++round, word += 4 * threads) {
+        Word loaded[4];
+        for (int j = 0; j < 4; ++j) loaded[j] = word[j * threads];
+        for (int j = 0; j < 4; ++j) all ^= loaded[j].v[0] ^ loaded[j].v[1];
+    }
+    out[me] = all;
 }

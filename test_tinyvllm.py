@@ -3,7 +3,7 @@
 The oracles are independent of the code they judge: NumPy twins written from the equations, in float64.
 
     the oracle: a Llama in NumPy    Parrot, the bundled model    kernels    simulator    tokenizer
-    the forward pass    recitation and invariance    scheduler    API    bad input    command line    variants of models    README
+    the forward pass    recitation and invariance    scheduler    API    bench    bad input    command line    variants of models    README
 """
 import contextlib
 import io
@@ -28,6 +28,7 @@ from ml_dtypes import bfloat16
 from safetensors.numpy import load_file, save_file
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+import bench
 import tinyvllm
 from tinyvllm import (LLM, BlockAllocator, CpuDevice, CudaDevice, RequestOutput, SamplingParams, Scheduler, Sequence, TinyVLLMError, open_device)
 from tokenizer import StreamDecoder, Tokenizer, TokenizerError
@@ -1556,6 +1557,55 @@ def recitation(question):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Bench
+# ---------------------------------------------------------------------------------------------------------------------
+def test_bench_floor_against_counting():
+    """The floor of a step, counted tensor by tensor and pair by pair."""
+    c = tinyvllm.SHAPES["llama-3.1-8b"]
+    matrices = 32 * (4096 * 4096 * 2 + 2 * 1024 * 4096 + 3 * 14336 * 4096)
+    weights = 2 * (matrices + 128256 * 4096 + 65 * 4096)                        # two norms a layer, and the last
+    cache = 2 * 2 * 32 * 1024                                                   # a token: K and V, 2 bytes, 32 layers, 8 heads of 128
+    slow_memory, slow_matrices = ({"bytes_per_second": a, "operations_per_second": b} for a, b in ((1.0, 1e30), (1e30, 1.0)))
+    prefill, decode = bench.seconds_at_best(c, slow_memory, [(10, 3), (20, 2)])
+    assert prefill == weights and decode == 2 * weights + cache * (11 + 21 + 12)
+    prefill, decode = bench.seconds_at_best(c, slow_matrices, [(3, 2)])
+    pair = 2 * 2 * 32 * 32 * 128                                                # q . k and p v, 32 layers, 32 heads of 128
+    norms = 2 * 65 * 4096                                                       # counted as if they were a matrix: next to nothing
+    assert abs(prefill - (2 * (3 * matrices + 128256 * 4096) + 6 * pair)) <= 3 * norms
+    assert abs(decode - (2 * (matrices + 128256 * 4096) + 4 * pair)) <= norms
+
+
+def test_bench_rows():
+    """The mix is that of nano-vllm's benchmark."""
+    rows = bench.bench_rows()
+    mix = rows["mix"].requests
+    assert len(mix) == 256 and [sum(column) for column in zip(*mix)] == [142_827, 133_966] and rows["mix-sampled"].requests == mix
+    assert rows["decode-64-4000"].requests == [(4000, 1024)] * 64 and rows["prefill-1-8192"].requests == [(8192, 1)]
+
+
+def test_bench_wants_a_gpu_and_a_file_that_it_can_write(tmp_path):
+    assert_refused(run_main("--device", "cpu", "--bench", "mix"), "--bench wants an NVIDIA GPU")
+    assert_refused(run_main("--bench", "mix", "--json", tmp_path / "none" / "figures.json"), "none/figures.json", "No such file")
+
+
+@pytest.mark.skipif(not ON_GPU, reason="the bench wants a GPU")
+@pytest.mark.parametrize("row, unit", [("decode-1-640", "ms"), ("batch-8", "tokens/s"), ("start", "s")])
+def test_bench_measures(tmp_path, row, unit):
+    """A row on Parrot: a line of the table, and the same figure in the file."""
+    code, out, _ = run_main("--model", PARROT, "--bench", row, "--json", tmp_path / "figures.json")
+    figures = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    [line] = [line for line in out.splitlines() if line.startswith(row)]
+    value = figures[row]["value"]
+    assert code == 0 and list(figures) == [row] and f"{value:,.{0 if unit == 'tokens/s' else 3}f} {unit}" in line and value > 0
+
+
+def test_dummy_weights_are_the_same_each_time(tmp_path):
+    write_model(tmp_path)
+    one, two = (LLM(tmp_path, load_format="dummy").generate([[1, 2, 3]], SamplingParams(max_tokens=5, logprobs=0, ignore_eos=True))[0] for _ in range(2))
+    assert one.token_ids == two.token_ids and one.logprobs == two.logprobs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Bad input: one line, exit code 2
 # ---------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("change, parts", [
@@ -1606,7 +1656,9 @@ def test_weights_that_do_not_fit(change, parts, tmp_path):
     ("tokenizer.json", b"{}", ["tokenizer.json", "got: "]),
     ("tokenizer_config.json", b"[]", ["tokenizer_config.json"]),
     ("model.safetensors", b"version https://git-lfs.github.com/spec/v1", ["model.safetensors", "no valid safetensors"]),
-    ("model.safetensors", "truncated", ["model.safetensors", "not fully covered"]),
+    ("model.safetensors", "truncated", ["model.safetensors", "no valid safetensors"]),
+    ("model.safetensors", b"", ["model.safetensors", "no valid safetensors"]),
+    ("model.safetensors", b"\x02\0\0\0\0\0\0\0[]", ["model.safetensors", "no valid safetensors"]),
     ("model.safetensors.index.json", b'{"weight_map": {"a": "model-00001-of-00002.safetensors"}}', ["no model-00001-of-00002.safetensors"]),
     ("model.safetensors.index.json", b'{"weight_map": []}', ["model.safetensors.index.json", "weight_map"]),
 ])
@@ -1635,7 +1687,12 @@ def test_files_that_are_missing_or_broken(name, content, parts, tmp_path):
     (["--gpu-memory-utilization", "1.5", "Hi"], ["--gpu-memory-utilization is 1.5"]),
     (["--gpu-memory-utilization", "1e-6", "Hi"], ["too little memory", "GB are needed", "--gpu-memory-utilization", "--max-model-len"]),
     (["--no-such-option", "Hi"], ["--no-such-option", "--help"]),
-    ([], ["PROMPT", "--help"]),
+    ([], ["prompts", "--bench", "--help"]),
+    (["--bench", "no-such-row"], ["no row no-such-row", "decode-1-128", "mix"]),
+    (["--bench", "mix", "Hi"], ["prompts", "--bench"]),
+    (["--json", "figures.json", "Hi"], ["prompts", "--json"]),
+    (["--load-format", "dummy", "--model", "llama-9", "Hi"], ["llama-9", "llama-3.2-1b, llama-3.2-3b, llama-3.1-8b"]),
+    (["--load-format", "zip", "Hi"], ["--load-format", "'zip'", "dummy"]),
     (["--max-tokens", "many", "Hi"], ["--max-tokens", "'many'"]),
     (["--device", "tpu", "Hi"], ["--device", "tpu", "cuda"]),
 ], ids=lambda value: " ".join(map(str, value))[:40])

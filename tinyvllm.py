@@ -41,7 +41,6 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from tokenizer import StreamDecoder, Tokenizer, TokenizerError
 
@@ -71,7 +70,7 @@ HUB_MODEL = "meta-llama/Llama-3.2-1B-Instruct"
 HUB_FILES = ["*.json", "*.jinja", "model*.safetensors"]
 
 
-def find_model(name=None):
+def find_model(name=None, load_format="auto"):
     """The folder of a model. name: a folder or a Hugging Face id. None: $TINYVLLM_MODEL, else Llama-3.2-1B-Instruct if it
     was downloaded before, else Parrot, which comes with this project."""
     name = name or os.environ.get("TINYVLLM_MODEL")
@@ -86,7 +85,8 @@ def find_model(name=None):
     if folder.is_dir():
         return folder
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise TinyVLLMError(f"{name} is no folder and no Hugging Face id: expected is a folder with config.json, or an id like {HUB_MODEL}")
+        shapes = f", or a shape: {', '.join(SHAPES)}" if load_format == "dummy" else ""
+        raise TinyVLLMError(f"{name} is no folder and no Hugging Face id: expected is a folder with config.json, or an id like {HUB_MODEL}{shapes}")
     return download(name)
 
 
@@ -175,6 +175,18 @@ class ModelConfig:
                                 "both must be multiples of 8")
 
 
+def llama_shape(D, F, L, H, K, h, factor, tied):
+    """The ModelConfig of a Llama 3.1 or 3.2."""
+    scaling = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    return ModelConfig(D, F, L, H, K, h, 128256, 131072, 1e-5, 500000.0, scaling, tied, frozenset([128001, 128008, 128009]))
+
+
+SHAPES = {                              # for --load-format dummy: models that need no download
+    "llama-3.2-1b": llama_shape(2048, 8192, 16, 32, 8, 64, 32.0, True),
+    "llama-3.2-3b": llama_shape(3072, 8192, 28, 24, 8, 128, 32.0, True),
+    "llama-3.1-8b": llama_shape(4096, 14336, 32, 32, 8, 128, 8.0, False)}
+
+
 def read_json(path):
     """The dict in a JSON file."""
     try:
@@ -236,51 +248,79 @@ class Weights:
 
 
 class Checkpoint:
-    """The safetensors files of a folder: one, or shards that model.safetensors.index.json lists."""
-    DTYPES = ("BF16", "F16", "F32")
+    """The safetensors files of a folder: one, or shards that model.safetensors.index.json lists.
+
+    Such a file is 8 bytes that say how long the header is; the header, JSON: {name: {"dtype", "shape", "data_offsets": [from, to]}}; and the
+    numbers. Files are mapped, not read: the kernel copies a tensor from its page cache when it goes to the device.
+    """
+    DTYPES = {"BF16": BFLOAT16, "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 
     def __init__(self, folder):
         self.folder, index = folder, folder / "model.safetensors.index.json"
         weight_map = read_json(index).get("weight_map") if index.exists() else {"every tensor": "model.safetensors"}
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise TinyVLLMError(f"{index} has no weight_map from tensor names to file names: download it again")
-        self.file_of = {}                                           # tensor name -> the open file that holds it
+        self.tensors = {}                                           # name -> (dtype's name, shape, array on the file)
         for name in sorted(set(weight_map.values())):
             try:
-                file = safe_open(folder / name, framework="numpy")  # maps the file; a tensor is read when asked for
+                self.open(folder / name)
             except FileNotFoundError:
                 raise TinyVLLMError(f"there is no {name} in {folder}: download the model's *.safetensors") from None
-            except (SafetensorError, OSError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise TinyVLLMError(f"{folder / name} is no valid safetensors file ({error}): download it again") from None
-            self.file_of |= dict.fromkeys(file.keys(), file)
+
+    def open(self, path):
+        """Maps a file and finds its tensors."""
+        data = np.memmap(path, np.uint8, "r")
+        start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+        for name, tensor in json.loads(data[8:start].tobytes()).items():
+            if name != "__metadata__":
+                dtype, shape, (begin, end) = tensor["dtype"], tuple(tensor["shape"]), tensor["data_offsets"]
+                array = data[start + begin:start + end]
+                self.tensors[name] = dtype, shape, array.view(self.DTYPES[dtype]).reshape(shape) if dtype in self.DTYPES else array
 
     def take(self, name, *shape):
-        """The tensor as a bfloat16 array in host memory, of exactly this shape."""
-        if name not in self.file_of:
+        """The tensor, of exactly this shape, as it lies in the file."""
+        if name not in self.tensors:
             raise TinyVLLMError(f"{self.folder}: the weights have no tensor {name}: are they of another model than config.json?")
-        view = self.file_of[name].get_slice(name)
-        if tuple(view.get_shape()) != shape:
-            raise TinyVLLMError(f"{self.folder}: {name} has the shape {tuple(view.get_shape())}, expected by config.json is {shape}")
-        if view.get_dtype() not in self.DTYPES:
-            raise TinyVLLMError(f"{self.folder}: {name} has the dtype {view.get_dtype()}, supported are {', '.join(self.DTYPES)}")
-        return self.file_of.pop(name).get_tensor(name).astype(BFLOAT16, copy=False)
+        dtype, its_shape, array = self.tensors.pop(name)
+        if its_shape != shape:
+            raise TinyVLLMError(f"{self.folder}: {name} has the shape {its_shape}, expected by config.json is {shape}")
+        if dtype not in self.DTYPES:
+            raise TinyVLLMError(f"{self.folder}: {name} has the dtype {dtype}, supported are {', '.join(self.DTYPES)}")
+        return array
 
     def check_all_taken(self):
         """Raises TinyVLLMError if a tensor is left, such as a bias: without it the answers would be wrong."""
-        left = [name for name in self.file_of if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq")]
+        left = [name for name in self.tensors if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq")]
         if left:
             raise TinyVLLMError(f"{self.folder}: the weights have {len(left)} tensors that no Llama of this config.json has, {left[0]} for one: "
                                 "is it another architecture, or quantized?")
 
 
-def load_weights(folder, config, device):
+class DummyCheckpoint:
+    """Random weights instead of a checkpoint's, made on the device, the same each time: normal, as wide as a trained model's; norms 1."""
+
+    def __init__(self, device):
+        self.xp, self.random = device.xp, device.xp.random.default_rng(0)
+
+    def take(self, name, *shape):
+        if len(shape) == 1:
+            return self.xp.ones(shape, BFLOAT16)
+        return (0.02 * self.random.standard_normal(shape, np.float32)).astype(BFLOAT16)
+
+    def check_all_taken(self):
+        """There is nothing else."""
+
+
+def load_weights(checkpoint, config, device):
     """The model's weights on the device, bfloat16."""
-    c, checkpoint = config, Checkpoint(folder)
+    c = config
     D, F, V, h = c.hidden_size, c.intermediate_size, c.vocab_size, c.head_dim
     q_rows, kv_rows = c.num_attention_heads * h, c.num_key_value_heads * h
 
     def take(name, *shape):
-        return device.to_device(checkpoint.take(name + ".weight", *shape))
+        return device.to_device(checkpoint.take(name + ".weight", *shape)).astype(BFLOAT16, copy=False)
 
     def stack(*parts):
         """One matrix of several, below one another; each goes to the device by itself."""
@@ -435,8 +475,7 @@ class CudaDevice:
 
     def pinned(self, num_bytes):
         """Host memory that the GPU can read and write by itself, uint8."""
-        import cupyx
-        return cupyx.empty_pinned(num_bytes, np.uint8)
+        return np.frombuffer(self.xp.cuda.alloc_pinned_memory(num_bytes), np.uint8, num_bytes)
 
     def copy(self, target, source):
         """Starts a copy of pinned memory to an array of the device; source must stay as it is until it is done."""
@@ -1213,15 +1252,20 @@ class LLM:
     """
 
     def __init__(self, model=None, *, device="auto", max_model_len=None, gpu_memory_utilization=0.9, block_size=16,
-                 max_num_batched_tokens=4096, max_num_seqs=256, num_blocks=None, enforce_eager=False, overlap=True):
+                 max_num_batched_tokens=4096, max_num_seqs=256, num_blocks=None, enforce_eager=False, overlap=True,
+                 load_format="auto"):
         """model: a folder or a Hugging Face id; None: see find_model. max_model_len: tokens of prompt and answer together;
         default: the model's limit. num_blocks: pages of the KV cache; default: as many as the memory share holds.
-        enforce_eager: launch every kernel by itself rather than by CUDA graphs. overlap: see Engine."""
+        enforce_eager: launch every kernel by itself rather than by CUDA graphs. overlap: see Engine. load_format: "auto", or
+        "dummy": random weights, for which `model` may also be one of SHAPES."""
         check_options(gpu_memory_utilization, block_size, {
             "--max-model-len": max_model_len, "max_num_batched_tokens": max_num_batched_tokens, "max_num_seqs": max_num_seqs,
             "num_blocks": num_blocks})
-        folder = find_model(model)
-        config = ModelConfig.from_folder(folder)
+        if load_format == "dummy" and model in SHAPES:
+            folder, config = FOLDER / "parrot", SHAPES[model]                           # Parrot's tokenizer: any would do
+        else:
+            folder = find_model(model, load_format)
+            config = ModelConfig.from_folder(folder)
         self.config, self.tokenizer, self.device = config, Tokenizer(folder), open_device(device)
         limit = max_model_len or config.max_position_embeddings
         if limit > config.max_position_embeddings:
@@ -1237,7 +1281,7 @@ class LLM:
         self.max_model_len = min(limit, num_blocks * block_size)
         if self.max_model_len < limit:
             print(f"tiny-vLLM: memory holds a context of {self.max_model_len} tokens, the model could have {limit}", file=sys.stderr)
-        weights = load_weights(folder, config, self.device)
+        weights = load_weights(DummyCheckpoint(self.device) if load_format == "dummy" else Checkpoint(folder), config, self.device)
         buffer = StepBuffer(self.device, max(max_num_batched_tokens, *GRAPH_SIZES), max(max_num_seqs, *GRAPH_SIZES), num_blocks)
         model = Model(config, weights, self.device, num_blocks, block_size, self.max_model_len, buffer, enforce_eager)
         scheduler = Scheduler(BlockAllocator(num_blocks, block_size), max_num_batched_tokens, max_num_seqs)
@@ -1309,7 +1353,6 @@ class LLM:
         stepped in between), and once when it is final. If the caller stops early (an exception, Ctrl-C, a closed generator),
         the requests are given up and their pages freed."""
         unseen = {id(output): output for output in outputs if not output.finish_reason}      # not yet yielded as final
-        mine, scheduler = set(unseen), self.engine.scheduler
         try:
             while unseen:
                 ended = [output for output in unseen.values() if output.finish_reason]       # by another caller's steps
@@ -1319,10 +1362,15 @@ class LLM:
                             del unseen[id(output)]
                         yield output
         finally:
-            for sequence in [*scheduler.running, *scheduler.waiting]:
-                if id(sequence.output) in mine:
-                    sequence.output.finish_reason = "abort"
-                    scheduler.remove(sequence)
+            self.abort(outputs)
+
+    def abort(self, outputs):
+        """Gives up requests that still run or wait, and frees their pages."""
+        mine, scheduler = {id(output) for output in outputs}, self.engine.scheduler
+        for sequence in [*scheduler.running, *scheduler.waiting]:
+            if id(sequence.output) in mine:
+                sequence.output.finish_reason = "abort"
+                scheduler.remove(sequence)
 
 
 def check_options(gpu_memory_utilization, block_size, counts):
@@ -1363,7 +1411,7 @@ def parse_arguments(argv):
     parser = argparse.ArgumentParser(prog="tinyvllm.py", description="Answer prompts with a Llama model.", epilog=EXAMPLES,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("prompts", nargs="+", metavar="PROMPT", help='a prompt; several run together; "-" reads one a line from stdin')
+    add("prompts", nargs="*", metavar="PROMPT", help='a prompt; several run together; "-" reads one a line from stdin')
     add("--model", help="a folder or a Hugging Face id (default: $TINYVLLM_MODEL, else Llama-3.2-1B-Instruct if it was downloaded "
                         "before, else the bundled Parrot)")
     add("--max-tokens", type=int, metavar="N", help="longest answer, in tokens (default: as long as the context allows)")
@@ -1377,12 +1425,25 @@ def parse_arguments(argv):
     add("--gpu-memory-utilization", type=float, default=0.9, metavar="X", help="share of the GPU's memory to use (default: 0.9)")
     add("--block-size", type=int, default=16, metavar="N", help="tokens a page of the KV cache (default: 16)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: a GPU if there is one, else the simulator")
+    add("--load-format", choices=["auto", "dummy"], default="auto",
+        help=f"dummy: random weights, for a --model that may also be one of {', '.join(SHAPES)}")
+    add("--bench", nargs="?", const="all", metavar="ROW", help="measure speed on a GPU, against what the card could do: all rows of a table, or one")
+    add("--json", metavar="FILE", help="where --bench writes its figures")
     add("--version", action="version", version=f"tiny-vLLM {__version__}")
 
     def error(message):             # argparse's own prints the usage too: many lines, of which the last counts
         raise TinyVLLMError(f"{message} (--help shows the options and examples)")
     parser.error = error
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if bool(args.prompts) == bool(args.bench) or args.json and not args.bench:
+        error("expected are prompts, or --bench (and with it --json)")
+    return args
+
+
+def open_llm(args):
+    """The engine that the options ask for."""
+    return LLM(args.model, device=args.device, max_model_len=args.max_model_len, gpu_memory_utilization=args.gpu_memory_utilization,
+               block_size=args.block_size, load_format=args.load_format)
 
 
 def prompt_ids(llm, text, args):
@@ -1456,8 +1517,7 @@ def run_command(args):
         texts += filter(str.strip, sys.stdin.read().splitlines()) if prompt == "-" else [prompt]
     if not texts:
         raise TinyVLLMError("there is no prompt: expected at least one line of text on stdin")
-    llm = LLM(args.model, device=args.device, max_model_len=args.max_model_len, gpu_memory_utilization=args.gpu_memory_utilization,
-              block_size=args.block_size)
+    llm = open_llm(args)
     if args.system and not args.raw and not llm.tokenizer.has_chat_template:
         raise TinyVLLMError("--system needs a chat format that is known, and this model has none: use --raw and write it into the prompt")
     outputs = [answer_one(llm, texts[0], args, params)] if len(texts) == 1 else answer_many(llm, texts, args, params)
@@ -1473,7 +1533,11 @@ def main(argv=None):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=errors)
     try:
-        sys.exit(run_command(parse_arguments(argv)))
+        args = parse_arguments(argv)
+        if args.bench:
+            sys.modules.setdefault("tinyvllm", sys.modules[__name__])       # the bench imports this very module, no second copy
+            from bench import run_bench
+        sys.exit(run_bench(args) if args.bench else run_command(args))
     except (TinyVLLMError, TokenizerError) as error:
         print(f"tinyvllm: {error}", file=sys.stderr)
         sys.exit(2)

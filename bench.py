@@ -1,0 +1,220 @@
+"""python tinyvllm.py --bench: how fast is it, and how fast could it be?
+
+First the card itself is measured: how fast it reads memory, how fast it multiplies. A step must read all weights, and the keys and values
+of its sequences, and it must multiply each token with all weights: the bytes over the one rate or the operations over the
+other, whichever takes longer, are its floor, and each row of the table shows how near to it the engine comes.
+"""
+import contextlib
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+
+import tinyvllm
+from tinyvllm import BYTES, CpuDevice, DummyCheckpoint, SamplingParams, TinyVLLMError, decode_weight_bytes, kv_bytes_per_token, weight_bytes
+
+
+@dataclass
+class BenchRow:
+    """One measurement: requests of (prompt tokens, new tokens), which come together and never stop early."""
+    kind: str                           # "start"; "decode": a step, late; "prefill", "output": prompt or new tokens of the whole run
+    what: str
+    requests: list
+    params: dict = field(default_factory=dict)      # of the sampling; none: greedy
+
+
+def bench_rows():
+    """{name: BenchRow}, in the order of the table."""
+    rows = {"start": BenchRow("start", "new process to first token, kernels compiled before", []),
+            "start-compiling": BenchRow("start", "the same, kernels not compiled before", [])}
+    for batch, context in (1, 128), (1, 640), (1, 2048), (1, 16384), (8, 128), (64, 4000), (256, 1000):
+        rows[f"decode-{batch}-{context}"] = BenchRow("decode", f"a decode step, {batch} x context {context:,}", [(context, 1024)] * batch)
+    for batch in 8, 32, 128, 256:
+        rows[f"batch-{batch}"] = BenchRow("output", f"{batch} x (prompt 128, 256 new)", [(128, 256)] * batch)
+    sampled = dict(temperature=0.8, top_p=0.95, top_k=50, seed=1)
+    rows["batch-256-sampled"] = BenchRow("output", "the same, temperature 0.8, top_p 0.95, top_k 50", [(128, 256)] * 256, sampled)
+    for batch, prompt in (1, 2048), (1, 3500), (1, 8192), (1, 16384), (16, 1024):
+        rows[f"prefill-{batch}-{prompt}"] = BenchRow("prefill", f"{batch} x (prompt {prompt:,}, 1 new)", [(prompt, 1)] * batch)
+    # The lengths of nano-vllm's benchmark. It draws each prompt's ids after its length, and all new lengths after the prompts.
+    draw, prompts = random.Random(0).randint, []
+    for _ in range(256):
+        prompts.append(draw(100, 1024))
+        for _ in range(prompts[-1]):
+            draw(0, 10000)
+    mix = [(prompt, draw(100, 1024)) for prompt in prompts]
+    rows["mix"] = BenchRow("output", "256 x (prompt 100 to 1,024, 100 to 1,024 new)", mix)
+    rows["mix-sampled"] = BenchRow("output", "the same, temperature 0.6", mix, dict(temperature=0.6, seed=1))
+    return rows
+
+
+def measure_card(llm):
+    """The device's name, and the rates at which it reads memory, bytes/s, and multiplies bfloat16 matrices, operations/s."""
+    device, kernels = llm.device, llm.engine.model.kernels
+    rounds, blocks, size = 64, 4 * device.multiprocessors, 8192
+    out = device.empty(blocks * kernels.READ_THREADS, np.uint64)
+    x = device.xp.arange(8 * rounds * out.size, dtype=np.uint64)               # 1.1 GB on an H200
+    a, b = (DummyCheckpoint(device).take("", size, size) for _ in range(2))
+
+    def best(function, repeats=20):
+        """Seconds of a call: of four rounds the fastest."""
+        def seconds():
+            start = time.perf_counter()
+            for _ in range(repeats):
+                function()
+            device.fetch(out[:1])()                                 # behind them all on the device
+            return (time.perf_counter() - start) / repeats
+        return min(seconds() for _ in range(4))
+
+    return {"name": device.name, "bytes_per_second": x.nbytes / best(lambda: kernels.stream_read((blocks,), out, x, rounds)),
+            "operations_per_second": 2 * size**3 / best(lambda: device.linear(a, b))}
+
+
+def seconds_at_best(config, card, requests):
+    """(prefill, decode): what requests of (prompt tokens, new tokens) must take on a card of these rates, if first all prompts come in one
+    step, and then all that are not done decode together."""
+    c, head = config, config.vocab_size * config.hidden_size
+    layers = decode_weight_bytes(c) / BYTES - head                              # weights that every token is multiplied with
+    a_pair = 4 * c.num_hidden_layers * c.num_attention_heads * c.head_dim       # operations for a query and a key with its value
+
+    def step(tokens, rows, pairs, context):
+        """Of `tokens`, `rows` go through the head; queries meet keys in `pairs`; `context` tokens are read from the cache."""
+        num_bytes = decode_weight_bytes(c) + kv_bytes_per_token(c) * context
+        operations = 2 * (tokens * layers + rows * head) + a_pair * pairs
+        return max(num_bytes / card["bytes_per_second"], operations / card["operations_per_second"])
+
+    prefill = step(sum(p for p, _ in requests), len(requests), sum(p * (p + 1) / 2 for p, _ in requests), 0)
+    contexts = [[p + i for p, new in requests if new > i] for i in range(1, max(new for _, new in requests))]
+    return prefill, sum(step(len(context), len(context), sum(context), sum(context)) for context in contexts)
+
+
+def submit(llm, row):
+    """Queues a row's requests, with random prompts: no two of them alike, in this row or another."""
+    ids = np.random.default_rng()
+    outputs = llm.submit([ids.integers(0, llm.config.vocab_size, prompt).tolist() for prompt, _ in row.requests],
+                         [SamplingParams(max_tokens=new, ignore_eos=True, **row.params) for _, new in row.requests])
+    for output in outputs:
+        if output.error:
+            raise TinyVLLMError(output.error)
+    return outputs
+
+
+def time_decode(llm, row, steps=64):
+    """Seconds of a decode step, the mean of some, when every request has had its prompt read."""
+    outputs = submit(llm, row)
+    while not all(len(output.token_ids) > 4 for output in outputs):
+        llm.engine.step()
+    start = time.perf_counter()
+    for _ in range(steps):
+        llm.engine.step()
+    seconds = (time.perf_counter() - start) / steps
+    llm.abort(outputs)
+    return seconds
+
+
+def time_run(llm, row):
+    """(seconds from the first arrival to the last token, more figures): all of a row's requests."""
+    cuda, model, marks = llm.device.xp.cuda, llm.engine.model, []
+    launch = model.launch
+
+    def marked_launch(batch):               # events on the device before and after each step say how long it was busy
+        marks.append((cuda.Event(), cuda.Event()))
+        marks[-1][0].record()
+        result = launch(batch)
+        marks[-1][1].record()
+        return result
+
+    model.launch, start = marked_launch, time.perf_counter()
+    outputs = submit(llm, row)
+    for _ in llm.run(outputs):
+        pass
+    seconds = time.perf_counter() - start
+    model.launch = launch
+    first = [output.first_token_time - output.arrival_time for output in outputs]
+    each = [(o.finish_time - o.first_token_time) / max(len(o.token_ids) - 1, 1) for o in outputs]
+    figures = {"gpu_busy": sum(cuda.get_elapsed_time(*pair) for pair in marks) / 1e3 / seconds,
+               "preemptions": sum(output.num_preemptions for output in outputs)}
+    for name, values in ("time_to_first_token", first), ("time_per_output_token", each):
+        figures |= {f"{name}_p{percent}": float(np.percentile(values, percent)) for percent in (50, 99)}
+    return seconds, figures
+
+
+def time_start(args, compiling):
+    """Seconds from the start of a new process to its first token. compiling: with an empty cache of compiled kernels."""
+    command = [sys.executable, tinyvllm.__file__, "--raw", "--max-tokens", "1", "--load-format", args.load_format, "Once upon a time"]
+    command += ["--model", args.model] if args.model else []
+    with tempfile.TemporaryDirectory() as folder:
+        env = os.environ | ({"CUPY_CACHE_DIR": folder} if compiling else {})
+        start = time.perf_counter()
+        with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            process.stdout.read(1)
+            seconds, error = time.perf_counter() - start, process.communicate()[1]
+    if process.returncode:
+        raise TinyVLLMError(error.decode(errors="replace").strip().rpartition("\n")[2].removeprefix("tinyvllm: "))
+    return seconds
+
+
+def measure(llm, row, card):
+    """A row's figures: "value" and "unit", "best": what the card's rates allow, "share": how much of that is reached, and more."""
+    batch = len(row.requests)
+    if row.kind == "decode":
+        time_decode(llm, row, steps=1)                              # once to warm up
+        seconds, requests = time_decode(llm, row), [(prompt, 2) for prompt, _ in row.requests]
+        best = seconds_at_best(llm.config, card, requests)[1]
+        return {"value": 1e3 * seconds, "unit": "ms", "best": 1e3 * best, "share": best / seconds, "tokens_per_second": batch / seconds}
+    time_run(llm, row)                                              # likewise
+    seconds, figures = time_run(llm, row)
+    tokens, best = sum(prompt if row.kind == "prefill" else new for prompt, new in row.requests), sum(seconds_at_best(llm.config, card, row.requests))
+    return {"value": tokens / seconds, "unit": "tokens/s", "best": tokens / best, "share": best / seconds, **figures}
+
+
+def print_row(name, row, figures):
+    """One line of the table; two for the mix."""
+    digits = 0 if figures["unit"] == "tokens/s" else 3
+    best = f"{figures['best']:>10,.{digits}f} {figures['share']:>6.0%}" if "best" in figures else ""
+    rate = f"  {figures['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in figures else ""
+    print(f"{name:<18} {row.what:<47} {figures['value']:>10,.{digits}f} {figures['unit']:<8}{best}{rate}".rstrip(), flush=True)
+    if name.startswith("mix"):
+        def percentiles(time):
+            return ", ".join(f"p{percent} {1e3 * figures[f'{time}_p{percent}']:,.1f}" for percent in (50, 99))
+        print(f"{'':<18} ms to first token {percentiles('time_to_first_token')}; ms a token {percentiles('time_per_output_token')}; "
+              f"{figures['preemptions']} preemptions; GPU busy {figures['gpu_busy']:.1%}", flush=True)
+
+
+def run_bench(args):
+    """Measures all rows, or one, and prints a table; returns the exit code."""
+    rows = {name: row for name, row in bench_rows().items() if args.bench in ("all", name)}
+    if not rows:
+        raise TinyVLLMError(f"--bench has no row {args.bench}, known are {', '.join(bench_rows())}")
+    try:
+        report = open(args.json, "a") if args.json else contextlib.nullcontext()        # now: a bad path should not cost a run
+    except OSError as error:
+        raise TinyVLLMError(f"--json cannot write {args.json} ({error.strerror}): expected is a file that you may write") from None
+    with report:
+        if isinstance(tinyvllm.open_device(args.device), CpuDevice):
+            raise TinyVLLMError("--bench wants an NVIDIA GPU: in the simulator its figures would say nothing")
+        results = {}
+        for name, row in rows.items():                              # new processes first, while this one does not hold the card's memory
+            if row.kind == "start":
+                time_start(args, compiling=False)                   # now they are compiled
+                results[name] = {"value": time_start(args, compiling=name != "start"), "unit": "s"}
+        llm = tinyvllm.open_llm(args)
+        card = measure_card(llm)
+        print(f"{card['name']}: reads {card['bytes_per_second'] / 1e9:,.0f} GB/s, multiplies {card['operations_per_second'] / 1e12:,.0f} TFLOP/s in "
+              f"bf16; {args.model or 'default model'} has {weight_bytes(llm.config) / 1e9:.2f} GB of weights\n\n"
+              f"{'row':<18} {'':<47} {'measured':>10} {'':<8}{'at best':>10} {'share':>6}", flush=True)
+        for name, row in rows.items():
+            try:
+                results[name] = results.get(name) or measure(llm, row, card)
+                print_row(name, row, results[name])
+            except TinyVLLMError as error:
+                print(f"{name:<18} {row.what:<47} not measured: {error}", flush=True)
+        if args.json:
+            report.truncate(0)
+            json.dump({"card": card, "model": args.model, "rows": results}, report, indent=2)
+    return 0
