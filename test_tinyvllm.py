@@ -1266,11 +1266,30 @@ def test_recitation_with_odd_limits(options):
     recite(LLM(PARROT, **options), SOME)
 
 
-@pytest.mark.parametrize("overlap", [True, False])
-def test_preempted_and_resumed(overlap):
-    """A pool for a fraction of the load: sequences are preempted, computed again, and say the same."""
-    outputs = recite(LLM(PARROT, num_blocks=40, overlap=overlap), SOME)
+@pytest.mark.parametrize("options", [{}, {"overlap": False}, {"prefix_caching": False}], ids=str)
+def test_preempted_and_resumed(options):
+    """A pool for a fraction of the load: sequences are preempted, computed again where their pages are gone, and say the same."""
+    outputs = recite(LLM(PARROT, num_blocks=40, **options), SOME)
     assert sum(output.num_preemptions for output in outputs) >= 3
+    assert (sum(output.num_cached_tokens for output in outputs) > 0) == options.get("prefix_caching", True)
+
+
+def test_prefix_caching(parrot_tokenizer):
+    """What was computed before is found again, a conversation's answers included, but for the last token; and the text is the same."""
+    llm = LLM(PARROT)
+    prompt, answer = chat_ids(parrot_tokenizer, TEXTS[1][0][0], "You are a helpful assistant."), TEXTS[1][1]
+    first, again = llm.generate([prompt, prompt])                           # together: what is still being computed is not shared
+    assert first.num_cached_tokens == again.num_cached_tokens == 0 and first.text == again.text == answer
+    later = llm.generate(prompt)[0]
+    assert later.num_cached_tokens == (len(prompt) - 1) // 16 * 16 > 0 and later.text == answer
+    one = SamplingParams(max_tokens=1)
+    assert llm.generate((prompt + first.token_ids)[:32], one)[0].num_cached_tokens == 16       # full pages, but the last token is computed
+    turn = prompt + first.token_ids + [7] * 3
+    known = (len(prompt) + len(first.token_ids) - 1) // 16 * 16             # of the answer all but its last token went through the model
+    assert llm.generate(turn, one)[0].num_cached_tokens >= known
+    without = LLM(PARROT, prefix_caching=False).generate([prompt], one)[0]
+    assert without.num_cached_tokens == 0 and without.token_ids == first.token_ids[:1]
+    llm.engine.scheduler.check_integrity()
 
 
 def test_join_while_others_run(parrot):
@@ -1320,10 +1339,11 @@ def test_scheduler_random_events(seed, overlap):
     block_size, num_blocks, budget, max_seqs = int(rng.choice([1, 4, 16])), int(rng.integers(8, 60)), int(rng.integers(1, 70)), int(rng.integers(1, 12))
     scheduler = Scheduler(BlockAllocator(num_blocks, block_size), budget, max_seqs)
     limit, live, in_flight = num_blocks * block_size, [], []
+    memory, cached = {}, 0                          # (page, offset) -> the text up to this token, on which its key and value depend
 
     def arrive():
         length = int(rng.integers(1, limit))
-        output = RequestOutput(rng.integers(0, 9, length).tolist())
+        output = RequestOutput(rng.integers(0, 3, length).tolist() if rng.random() < 0.3 else ([1] * limit)[:length])       # often alike
         live.append(Sequence(SamplingParams(), output, None, int(rng.integers(length + 1, limit + 1))))
         scheduler.waiting.append(live[-1])
 
@@ -1333,11 +1353,17 @@ def test_scheduler_random_events(seed, overlap):
         assert all(count >= 1 for _, count in scheduled) and sum(count for _, count in scheduled) <= budget
         assert len({id(s) for s, _ in scheduled}) == len(scheduled) and len(scheduler.running) <= min(max_seqs, budget)
         for sequence, count in scheduled:
-            sequence.num_computed_tokens += count
+            start, sequence.num_computed_tokens = sequence.num_computed_tokens, sequence.num_computed_tokens + count
             assert sequence.num_computed_tokens <= len(sequence.block_table) * block_size       # every token has its slot
+            for p in range(sequence.num_computed_tokens):
+                place = sequence.block_table[p // block_size], p % block_size
+                if p >= start:
+                    memory[place] = hash(tuple(sequence.token_ids[:p + 1]))
+                assert memory[place] == hash(tuple(sequence.token_ids[:p + 1]))                 # it sees what it would have computed itself
+            scheduler.register_full_blocks(sequence)
         sampled = [sequence for sequence, _ in scheduled if sequence.remaining == 0]
         for sequence in sampled:
-            sequence.token_ids.append(0)
+            sequence.token_ids.append(1)
             assert len(sequence.token_ids) <= sequence.max_len
         in_flight.append([(sequence, rng.random() < 0.01) for sequence in sampled])                     # some stop by themselves
         for sequence, stops in in_flight.pop(0) if len(in_flight) > overlap else []:
@@ -1348,7 +1374,7 @@ def test_scheduler_random_events(seed, overlap):
         assert order == sorted(order)                                       # first come, first served, preempted ones too
         scheduler.check_integrity()
 
-    for _ in range(1500):
+    for _ in range(800):
         event = rng.random()
         if event < 0.06:
             arrive()
@@ -1370,6 +1396,24 @@ def test_a_newcomer_leaves_a_page_for_each_that_runs():
     for _ in range(2):
         scheduler.waiting.append(Sequence(SamplingParams(), RequestOutput([1] * 4), None, 16))
     assert len(scheduler.schedule()) == 1 and len(scheduler.waiting) == 1
+
+
+def test_pages_are_found_again_until_they_are_needed():
+    """By their own tokens and all before them; the least recently used goes first, of one text the last page first."""
+    allocator = BlockAllocator(6, 2)
+    first, second = allocator.allocate(3), allocator.allocate(1)
+    for i, block in enumerate(first):
+        allocator.register(block, first[i - 1] if i else None, (i, i))
+    allocator.register(second[0], None, (0, 0))                             # the same text again: who looks for it finds the first
+    assert allocator.find([0, 0, 1, 1, 2, 2, 9]) == first and allocator.find([0, 0, 1, 1, 2, 2]) == first[:2]      # the last token is computed
+    assert allocator.find([1, 1, 2, 2, 9]) == [] and allocator.find([0, 0, 2, 2, 9]) == first[:1]                 # not after another beginning
+    allocator.share(first[:1])
+    allocator.release(first)
+    allocator.check_integrity([first[:1], second])
+    assert allocator.find([0, 0, 1, 1, 2, 2, 9]) == first
+    assert len(allocator.allocate(3)) == 3 and allocator.find([0, 0, 1, 1, 2, 2, 9]) == first[:2]                 # two were empty, the third was its last
+    allocator.allocate(1)
+    assert allocator.find([0, 0, 1, 1, 2, 2, 9]) == first[:1] and not allocator.free
 
 
 def test_allocator_notices_what_is_wrong():

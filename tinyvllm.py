@@ -25,6 +25,7 @@ import argparse
 import contextlib
 import ctypes
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -35,7 +36,7 @@ import sys
 import tempfile
 import time
 import weakref
-from collections import deque
+from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -678,28 +679,73 @@ def open_device(name="auto"):
 # The keys and values of all sequences live in one pool of N pages (vLLM: blocks) of B tokens each. A sequence holds a list
 # of pages, its block table; token number p of it has slot block_table[p // B] * B + p % B. Pages are taken as the text
 # grows and may lie anywhere, so the only waste is the unfilled part of each sequence's last page.
+#
+# Prefix caching: a full page never changes, and depends on nothing but its tokens and those before it. So whoever has the same
+# beginning (a system prompt, the turns of a chat so far) can use it as well. Pages count their users; one that has none
+# stays as it is until an allocation needs it, the least recently used first. A page is found by its tokens and the chain of
+# pages before it, of which each distinct one has a number: (number of the page before, tokens) -> page.
 # This is bookkeeping on the CPU: the bytes themselves are written and read by kernels.
 # ======================================================================================================================
 class BlockAllocator:
     """Hands out pages by number, 0 to num_blocks - 1."""
 
-    def __init__(self, num_blocks, block_size):
-        self.num_blocks, self.block_size = num_blocks, block_size
-        self.free = list(range(num_blocks - 1, -1, -1))             # taken from the end: lowest numbers first, later the last released
+    def __init__(self, num_blocks, block_size, prefix_caching=True):
+        self.num_blocks, self.block_size, self.prefix_caching = num_blocks, block_size, prefix_caching
+        self.free = OrderedDict.fromkeys(range(num_blocks))         # pages that nobody uses; the first goes first
+        self.ref_counts = [0] * num_blocks
+        self.cached = {}                                            # (chain of the page before, tokens) -> page
+        self.chains = {}                                            # page -> (its key in cached, its chain)
+        self.new_chain = itertools.count(1).__next__                # 0: a text's beginning
 
     def allocate(self, count):
         """`count` page numbers. The caller has seen that len(free) >= count."""
         assert count <= len(self.free), f"{count} pages were asked for, {len(self.free)} are free"
-        return [self.free.pop() for _ in range(count)]
+        blocks = [self.free.popitem(last=False)[0] for _ in range(count)]
+        for block in blocks:
+            self.ref_counts[block] = 1
+            key, _ = self.chains.pop(block, (None, None))
+            if self.cached.get(key) == block:
+                del self.cached[key]
+        return blocks
 
     def release(self, blocks):
-        """Takes pages back. Nothing is erased: whoever gets a page next writes each slot before reading it."""
-        self.free.extend(reversed(blocks))
+        """A user gives pages back. The last ones of a text will be evicted before its first: without these they are of no use."""
+        for block in reversed(blocks):
+            self.ref_counts[block] -= 1
+            if self.ref_counts[block] == 0:
+                self.free[block] = None
+                if block not in self.chains:
+                    self.free.move_to_end(block, last=False)        # it holds nothing that anyone could want
+
+    def register(self, block, before, tokens):
+        """A page is full: from now on it can be found. before: the page before it, or None; tokens: the tuple of its tokens."""
+        key = self.chains[before][1] if before is not None else 0, tokens
+        twin = self.cached.setdefault(key, block)                   # another request may have filled one with the same
+        self.chains[block] = key, self.chains[twin][1] if twin != block else self.new_chain()
+
+    def find(self, token_ids):
+        """The full pages that are there already, from the beginning on, without the last token's: it must be computed."""
+        blocks, chain, size = [], 0, self.block_size
+        for start in range(0, len(token_ids) - size, size):
+            block = self.cached.get((chain, tuple(token_ids[start:start + size])))
+            if block is None:
+                break
+            blocks.append(block)
+            chain = self.chains[block][1]
+        return blocks
+
+    def share(self, blocks):
+        """One more user for pages that find() found."""
+        for block in blocks:
+            self.ref_counts[block] += 1
+            self.free.pop(block, None)
 
     def check_integrity(self, block_tables):
-        """Every page is free or in exactly one of the block tables."""
-        pages = sorted(self.free + [block for table in block_tables for block in table])
-        assert pages == list(range(self.num_blocks)), f"{self.num_blocks} pages, but accounted for are {pages}"
+        """A page has as many users as block tables name it, is free if there are none, and what is cached is found."""
+        users = Counter(block for table in block_tables for block in table)
+        assert self.ref_counts == [users[block] for block in range(self.num_blocks)], f"{self.ref_counts} users, but {users} are known"
+        assert set(self.free) == {block for block in range(self.num_blocks) if not users[block]}, f"{list(self.free)} are free, but used are {users}"
+        assert all(self.chains[block][0] == key for key, block in self.cached.items())
 
 
 # ======================================================================================================================
@@ -762,6 +808,7 @@ class RequestOutput:
     error: str | None = None            # why the request was refused
     logprobs: list | None = None        # for each token a dict {token id: log-probability}: the token's and the best ones'
     delta: str = ""                     # in LLM.stream: the text that is new
+    num_cached_tokens: int = 0          # that did not have to be computed: their pages were there
     num_preemptions: int = 0
     arrival_time: float = 0.0           # seconds of time.perf_counter()
     first_token_time: float = 0.0
@@ -777,6 +824,7 @@ class Sequence:
         self.token_ids = list(output.prompt_token_ids)
         self.num_computed_tokens = 0
         self.block_table = []
+        self.num_registered_blocks = 0      # pages of it that others can find
         self.seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little")
 
     @property
@@ -814,10 +862,16 @@ class Scheduler:
         planned = sum(s.remaining for s in prefills)
         while self.waiting and not self.waiting[0].is_full and planned < budget and len(self.running) < self.max_num_seqs:
             sequence = self.waiting[0]
-            needed = cdiv(len(sequence.token_ids) + 1, self.allocator.block_size)         # + 1: the token that it will get
-            if needed + len(self.running) > len(self.allocator.free):
+            cached = self.allocator.find(sequence.token_ids)
+            needed = cdiv(len(sequence.token_ids) + 1, self.allocator.block_size) - len(cached)     # + 1: the token that it will get
+            free = len(self.allocator.free) - sum(block in self.allocator.free for block in cached)
+            if needed + len(self.running) > free:
                 break
-            sequence.block_table = self.allocator.allocate(needed)
+            self.allocator.share(cached)
+            sequence.block_table = cached + self.allocator.allocate(needed)
+            sequence.num_registered_blocks = len(cached)
+            sequence.num_computed_tokens = len(cached) * self.allocator.block_size
+            sequence.output.num_cached_tokens += sequence.num_computed_tokens
             self.running.append(self.waiting.popleft())
             prefills.append(sequence)
             planned += sequence.remaining
@@ -841,7 +895,7 @@ class Scheduler:
         return True
 
     def preempt(self, sequence):
-        """Takes a sequence's pages. It keeps its tokens, and their keys and values will be computed again."""
+        """Takes a sequence's pages. It keeps its tokens; their keys and values will be computed again, or found if they are still there."""
         self.remove(sequence)
         sequence.num_computed_tokens = 0
         sequence.output.num_preemptions += 1
@@ -850,8 +904,20 @@ class Scheduler:
     def remove(self, sequence):
         """Forgets a sequence that is done or given up, running or waiting."""
         (self.running if sequence in self.running else self.waiting).remove(sequence)
+        self.register_full_blocks(sequence)
         self.allocator.release(sequence.block_table)
-        sequence.block_table = []
+        sequence.block_table, sequence.num_registered_blocks = [], 0
+
+    def register_full_blocks(self, sequence):
+        """Lets others find the pages that a sequence has filled. Not before the step that does is launched: who finds them runs later."""
+        size, table = self.allocator.block_size, sequence.block_table
+        while self.allocator.prefix_caching and sequence.num_registered_blocks < sequence.num_computed_tokens // size:
+            number = sequence.num_registered_blocks
+            tokens = tuple(sequence.token_ids[number * size:(number + 1) * size])
+            if tokens[-1] < 0:              # a token that is not known yet: next time
+                break
+            self.allocator.register(table[number], table[number - 1] if number else None, tokens)
+            sequence.num_registered_blocks += 1
 
     def check_integrity(self):
         """What always holds between two steps."""
@@ -859,6 +925,7 @@ class Scheduler:
         assert not any(s.block_table or s.num_computed_tokens for s in self.waiting)
         for s in self.running:
             assert s.num_computed_tokens <= len(s.block_table) * self.allocator.block_size and s.remaining >= 1
+            assert s.num_registered_blocks <= s.num_computed_tokens // self.allocator.block_size
 
 
 # ======================================================================================================================
@@ -1186,6 +1253,7 @@ class Engine:
         logits, get_tokens = self.model.launch(batch)
         for sequence, count in scheduled:
             sequence.num_computed_tokens += count
+            self.scheduler.register_full_blocks(sequence)
         for row, sequence in enumerate(batch.sampled):
             sequence.token_ids.append(~row)                                     # the next step finds it on the device, in this row
         self.in_flight.append((batch, logits, get_tokens, start))
@@ -1253,10 +1321,11 @@ class LLM:
 
     def __init__(self, model=None, *, device="auto", max_model_len=None, gpu_memory_utilization=0.9, block_size=16,
                  max_num_batched_tokens=4096, max_num_seqs=256, num_blocks=None, enforce_eager=False, overlap=True,
-                 load_format="auto"):
+                 prefix_caching=True, load_format="auto"):
         """model: a folder or a Hugging Face id; None: see find_model. max_model_len: tokens of prompt and answer together;
         default: the model's limit. num_blocks: pages of the KV cache; default: as many as the memory share holds.
-        enforce_eager: launch every kernel by itself rather than by CUDA graphs. overlap: see Engine. load_format: "auto", or
+        enforce_eager: launch every kernel by itself rather than by CUDA graphs. overlap: see Engine. prefix_caching: keep pages for
+        requests that begin alike. load_format: "auto", or
         "dummy": random weights, for which `model` may also be one of SHAPES."""
         check_options(gpu_memory_utilization, block_size, {
             "--max-model-len": max_model_len, "max_num_batched_tokens": max_num_batched_tokens, "max_num_seqs": max_num_seqs,
@@ -1284,7 +1353,7 @@ class LLM:
         weights = load_weights(DummyCheckpoint(self.device) if load_format == "dummy" else Checkpoint(folder), config, self.device)
         buffer = StepBuffer(self.device, max(max_num_batched_tokens, *GRAPH_SIZES), max(max_num_seqs, *GRAPH_SIZES), num_blocks)
         model = Model(config, weights, self.device, num_blocks, block_size, self.max_model_len, buffer, enforce_eager)
-        scheduler = Scheduler(BlockAllocator(num_blocks, block_size), max_num_batched_tokens, max_num_seqs)
+        scheduler = Scheduler(BlockAllocator(num_blocks, block_size, prefix_caching), max_num_batched_tokens, max_num_seqs)
         self.engine = Engine(model, scheduler, overlap)
 
     def generate(self, prompts, sampling_params=None):
@@ -1424,6 +1493,7 @@ def parse_arguments(argv):
     add("--max-model-len", type=int, metavar="N", help="tokens of prompt and answer together (default: the model's limit)")
     add("--gpu-memory-utilization", type=float, default=0.9, metavar="X", help="share of the GPU's memory to use (default: 0.9)")
     add("--block-size", type=int, default=16, metavar="N", help="tokens a page of the KV cache (default: 16)")
+    add("--no-prefix-caching", action="store_true", help="compute every prompt whole, even if an earlier one began with the same tokens")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: a GPU if there is one, else the simulator")
     add("--load-format", choices=["auto", "dummy"], default="auto",
         help=f"dummy: random weights, for a --model that may also be one of {', '.join(SHAPES)}")
@@ -1443,7 +1513,7 @@ def parse_arguments(argv):
 def open_llm(args):
     """The engine that the options ask for."""
     return LLM(args.model, device=args.device, max_model_len=args.max_model_len, gpu_memory_utilization=args.gpu_memory_utilization,
-               block_size=args.block_size, load_format=args.load_format)
+               block_size=args.block_size, prefix_caching=not args.no_prefix_caching, load_format=args.load_format)
 
 
 def prompt_ids(llm, text, args):
@@ -1500,7 +1570,8 @@ def statistics(llm, outputs):
     prompt, new = sum(len(o.prompt_token_ids) for o in done), sum(len(o.token_ids) for o in done)
     start, end = min(o.arrival_time for o in done), max(o.finish_time for o in done)
     first = sorted(o.first_token_time - o.arrival_time for o in done)[len(done) // 2]
-    line = (f"{prompt} prompt tokens, {new} new tokens, {'median ' if len(done) > 1 else ''}time to first token {first:.3f} s, "
+    cached = sum(o.num_cached_tokens for o in done)
+    line = (f"{prompt} prompt tokens{f' ({cached} cached)' if cached else ''}, {new} new tokens, {'median ' if len(done) > 1 else ''}time to first token {first:.3f} s, "
             f"{new / (end - start):.1f} tokens/s")
     stats, peak = llm.engine.stats, llm.device.memory_bandwidth
     if peak and stats.decode_seconds:
