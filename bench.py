@@ -23,10 +23,12 @@ from tinyvllm import BYTES, CpuDevice, DummyCheckpoint, SamplingParams, TinyVLLM
 @dataclass
 class BenchRow:
     """One measurement: requests of (prompt tokens, new tokens), which come together and never stop early."""
-    kind: str                           # "start"; "decode": a step, late; "prefill", "output": prompt or new tokens of the whole run
+    kind: str                           # "start"; "decode": a step, late; "prefill", "output": prompt or new tokens of the whole run;
+                                        # "shared", "stall": see time_shared_prefix, time_stall
     what: str
     requests: list
     params: dict = field(default_factory=dict)      # of the sampling; none: greedy
+    setup: dict = field(default_factory=dict)       # more numbers of these kinds
 
 
 def bench_rows():
@@ -50,6 +52,10 @@ def bench_rows():
     mix = [(prompt, draw(100, 1024)) for prompt in prompts]
     rows["mix"] = BenchRow("output", "256 x (prompt 100 to 1,024, 100 to 1,024 new)", mix)
     rows["mix-sampled"] = BenchRow("output", "the same, temperature 0.6", mix, dict(temperature=0.6, seed=1))
+    rows["shared-prefix"] = BenchRow("shared", "63 x (prompt 2,000 cached + 32): last one's first token", [(2032, 1)] * 63, setup={"shared": 2000})
+    for budget in 512, 1024, 2048, 4096:
+        rows[f"long-prompt-stall-{budget}"] = BenchRow("stall", f"32 decode, 16,384 come in, {budget:,} a step: p99 a token",
+                                                       [(128, 1024)] * 32, setup={"budget": budget, "prompt": 16384})
     return rows
 
 
@@ -144,6 +150,35 @@ def time_run(llm, row):
     return seconds, figures
 
 
+def time_shared_prefix(llm, row):
+    """Seconds until the last of the row's requests has its first token. They begin alike, and that beginning has been computed before."""
+    ids, shared = np.random.default_rng(), row.setup["shared"]
+    draw = lambda count: ids.integers(0, llm.config.vocab_size, count).tolist()
+    prefix, one = draw(shared), SamplingParams(max_tokens=1, ignore_eos=True)
+    llm.generate(prefix + draw(1), one)
+    outputs = llm.submit([prefix + draw(prompt - shared) for prompt, _ in row.requests], one)
+    for _ in llm.run(outputs):
+        pass
+    return max(output.first_token_time - output.arrival_time for output in outputs)
+
+
+def time_stall(llm, row):
+    """(99th percentile of the seconds between two tokens of the row's requests while a long prompt comes in, seconds until that has its
+    first token), with row.setup["budget"] tokens a step."""
+    running, scheduler = submit(llm, row), llm.engine.scheduler
+    default, scheduler.max_num_batched_tokens = scheduler.max_num_batched_tokens, row.setup["budget"]
+    while not all(len(output.token_ids) > 4 for output in running):
+        llm.engine.step()
+    [long] = submit(llm, BenchRow("", "", [(row.setup["prompt"], 1)]))
+    times = [time.perf_counter()]
+    while not long.finish_reason:
+        llm.engine.step()                                           # each brings every running request a token
+        times.append(time.perf_counter())
+    llm.abort(running)
+    scheduler.max_num_batched_tokens = default
+    return float(np.percentile(np.diff(times), 99)), long.first_token_time - long.arrival_time
+
+
 def time_start(args, compiling):
     """Seconds from the start of a new process to its first token. compiling: with an empty cache of compiled kernels."""
     command = [sys.executable, tinyvllm.__file__, "--raw", "--max-tokens", "1", "--load-format", args.load_format, "Once upon a time"]
@@ -167,9 +202,17 @@ def measure(llm, row, card):
         seconds, requests = time_decode(llm, row), [(prompt, 2) for prompt, _ in row.requests]
         best = seconds_at_best(llm.config, card, requests)[1]
         return {"value": 1e3 * seconds, "unit": "ms", "best": 1e3 * best, "share": best / seconds, "tokens_per_second": batch / seconds}
-    time_run(llm, row)                                              # likewise
+    if row.kind == "shared":
+        time_shared_prefix(llm, row)                                # likewise
+        return {"value": 1e3 * time_shared_prefix(llm, row), "unit": "ms"}
+    if row.kind == "stall":
+        time_stall(llm, row)
+        between, first = time_stall(llm, row)
+        return {"value": 1e3 * between, "unit": "ms", "long_prompt_first_token_ms": 1e3 * first}
+    time_run(llm, row)
     seconds, figures = time_run(llm, row)
-    tokens, best = sum(prompt if row.kind == "prefill" else new for prompt, new in row.requests), sum(seconds_at_best(llm.config, card, row.requests))
+    tokens = sum(prompt if row.kind == "prefill" else new for prompt, new in row.requests)
+    best = sum(seconds_at_best(llm.config, card, row.requests))
     return {"value": tokens / seconds, "unit": "tokens/s", "best": tokens / best, "share": best / seconds, **figures}
 
 
@@ -178,6 +221,8 @@ def print_row(name, row, figures):
     digits = 0 if figures["unit"] == "tokens/s" else 3
     best = f"{figures['best']:>10,.{digits}f} {figures['share']:>6.0%}" if "best" in figures else ""
     rate = f"  {figures['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in figures else ""
+    if row.kind == "stall":
+        rate = f"the long one's first token after {figures['long_prompt_first_token_ms']:,.0f} ms"
     print(f"{name:<18} {row.what:<47} {figures['value']:>10,.{digits}f} {figures['unit']:<8}{best}{rate}".rstrip(), flush=True)
     if name.startswith("mix"):
         def percentiles(time):
