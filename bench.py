@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 import tinyvllm
-from tinyvllm import BYTES, CpuDevice, DummyCheckpoint, SamplingParams, TinyVLLMError, decode_weight_bytes, kv_bytes_per_token, weight_bytes
+from tinyvllm import BYTES, CpuDevice, DummyCheckpoint, SamplingParams, TinyVLLMError, cdiv, decode_weight_bytes, kv_bytes_per_token, weight_bytes
 
 
 @dataclass
@@ -52,6 +52,7 @@ def bench_rows():
     mix = [(prompt, draw(100, 1024)) for prompt in prompts]
     rows["mix"] = BenchRow("output", "256 x (prompt 100 to 1,024, 100 to 1,024 new)", mix)
     rows["mix-sampled"] = BenchRow("output", "the same, temperature 0.6", mix, dict(temperature=0.6, seed=1))
+    rows["mix-small-pool"] = BenchRow("output", "the mix in a tenth of the pages that it fills", mix, setup={"pool": 0.1})
     rows["shared-prefix"] = BenchRow("shared", "63 x (prompt 2,000 cached + 32): last one's first token", [(2032, 1)] * 63, setup={"shared": 2000})
     for budget in 512, 1024, 2048, 4096:
         rows[f"long-prompt-stall-{budget}"] = BenchRow("stall", f"32 decode, 16,384 come in, {budget:,} a step: p99 a token",
@@ -124,9 +125,11 @@ def time_decode(llm, row, steps=64):
 
 
 def time_run(llm, row):
-    """(seconds from the first arrival to the last token, more figures): all of a row's requests."""
-    cuda, model, marks = llm.device.xp.cuda, llm.engine.model, []
-    launch = model.launch
+    """(seconds from the first arrival to the last token, more figures): all of a row's requests, in a "pool" of that share of the pages
+    which they all together fill, or in all that there are."""
+    cuda, model, marks, allocator = llm.device.xp.cuda, llm.engine.model, [], llm.engine.scheduler.allocator
+    launch, pages = model.launch, sum(cdiv(prompt + new, allocator.block_size) for prompt, new in row.requests)
+    held = allocator.allocate(max(0, len(allocator.free) - int(pages * row.setup["pool"])) if "pool" in row.setup else 0)
 
     def marked_launch(batch):               # events on the device before and after each step say how long it was busy
         marks.append((cuda.Event(), cuda.Event()))
@@ -141,6 +144,7 @@ def time_run(llm, row):
         pass
     seconds = time.perf_counter() - start
     model.launch = launch
+    allocator.release(held)
     first = [output.first_token_time - output.arrival_time for output in outputs]
     each = [(o.finish_time - o.first_token_time) / max(len(o.token_ids) - 1, 1) for o in outputs]
     figures = {"gpu_busy": sum(cuda.get_elapsed_time(*pair) for pair in marks) / 1e3 / seconds,
