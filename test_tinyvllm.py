@@ -1532,7 +1532,7 @@ def test_bad_prompts_do_not_stop_the_good_ones(parrot):
     assert outputs[0].text == outputs[-1].text == TEXTS[1][1]
     with pytest.raises(TinyVLLMError, match="empty"):
         parrot.generate("")
-    assert parrot.generate([None, np.array(good)], SamplingParams(max_tokens=1))[0].error.startswith("the prompt is a NoneType")
+    assert parrot.generate([None, np.array(good)], SamplingParams(max_tokens=1))[0].error.startswith("the prompt is None, expected is a text")
     with pytest.raises(TinyVLLMError, match="SamplingParams"):
         parrot.generate([good, good], [SamplingParams(), {}])
     assert not parrot.engine.scheduler.waiting

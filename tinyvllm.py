@@ -81,7 +81,6 @@ def cdiv(a, b):
 # matrices are stacked into one, and so are gate and up: two large products a layer instead of five smaller ones.
 # ======================================================================================================================
 HUB_MODEL = "meta-llama/Llama-3.2-1B-Instruct"
-HUB_FILES = ["*.json", "*.jinja", "model*.safetensors"]
 
 
 def find_model(name=None, load_format="auto"):
@@ -111,7 +110,7 @@ def download(repo, local_files_only=False):
     advice = {GatedRepoError: f"accept its license at https://huggingface.co/{repo} and log in with `hf auth login`",
               RepositoryNotFoundError: "there is no such model, or it is private: check the id, and `hf auth login`"}
     try:
-        return Path(snapshot_download(repo, allow_patterns=HUB_FILES, local_files_only=local_files_only))
+        return Path(snapshot_download(repo, allow_patterns=["*.json", "*.jinja", "model*.safetensors"], local_files_only=local_files_only))
     except Exception as error:      # the hub, its HTTP client and the disk have many kinds
         if local_files_only:
             return None
@@ -166,12 +165,14 @@ class ModelConfig:
         heads = number("num_attention_heads")
         defaults = {"num_key_value_heads": heads, "head_dim": number("hidden_size") // heads, "rope_theta": 10000.0}
         c = defaults | {name: value for name, value in c.items() if value is not None}
-        scaling = None
+        scaling, eos = None, c.get("eos_token_id")
         if c.get("rope_type") == "llama3":
-            scaling = {name: number(name, float) for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+            scaling = {name: number(name, float) for name in (
+                "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
             check(f"{file}: low_freq_factor", scaling["low_freq_factor"], lambda low: low < scaling["high_freq_factor"],
                   f"less than high_freq_factor, {scaling['high_freq_factor']}")
-        eos = (read_json(generation) if generation.exists() else {}).get("eos_token_id", c.get("eos_token_id"))
+        if generation.exists():
+            eos = read_json(generation).get("eos_token_id", eos)
         eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
         check(f"{folder}: eos_token_id", eos, lambda ids: all(is_int(i, 0) for i in ids), "a token id or a list of them")
         config = cls(**{f.name: number(f.name, f.type) for f in fields(cls) if f.type in (int, float)}, rope_scaling=scaling,
@@ -200,8 +201,7 @@ def read_json(path):
     try:
         return check(path, json.loads(path.read_text("utf-8")), lambda value: isinstance(value, dict), "a JSON object: download it again")
     except FileNotFoundError:
-        raise TinyVLLMError(f"there is no {path.name} in {path.parent}: a model folder has config.json, tokenizer.json "
-                            "and *.safetensors") from None
+        raise TinyVLLMError(f"no {path.name} in {path.parent}: a model folder has config.json, tokenizer.json and *.safetensors") from None
     except (OSError, ValueError) as error:
         raise TinyVLLMError(f"cannot read {path} ({error}): expected is valid JSON, in a file that you may read") from None
 
@@ -266,13 +266,6 @@ class Checkpoint:
         check(f"{self.folder}: the dtype of {name}", dtype, lambda dtype: dtype in self.DTYPES, ", ".join(self.DTYPES))
         return array
 
-    def check_all_taken(self):
-        """Raises TinyVLLMError if a tensor is left, such as a bias: without it the answers would be wrong."""
-        left = [name for name in self.tensors if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq")]
-        if left:
-            raise TinyVLLMError(f"{self.folder}: the weights have {len(left)} tensors that no Llama of this config.json has, {left[0]} for one: "
-                                "is it another architecture, or quantized?")
-
 
 class DummyCheckpoint(Checkpoint):
     """Random weights instead of a checkpoint's, made on the device, the same each time: normal, as wide as a trained model's; norms 1."""
@@ -303,8 +296,7 @@ def load_weights(checkpoint, config, device):
         p = f"model.layers.{i}"
         return LayerWeights(
             input_norm=take(f"{p}.input_layernorm", D),
-            qkv=stack((f"{p}.self_attn.q_proj", q_rows, D), (f"{p}.self_attn.k_proj", kv_rows, D),
-                      (f"{p}.self_attn.v_proj", kv_rows, D)),
+            qkv=stack((f"{p}.self_attn.q_proj", q_rows, D), (f"{p}.self_attn.k_proj", kv_rows, D), (f"{p}.self_attn.v_proj", kv_rows, D)),
             o=take(f"{p}.self_attn.o_proj", D, q_rows),
             post_attention_norm=take(f"{p}.post_attention_layernorm", D),
             gate_up=stack((f"{p}.mlp.gate_proj", F, D), (f"{p}.mlp.up_proj", F, D)),
@@ -313,7 +305,11 @@ def load_weights(checkpoint, config, device):
     embed = take("model.embed_tokens", V, D)
     weights = Weights(embed, [layer(i) for i in range(c.num_hidden_layers)], take("model.norm", D),
                       embed if c.tie_word_embeddings else take("lm_head", V, D))
-    checkpoint.check_all_taken()
+    # A tensor that is left, such as a bias: without it the answers would be wrong.
+    left = [name for name in checkpoint.tensors if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq")]
+    if left:
+        raise TinyVLLMError(f"{checkpoint.folder}: the weights have {len(left)} tensors that no Llama of this config.json has, {left[0]} for one: "
+                            "is it another architecture, or quantized?")
     return weights
 
 
@@ -359,8 +355,8 @@ class Kernel:
             return dtype.type(arg)
         if arg is None:
             return np.uint64(0)
-        assert isinstance(arg, self.array_type) and arg.dtype == dtype and arg.flags.c_contiguous, (
-            f"{self.name}: {name} must be a contiguous {dtype} array of this device, got {type(arg)} {getattr(arg, '__array_interface__', '')}")
+        assert isinstance(arg, self.array_type), f"{self.name}: {name} must be an array of this device, got {type(arg)}"
+        assert arg.dtype == dtype and arg.flags.c_contiguous, f"{self.name}: {name} must be contiguous {dtype}, got {arg.dtype}, {arg.strides}"
         return arg
 
 
@@ -420,8 +416,8 @@ class CudaDevice:
         properties = runtime.getDeviceProperties(number)
         self.name = properties["name"].decode()
         if properties["major"] < 8:
-            raise TinyVLLMError(f"{self.name} has compute capability {properties['major']}.{properties['minor']}, needed is 8.0 "
-                                f"or newer (RTX 30 series, A100, ...), for bfloat16: use --device cpu or another GPU")
+            raise TinyVLLMError(f"{self.name} has compute capability {properties['major']}.{properties['minor']}, needed is 8.0 or newer, for "
+                                "bfloat16 (RTX 30 series, A100, ...): use --device cpu or another GPU")
         self.gemm, self.set_stream, self.cublas = open_cublas(cupy)
         self.graph_pool, self.graph_stream = cupy.cuda.MemoryPool(), cupy.cuda.Stream()
         self.multiprocessors = properties["multiProcessorCount"]
@@ -505,8 +501,7 @@ class CudaDevice:
 
 class CpuDevice:
     """No GPU: NumPy, and the kernels in the simulator. Slow, but the very same kernels."""
-    FLAGS = ["-O3", "-march=native", "-std=c++17", "-fno-strict-aliasing", "-shared", "-fPIC",
-             "-fvisibility=hidden", "-pthread", "-w"]
+    FLAGS = ["-O3", "-march=native", "-std=c++17", "-fno-strict-aliasing", "-shared", "-fPIC", "-fvisibility=hidden", "-pthread", "-w"]
     SANITIZE = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     warned = False
 
@@ -1097,20 +1092,16 @@ def kv_bytes_per_token(config):
     return 2 * BYTES * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
 
 
-def activation_bytes(config, max_num_batched_tokens, max_num_seqs, max_model_len):
-    """Bytes that a step needs beside weights and cache: the arrays of forward() at their largest, twice, since the allocator
-    keeps old ones; the CUDA graphs', and logits for each of these; the table of angles; and 256 MB for cuBLAS and the kernels."""
-    c = config
+def kv_cache_blocks(config, memory, utilization, block_size, max_num_batched_tokens, max_num_seqs, max_model_len):
+    """How many pages of KV cache fit into `memory`, (free, total) bytes, of which `utilization` (0 to 1) may be used. max_model_len:
+    tokens that must fit; None: one page's worth."""
+    c, (free, total), weights = config, memory, weight_bytes(config)
+    # A step needs the arrays of forward() at their largest, twice, since the allocator keeps old ones; the CUDA graphs', and logits for
+    # each of these; the table of angles; and 256 MB for cuBLAS and the kernels.
     a_token = 4 * c.hidden_size + c.qkv_size + c.num_attention_heads * c.head_dim + 3 * c.intermediate_size
     tokens, rows = 2 * max_num_batched_tokens + GRAPH_SIZES[-1], 2 * max_num_seqs + sum(GRAPH_SIZES)
-    return BYTES * (tokens * a_token + rows * c.vocab_size) + 4 * max_model_len * c.head_dim + 2**28
-
-
-def kv_cache_blocks(config, memory, utilization, block_size, limits, max_model_len):
-    """How many pages of KV cache fit into `memory`, (free, total) bytes, of which `utilization` (0 to 1) may be used. limits:
-    (max_num_batched_tokens, max_num_seqs). max_model_len: tokens that must fit; None: one page's worth."""
-    (free, total), weights = memory, weight_bytes(config)
-    activations = activation_bytes(config, *limits, max_model_len or config.max_position_embeddings)
+    angles = 4 * c.head_dim * (max_model_len or c.max_position_embeddings)
+    activations = BYTES * (tokens * a_token + rows * c.vocab_size) + angles + 2**28
     left = free - (1 - utilization) * total - weights - activations
     block_bytes = block_size * kv_bytes_per_token(config)
     needed = cdiv(max_model_len or 1, block_size) * block_bytes
@@ -1260,8 +1251,7 @@ class LLM:
         """model: a folder or a Hugging Face id; None: see find_model. max_model_len: tokens of prompt and answer together;
         default: the model's limit. num_blocks: pages of the KV cache; default: as many as the memory share holds.
         enforce_eager: launch every kernel by itself rather than by CUDA graphs. overlap: see Engine. prefix_caching: keep pages for
-        requests that begin alike. load_format: "auto", or
-        "dummy": random weights, for which `model` may also be one of SHAPES."""
+        requests that begin alike. load_format: "dummy" is random weights, for which `model` may also be one of SHAPES."""
         check("--gpu-memory-utilization", gpu_memory_utilization, lambda share: 0 < share <= 1, "more than 0 and at most 1")
         check("--block-size", block_size, lambda n: n in (8, 16, 32, 64, 128), "8, 16, 32, 64 or 128")
         for name, value in {"--max-model-len": max_model_len, "num_blocks": num_blocks}.items():
@@ -1276,13 +1266,11 @@ class LLM:
         self.config, self.tokenizer, self.device = config, Tokenizer(folder), open_device(device)
         limit = max_model_len or config.max_position_embeddings
         check("--max-model-len", limit, lambda n: n <= config.max_position_embeddings, f"at most the model's {config.max_position_embeddings}")
-        fitting = kv_cache_blocks(config, self.device.memory(), gpu_memory_utilization, block_size,
-                                  (max_num_batched_tokens, max_num_seqs), max_model_len)
+        fitting = kv_cache_blocks(config, self.device.memory(), gpu_memory_utilization, block_size, max_num_batched_tokens, max_num_seqs, max_model_len)
         if num_blocks is None:
             num_blocks = min(fitting, max_num_seqs * cdiv(limit, block_size))           # more could never be used
         if num_blocks > fitting or (max_model_len and max_model_len > num_blocks * block_size):
-            raise TinyVLLMError(f"num_blocks is {num_blocks}: memory holds {fitting}, and a context of {limit} tokens needs "
-                                f"{cdiv(limit, block_size)}")
+            raise TinyVLLMError(f"num_blocks is {num_blocks}: memory holds {fitting}, a context of {limit} tokens needs {cdiv(limit, block_size)}")
         # A sequence that fits the pool alone always gets through, so this is the one limit that requests are held against.
         self.max_model_len = min(limit, num_blocks * block_size)
         if self.max_model_len < limit:
@@ -1320,16 +1308,14 @@ class LLM:
         if not isinstance(sampling_params, (list, tuple)):
             sampling_params = [sampling_params or SamplingParams()] * len(prompts)
         if len(sampling_params) != len(prompts) or not all(isinstance(params, SamplingParams) for params in sampling_params):
-            raise TinyVLLMError(f"{len(sampling_params)} sampling_params for {len(prompts)} prompts: expected is a SamplingParams for "
-                                "all, or one for each")
+            raise TinyVLLMError(f"{len(sampling_params)} sampling_params for {len(prompts)} prompts: expected is one SamplingParams, or one for each")
         return [self.add_request(prompt, params) for prompt, params in zip(prompts, sampling_params)]
 
     def add_request(self, prompt, params):
         """Queues one prompt; an output with an error if it can never be answered."""
         output = RequestOutput([], arrival_time=time.perf_counter(), logprobs=None if params.logprobs is None else [])
         try:
-            if not isinstance(prompt, (str, list, tuple, np.ndarray)):
-                raise TinyVLLMError(f"the prompt is a {type(prompt).__name__}, expected is a text or a list of token ids")
+            check("the prompt", prompt, lambda prompt: isinstance(prompt, (str, list, tuple, np.ndarray)), "a text or a list of token ids")
             if len(prompt) == 0:
                 raise TinyVLLMError("the prompt is empty: expected at least one token")
             output.prompt_token_ids = ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
@@ -1517,20 +1503,19 @@ def main(argv=None):
             sys.modules.setdefault("tinyvllm", sys.modules[__name__])       # the bench imports this very module, no second copy
             from bench import run_bench
         sys.exit(run_bench(args) if args.bench else run_command(args))
-    except (TinyVLLMError, TokenizerError) as error:
-        print(f"tinyvllm: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(130)
     except MemoryError as error:
         print(f"tinyvllm: out of memory ({first_line(error)}): lower --gpu-memory-utilization or --max-model-len", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:        # `| head` has seen enough, the disk is full, the cache folder is not ours
-        if not isinstance(error, BrokenPipeError):
+    except (TinyVLLMError, TokenizerError, OSError) as error:                   # an OSError: the disk is full, the cache folder is not ours
+        has_seen_enough = isinstance(error, BrokenPipeError)                    # `| head`
+        if not has_seen_enough:
             print(f"tinyvllm: {error}", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())          # leave nothing for Python to flush at exit
-        sys.exit(0 if isinstance(error, BrokenPipeError) else 2)
+        if isinstance(error, OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # leave nothing for Python to flush at exit
+        sys.exit(0 if has_seen_enough else 2)
 
 
 if __name__ == "__main__":
