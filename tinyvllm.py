@@ -99,7 +99,7 @@ def find_model(name=None, load_format="auto"):
         return folder
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         shapes = f", or a shape: {', '.join(SHAPES)}" if load_format == "dummy" else ""
-        raise TinyVLLMError(f"{name} is no folder and no Hugging Face id: expected is a folder with config.json, or an id like {HUB_MODEL}{shapes}")
+        raise TinyVLLMError(f"{name} is no folder and no Hugging Face id: expected is one with config.json, or an id like {HUB_MODEL}{shapes}")
     return download(name)
 
 
@@ -308,8 +308,8 @@ def load_weights(checkpoint, config, device):
     # A tensor that is left, such as a bias: without it the answers would be wrong.
     left = [name for name in checkpoint.tensors if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq")]
     if left:
-        raise TinyVLLMError(f"{checkpoint.folder}: the weights have {len(left)} tensors that no Llama of this config.json has, {left[0]} for one: "
-                            "is it another architecture, or quantized?")
+        raise TinyVLLMError(f"{checkpoint.folder}: the weights have {len(left)} tensors that no Llama of this config.json has, {left[0]} for "
+                            "one: is it another architecture, or quantized?")
     return weights
 
 
@@ -332,32 +332,25 @@ KERNEL_TYPES = {"bf16": BFLOAT16, "float": np.dtype(np.float32), "int": np.dtype
 MAX_GRID = 65535                        # blocks in y and in z
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """One kernel as kernels.cu declares it, and `launch(grid, block, values)`, which starts it."""
-    name: str
-    threads: int                # a block
-    parameters: tuple           # of (name, dtype, is_pointer)
-    array_type: type            # cupy.ndarray or numpy.ndarray
-    launch: object
-
-    def __call__(self, grid, *args):
-        """grid: blocks in x, y and z (1 to 3 ints). args: arrays (None is a null pointer) and numbers."""
-        assert len(args) == len(self.parameters), f"{self.name} takes {len(self.parameters)} arguments, got {len(args)}"
-        # CuPy would make one block of none.
-        assert min(grid) >= 1 and max(grid[1:], default=1) <= MAX_GRID, f"{self.name}: grid {grid} is beyond 1 to {MAX_GRID}"
-        values = [self.check(arg, *parameter) for arg, parameter in zip(args, self.parameters)]
-        self.launch((*grid, 1, 1)[:3], (self.threads, 1, 1), values)
-
-    def check(self, arg, name, dtype, is_pointer):
+def checked_launch(name, threads, parameters, array_type, launch):
+    """kernels.NAME. threads: of a block; parameters: a list of (name, dtype, is_pointer); launch(grid, block, values) starts the kernel."""
+    def check(arg, parameter, dtype, is_pointer):
         """The argument, ready for launch. A kernel sees bare addresses: nothing after this would notice a wrong type."""
         if not is_pointer:
             return dtype.type(arg)
         if arg is None:
             return np.uint64(0)
-        assert isinstance(arg, self.array_type), f"{self.name}: {name} must be an array of this device, got {type(arg)}"
-        assert arg.dtype == dtype and arg.flags.c_contiguous, f"{self.name}: {name} must be contiguous {dtype}, got {arg.dtype}, {arg.strides}"
+        assert isinstance(arg, array_type), f"{name}: {parameter} must be an array of this device, got {type(arg)}"
+        assert arg.dtype == dtype and arg.flags.c_contiguous, f"{name}: {parameter} must be contiguous {dtype}, got {arg.dtype}, {arg.strides}"
         return arg
+
+    def start(grid, *args):
+        """grid: blocks in x, y and z (1 to 3 ints). args: arrays (None is a null pointer) and numbers."""
+        assert len(args) == len(parameters), f"{name} takes {len(parameters)} arguments, got {len(args)}"
+        # CuPy would make one block of none.
+        assert min(grid) >= 1 and max(grid[1:], default=1) <= MAX_GRID, f"{name}: grid {grid} is beyond 1 to {MAX_GRID}"
+        launch((*grid, 1, 1)[:3], (threads, 1, 1), [check(arg, *parameter) for arg, parameter in zip(args, parameters)])
+    return start
 
 
 class Kernels:
@@ -369,8 +362,8 @@ class Kernels:
             setattr(self, name, int(number))
         for threads, name, parameters in kernel_declarations(source):
             threads = int(threads) if threads.isdigit() else getattr(self, threads)
-            parameters = tuple(parse_parameter(p) for p in parameters.split(","))
-            setattr(self, name, Kernel(name, threads, parameters, array_type, get_launch(name)))
+            parameters = [parse_parameter(p) for p in parameters.split(",")]
+            setattr(self, name, checked_launch(name, threads, parameters, array_type, get_launch(name)))
 
 
 def kernel_declarations(source):
@@ -398,8 +391,8 @@ def open_cublas(cupy):
     library, handle = ctypes.CDLL(path), ctypes.c_void_p()
     status = library.cublasCreate_v2(ctypes.byref(handle))
     assert status == 0, f"cuBLAS answers {status} to cublasCreate"
-    library.cublasSetStream_v2.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     number, pointer = ctypes.c_int, ctypes.c_void_p
+    library.cublasSetStream_v2.argtypes = [pointer, pointer]
     library.cublasGemmEx.argtypes = [pointer, *[number] * 5, pointer, pointer, number, number, pointer, number, number, pointer,
                                      pointer, number, number, number, number]
     return library.cublasGemmEx, library.cublasSetStream_v2, handle
@@ -496,7 +489,7 @@ class CudaDevice:
         try:
             return Kernels(source, self.xp.ndarray, module.get_function)
         except self.xp.cuda.compiler.CompileException as error:
-            raise TinyVLLMError(f"kernels do not compile for this model: {first_error(str(error))}") from None
+            raise TinyVLLMError(f"kernels do not compile for this model: {first_line(error, 'error')}") from None
 
 
 class CpuDevice:
@@ -548,7 +541,6 @@ class CpuDevice:
         return function(), function
 
     def linear(self, x, w):
-        """x [T, in] @ w [out, in] transposed -> [T, out]; bf16, accumulated in float32."""
         # NumPy multiplies bfloat16 element by element, without BLAS. A weight is converted once and must not change after.
         if id(w) not in self.float32_weights:
             self.float32_weights[id(w)] = w.astype(np.float32)
@@ -572,7 +564,7 @@ class CpuDevice:
                 command = [self.compiler, *flags, f"-I{FOLDER}", "-x", "c++", "-", "-o", f"{folder}/kernels.so"]
                 result = subprocess.run(command, input=wrapper, capture_output=True, text=True)
                 if result.returncode:
-                    raise TinyVLLMError(f"kernels do not compile for this model: {first_error(result.stderr)}")
+                    raise TinyVLLMError(f"kernels do not compile for this model: {first_line(result.stderr or 'no reason given', 'error')}")
                 os.replace(f"{folder}/kernels.so", binary)          # at once: another process sees all of the file or none of it
         library = ctypes.CDLL(str(binary))
         library.simulator_error.restype = ctypes.c_char_p
@@ -581,7 +573,7 @@ class CpuDevice:
         return kernels
 
     def get_launch(self, library, entry):
-        """A function (grid, block, values) that runs the kernel behind `entry`; values as Kernel.check made them."""
+        """A function (grid, block, values) that runs the kernel behind `entry`; values as checked_launch gives them."""
         def launch(grid, block, values):
             # As cuLaunchKernel wants it: an array of pointers, each to an argument's value. The 0-d arrays hold these values.
             slots = [np.array(value.ctypes.data if isinstance(value, np.ndarray) else value) for value in values]
@@ -591,15 +583,10 @@ class CpuDevice:
         return launch
 
 
-def first_error(text):
-    """The line of a compiler's output that says what is wrong: the first with "error" in it, else the first."""
-    lines = text.strip().splitlines() or ["the compiler does not say why"]
-    return next((line for line in lines if "error" in line), lines[0]).strip()
-
-
-def first_line(error):
-    """The first line of an exception's text."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+def first_line(error, word=""):
+    """The first line of an error's text that has this word in it, else the first of all; the error's type if it has no text."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return next((line for line in lines if word in line), lines[0]).strip()
 
 
 def open_device(name="auto"):
@@ -610,11 +597,11 @@ def open_device(name="auto"):
         import cupy
         cupy.cuda.runtime.getDeviceCount()          # raises where there is no driver or no GPU
     except Exception as error:                      # CuPy has many kinds, an import that half works included
+        problem = f"no NVIDIA GPU can be used ({first_line(error)})"
         if name == "cuda":
-            raise TinyVLLMError(f"no NVIDIA GPU can be used ({first_line(error)}): check nvidia-smi and `pip install cupy-cuda12x`, "
-                                f"or use --device cpu") from None
+            raise TinyVLLMError(f"{problem}: check nvidia-smi and `pip install cupy-cuda12x`, or use --device cpu") from None
         if not isinstance(error, ModuleNotFoundError):
-            print(f"tiny-vLLM: CuPy is here, but no GPU can be used ({first_line(error)})", file=sys.stderr)
+            print(f"tiny-vLLM: CuPy is here, but {problem}", file=sys.stderr)
         return CpuDevice()
     return CudaDevice()
 
@@ -1236,14 +1223,7 @@ class Engine:
 # with an error, so that the others of its list go on.
 # ======================================================================================================================
 class LLM:
-    """A model, ready to answer.
-
-        llm = LLM("parrot")
-        for output in llm.generate(["Hello,", "The answer is"], SamplingParams(max_tokens=20)):
-            print(output.text, output.finish_reason)
-        for output in llm.stream(llm.tokenizer.chat([{"role": "user", "content": "What is a KV cache?"}])):
-            print(output.delta, end="", flush=True)
-    """
+    """A model, ready to answer: LLM("parrot").generate(["Once upon a time"], SamplingParams(max_tokens=20))[0].text"""
 
     def __init__(self, model=None, *, device="auto", max_model_len=None, gpu_memory_utilization=0.9, block_size=16,
                  max_num_batched_tokens=4096, max_num_seqs=256, num_blocks=None, enforce_eager=False, overlap=True,
@@ -1266,11 +1246,12 @@ class LLM:
         self.config, self.tokenizer, self.device = config, Tokenizer(folder), open_device(device)
         limit = max_model_len or config.max_position_embeddings
         check("--max-model-len", limit, lambda n: n <= config.max_position_embeddings, f"at most the model's {config.max_position_embeddings}")
-        fitting = kv_cache_blocks(config, self.device.memory(), gpu_memory_utilization, block_size, max_num_batched_tokens, max_num_seqs, max_model_len)
+        fitting = kv_cache_blocks(config, self.device.memory(), gpu_memory_utilization, block_size,
+                                  max_num_batched_tokens, max_num_seqs, max_model_len)
         if num_blocks is None:
             num_blocks = min(fitting, max_num_seqs * cdiv(limit, block_size))           # more could never be used
         if num_blocks > fitting or (max_model_len and max_model_len > num_blocks * block_size):
-            raise TinyVLLMError(f"num_blocks is {num_blocks}: memory holds {fitting}, a context of {limit} tokens needs {cdiv(limit, block_size)}")
+            raise TinyVLLMError(f"num_blocks is {num_blocks}: memory holds {fitting}, {limit} tokens need {cdiv(limit, block_size)}")
         # A sequence that fits the pool alone always gets through, so this is the one limit that requests are held against.
         self.max_model_len = min(limit, num_blocks * block_size)
         if self.max_model_len < limit:
@@ -1308,7 +1289,7 @@ class LLM:
         if not isinstance(sampling_params, (list, tuple)):
             sampling_params = [sampling_params or SamplingParams()] * len(prompts)
         if len(sampling_params) != len(prompts) or not all(isinstance(params, SamplingParams) for params in sampling_params):
-            raise TinyVLLMError(f"{len(sampling_params)} sampling_params for {len(prompts)} prompts: expected is one SamplingParams, or one for each")
+            raise TinyVLLMError(f"{len(sampling_params)} sampling_params for {len(prompts)} prompts: expected is a SamplingParams, or one each")
         return [self.add_request(prompt, params) for prompt, params in zip(prompts, sampling_params)]
 
     def add_request(self, prompt, params):
@@ -1462,7 +1443,8 @@ def answer(llm, texts, args, params):
 def statistics(llm, outputs):
     """One line: what came in, what went out, how fast."""
     done = [output for output in outputs if not output.error]
-    prompt, new, cached = sum(len(o.prompt_token_ids) for o in done), sum(len(o.token_ids) for o in done), sum(o.num_cached_tokens for o in done)
+    prompt, new = sum(len(o.prompt_token_ids) for o in done), sum(len(o.token_ids) for o in done)
+    cached = sum(o.num_cached_tokens for o in done)
     seconds = max(o.finish_time for o in done) - min(o.arrival_time for o in done)
     first = np.median([o.first_token_time - o.arrival_time for o in done])
     line = (f"{prompt} prompt tokens{f' ({cached} cached)' if cached else ''}, {new} new tokens, {'median ' if len(done) > 1 else ''}"
