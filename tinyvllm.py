@@ -99,7 +99,8 @@ def find_model(name=None, load_format="auto"):
         return folder
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         shapes = f", or a shape: {', '.join(SHAPES)}" if load_format == "dummy" else ""
-        raise TinyVLLMError(f"{name} is no folder and no Hugging Face id: expected is one with config.json, or an id like {HUB_MODEL}{shapes}")
+        raise TinyVLLMError(f"{name} is no folder and no Hugging Face id: expected is a folder with config.json, or an id "
+                            f"like {HUB_MODEL}{shapes}")
     return download(name)
 
 
