@@ -1532,7 +1532,7 @@ def test_bad_prompts_do_not_stop_the_good_ones(parrot):
     assert outputs[0].text == outputs[-1].text == TEXTS[1][1]
     with pytest.raises(TinyVLLMError, match="empty"):
         parrot.generate("")
-    assert parrot.generate([None, np.array(good)], SamplingParams(max_tokens=1))[0].error.startswith("the prompt is a NoneType")
+    assert parrot.generate([None, np.array(good)], SamplingParams(max_tokens=1))[0].error.startswith("the prompt is None, expected is a text")
     with pytest.raises(TinyVLLMError, match="SamplingParams"):
         parrot.generate([good, good], [SamplingParams(), {}])
     assert not parrot.engine.scheduler.waiting
@@ -1654,22 +1654,22 @@ def test_dummy_weights_are_the_same_each_time(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("change, parts", [
     ({"architectures": ["GPT2LMHeadModel"]}, ["GPT2LMHeadModel", "LlamaForCausalLM"]),
-    ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, ["sliding_window = 4096", "None"]),
+    ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, ["sliding_window is 4096", "None"]),
     ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["yarn", "llama3"]),
     ({"rope_scaling": "llama3"}, ["rope_scaling is 'llama3'", "dict"]),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["no low_freq_factor"]),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["low_freq_factor is None", "number above 0"]),
     ({"rope_scaling": ROPE | {"factor": "8"}}, ["factor is '8'", "number above 0"]),
     ({"rope_scaling": ROPE | {"high_freq_factor": 1.0}}, ["low_freq_factor is 1.0"]),
-    ({"hidden_size": None}, ["no hidden_size"]),
+    ({"hidden_size": None}, ["hidden_size is None", "whole number above 0"]),
     ({"hidden_size": "128"}, ["hidden_size is '128'", "whole number above 0"]),
     ({"num_hidden_layers": 0}, ["num_hidden_layers is 0", "above 0"]),
-    ({"num_attention_heads": 17}, ["17 query heads on 1", "1 to 16"]),
+    ({"num_attention_heads": 17}, ["num_attention_heads is 17", "1 to 16 for each of num_key_value_heads, 1"]),
     ({"vocab_size": -2048}, ["vocab_size is -2048"]),
     ({"rms_norm_eps": "1e-5"}, ["rms_norm_eps is '1e-5'", "number above 0"]),
     ({"head_dim": 60}, ["head_dim is 60", "32 to 256 in steps of 16"]),
-    ({"intermediate_size": 63}, ["intermediate_size 63", "multiples of 8"]),
-    ({"tie_word_embeddings": "false"}, ["tie_word_embeddings is 'false'", "bool"]),
+    ({"intermediate_size": 63}, ["intermediate_size is 63", "multiple of 8"]),
+    ({"tie_word_embeddings": "false"}, ["tie_word_embeddings is 'false'", "True or False"]),
     ({"eos_token_id": "</s>"}, ["eos_token_id", "</s>"]),
     ({"vocab_size": 2040}, ["model.embed_tokens.weight", "(2048, 128)", "(2040, 128)"]),
     ({"num_hidden_layers": 1}, ["9 tensors", "model.layers.1."]),
@@ -1694,9 +1694,9 @@ def test_weights_that_do_not_fit(change, parts, tmp_path):
     ("config.json", None, ["no config.json"]),
     ("tokenizer.json", None, ["tokenizer.json", "No such file"]),
     ("model.safetensors", None, ["no model.safetensors"]),
-    ("config.json", b"<html>", ["config.json", "not valid JSON"]),
-    ("config.json", b"[]", ["config.json", "holds a list"]),
-    ("generation_config.json", b"{", ["generation_config.json", "not valid JSON"]),
+    ("config.json", b"<html>", ["cannot read", "config.json", "valid JSON"]),
+    ("config.json", b"[]", ["config.json is []", "JSON object"]),
+    ("generation_config.json", b"{", ["generation_config.json", "valid JSON"]),
     ("tokenizer.json", b"{}", ["tokenizer.json", "got: "]),
     ("tokenizer_config.json", b"[]", ["tokenizer_config.json"]),
     ("model.safetensors", b"version https://git-lfs.github.com/spec/v1", ["model.safetensors", "no valid safetensors"]),
