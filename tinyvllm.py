@@ -355,7 +355,7 @@ def checked_launch(name, threads, parameters, array_type, launch):
 
 
 class Kernels:
-    """What compile() returns: kernels.NAME(grid, *args), and the file's constants, such as kernels.QUERY_TILE."""
+    """What compile() returns: kernels.NAME(grid, *args), and the file's constants, such as kernels.ATTENTION_ROWS."""
 
     def __init__(self, source, array_type, get_launch):
         """get_launch: name -> a function (grid, block, values) that starts this kernel."""
@@ -1014,11 +1014,12 @@ class Model:
         c, w, kernels, linear = self.config, self.weights, self.kernels, self.device.linear
         T, S, R = len(b.token_ids), len(b.context_lens), len(b.last_tokens)
         D, F, heads_size = c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim
-        tiles, K = cdiv(b.max_query_len, kernels.QUERY_TILE), c.num_key_value_heads
+        H, K = c.num_attention_heads, c.num_key_value_heads
         # Two blocks of attention for each multiprocessor keep the memory busy: where there are fewer, split the contexts (by 32
         # at most: merging reads them all). By the batch's size alone, not by its contexts: a CUDA graph keeps its grids.
+        tiles = cdiv(b.max_query_len * H // K, kernels.ATTENTION_ROWS)
         splits = max(1, min(32, 2 * self.device.multiprocessors // (tiles * K * S)))
-        partial = self.device.empty((T, c.num_attention_heads, splits, c.head_dim + 2), np.float32) if splits > 1 else None
+        partial = self.device.empty((T, H, splits, c.head_dim + 2), np.float32) if splits > 1 else None
         x, attention, activation = (self.device.empty((T, size)) for size in (D, heads_size, F))
 
         residual = self.device.empty((T, D))
@@ -1029,10 +1030,8 @@ class Model:
             kernels.rms_norm((T,), x, residual, added, layer.input_norm)
             qkv = linear(x, layer.qkv)                                                  # [T, (H + 2K) h]
             kernels.rope_and_cache((T,), qkv, self.cos_sin, b.positions, b.slot_mapping, k_cache, v_cache)
-            kernels.paged_attention((tiles * splits, K, S), attention, qkv, k_cache, v_cache, b.block_tables, b.cu_blocks,
-                                    b.cu_seqlens, b.context_lens, c.head_dim ** -0.5, partial, splits)
-            if splits > 1:
-                kernels.merge_splits((T, c.num_attention_heads), attention, partial, splits)
+            kernels.paged_attention((tiles, K * splits, S), attention, qkv, k_cache, v_cache, b.block_tables, b.cu_blocks,
+                                    b.cu_seqlens, b.context_lens, c.head_dim ** -0.5, partial)
             added = linear(attention, layer.o)                                          # [T, D]
 
             # x = norm(residual += added);  residual += silu(x @ gate) * (x @ up) @ down
