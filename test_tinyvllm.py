@@ -332,7 +332,7 @@ RAGGED = [(1, 1), (1, 16), (5, 5), (1, 17), (13, 300), (1, 129), (8, 8), (9, 41)
 def check_attention(model, batch, scale=1.0, splits=1):
     """A cache of shuffled pages, where everything that no sequence owns is NaN and every unused table entry points nowhere."""
     rng, (H, K, h, B) = RNG(4), attention_sizes(model)
-    T, S, longest = sum(q for q, _ in batch), len(batch), max(q for q, _ in batch)
+    T, S = sum(q for q, _ in batch), len(batch)
     counts = [-(-c // B) for _, c in batch]
     N, max_blocks = sum(counts) + 3, max(counts) + 2
     pages = iter(rng.permutation(N).tolist())
@@ -349,9 +349,11 @@ def check_attention(model, batch, scale=1.0, splits=1):
     out = poison(T + 1, H, h)
     partial = poison(T, H, splits, h + 2, dtype=np.float32)
     cu = ints(np.cumsum([0] + [q for q, _ in batch]))
+    tile_rows = ATTENTION_ROWS * (2 if h <= 128 else 1)
+    tiles = ints([(s, row) for s, (q, _) in enumerate(batch) for row in range(0, q * H // K, tile_rows)]).ravel()
     def attend(k_cache, v_cache):
-        launch(model, "paged_attention", (-(-longest * H // K // ATTENTION_ROWS), K * splits, S), out, qkv, k_cache, v_cache, tables, ints(range(0, S * max_blocks + 1, max_blocks)), cu,
-               ints([c for _, c in batch]), np.float32(h ** -0.5), partial)
+        launch(model, "paged_attention", (len(tiles) // 2, K * splits), out, qkv, k_cache, v_cache, tables, ints(range(0, S * max_blocks + 1, max_blocks)), cu,
+               ints([c for _, c in batch]), tiles, np.float32(h ** -0.5), partial)
     attend(np.full_like(caches[0], NAN), np.full_like(caches[1], NAN))    # leaves NaN in shared memory for the next launch
     out[...] = NAN
     attend(*caches)
@@ -403,12 +405,24 @@ def test_offsets_need_64_bits():
     launch(BASE, "rope_and_cache", (T,), qkv, rope_table(T, h), ints(range(T)), slots, np.empty_like(cache), cache)
     assert (cache[page, 0, :T] == v).all()
     out = poison(T, H, h)
-    launch(BASE, "paged_attention", (1, K, 1), out, qkv, cache, cache, ints([page]), ints([0, 1]), ints([0, T]), ints([T]), np.float32(1 / 8), None)
+    launch(BASE, "paged_attention", (1, K, 1), out, qkv, cache, cache, ints([page]), ints([0, 1]), ints([0, T]), ints([T]), ints([0, 0]), np.float32(1 / 8), None)
     close(out[-1], [attention_twin(q, v, v, 1 / 8) for q in qkv[-1, :H]], floor=4e-3)
     table, row, one = np.empty((2 ** 31 // 144 + 2, 144), bfloat16), randn(rng, 144), poison(1, 144)
     table[-1] = row
     launch(BASE, "gather_rows", (1,), one, table, ints([len(table) - 1]), None)
     assert (one[0] == row).all()
+
+
+# skinny_gemm
+@pytest.mark.parametrize("T, N, C", [(1, 16, 2048), (8, 40, 144), (3, 33, 2056), (5, 1, 8)])
+def test_skinny_gemm(T, N, C):
+    """Tokens, rows and columns that fill no tile."""
+    rng = RNG(T)
+    x, w = randn(rng, T, C), randn(rng, N, C)
+    out, around = poison(T + 1, N), (np.full((2, C), NAN, bfloat16))
+    launch(BASE, "skinny_gemm", (-(-N // 16),), out, np.concatenate([x, around]), np.concatenate([w, around]), T, N, C)
+    close(out[:-1], np.float64(x) @ np.float64(w).T, floor=1e-2)
+    assert np.isnan(np.float32(out[-1])).all()
 
 
 # silu_mul
@@ -578,7 +592,7 @@ def sanitizer_environment():
 def test_kernels_again(mode):
     """The twin tests of every kernel, with the threads of a block in a random order, and with every access checked."""
     environment = {"SIMULATOR_SHUFFLE": "3"} if mode == "shuffled" else sanitizer_environment()
-    chosen = "gather_rows or test_rms_norm or rope_and_cache or attention_ragged or silu_mul or test_greedy"
+    chosen = "gather_rows or test_rms_norm or rope_and_cache or attention_ragged or skinny or silu_mul or test_greedy"
     run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", f"({chosen}) and 144-4-1 or equals_its_twin and 0-0.9"],
                          env=os.environ | environment, capture_output=True, text=True)
     assert run.returncode == 0 and int(re.search(r"(\d+) passed", run.stdout)[1]) >= 13, run.stdout + run.stderr
@@ -1336,6 +1350,12 @@ def test_noise_depends_on_position_and_on_the_seed(parrot):
 # ---------------------------------------------------------------------------------------------------------------------
 # Allocator and scheduler, under thousands of random events, with no model
 # ---------------------------------------------------------------------------------------------------------------------
+def test_attention_tiles():
+    """Every row of every sequence is in one tile; those that see the most keys come first."""
+    tiles = tinyvllm.attention_tiles(np.array([1, 100, 1]), np.array([50, 400, 900]), 3, 128).reshape(-1, 2).tolist()
+    assert tiles == [[2, 0], [1, 256], [1, 128], [1, 0], [0, 0]]
+
+
 @pytest.mark.parametrize("overlap", [0, 1])
 @pytest.mark.parametrize("seed", range(6))
 def test_scheduler_random_events(seed, overlap):
@@ -1345,7 +1365,7 @@ def test_scheduler_random_events(seed, overlap):
     block_size, num_blocks, budget, max_seqs = int(rng.choice([1, 4, 16])), int(rng.integers(8, 60)), int(rng.integers(1, 70)), int(rng.integers(1, 12))
     scheduler = Scheduler(BlockAllocator(num_blocks, block_size), budget, max_seqs)
     limit, live, in_flight = num_blocks * block_size, [], []
-    memory, cached = {}, 0                          # (page, offset) -> the text up to this token, on which its key and value depend
+    memory = {}                                     # (page, offset) -> the text up to this token, on which its key and value depend
 
     def arrive():
         length = int(rng.integers(1, limit))

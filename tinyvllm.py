@@ -324,7 +324,7 @@ def load_weights(checkpoint, config, device):
 #   device.compile({"HEAD_DIM": 64})   kernels.cu, for one model: its sizes become constants
 #   kernels.rms_norm((T,), out, ...)   a launch, T blocks; block size and argument types are
 #                                      read from kernels.cu itself, so they stand in one place
-#   device.linear(x, w)                the one place that multiplies matrices
+#   device.linear(x, w)                a matrix product
 #   device.fetch(array)                a copy to the host that somebody will wait for, later
 #   device.record(function)            the kernels that function() starts, as one thing to start: a CUDA graph
 # ======================================================================================================================
@@ -401,6 +401,7 @@ def open_cublas(cupy):
 
 class CudaDevice:
     """An NVIDIA GPU, through CuPy."""
+    has_tensor_cores = True
 
     def __init__(self):
         import cupy
@@ -497,6 +498,7 @@ class CpuDevice:
     """No GPU: NumPy, and the kernels in the simulator. Slow, but the very same kernels."""
     FLAGS = ["-O3", "-march=native", "-std=c++17", "-fno-strict-aliasing", "-shared", "-fPIC", "-fvisibility=hidden", "-pthread", "-w"]
     SANITIZE = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    has_tensor_cores = False                # simulated ones are slower than NumPy's products
     warned = False
 
     def __init__(self):
@@ -888,12 +890,13 @@ class Batch:
     temperatures: np.ndarray            # [R] float32
     top_ks: np.ndarray                  # [R] int32
     top_ps: np.ndarray                  # [R] float32
+    tiles: np.ndarray                   # [2A] int32: the work of attention, see attention_tiles
     cu_blocks: np.ndarray               # [S + 1] int32
     block_tables: np.ndarray            # [pages of all S] int32: sequence s has those from cu_blocks[s] on
 
     @classmethod
-    def build(cls, scheduled, block_size):
-        """The batch for a list of (sequence, number of tokens)."""
+    def build(cls, scheduled, block_size, group, tile_rows):
+        """The batch for a list of (sequence, number of tokens). group, tile_rows: see attention_tiles."""
         token_ids, positions, slots, context_lens = [], [], [], []
         for s, count in scheduled:
             start, end = s.num_computed_tokens, s.num_computed_tokens + count
@@ -913,6 +916,7 @@ class Batch:
             last_tokens=cu_seqlens[1:][rows] - 1, lengths=np.array([len(s.token_ids) for s in sampled], ints),
             temperatures=np.array([p.temperature for p in params], floats),
             top_ks=np.array([min(p.top_k, 2**31 - 1) for p in params], ints), top_ps=np.array([p.top_p for p in params], floats),
+            tiles=attention_tiles(np.array(counts), np.array(context_lens), group, tile_rows),
             cu_blocks=np.cumsum([0, *map(len, tables)], dtype=ints),
             block_tables=np.array([block for table in tables for block in table], ints))
 
@@ -927,8 +931,19 @@ class Batch:
             return np.concatenate([array, np.full(more, value, array.dtype)])
         more, rows = size - len(self.token_ids), np.arange(size + 1, dtype=np.int32)
         zeros = ("seeds", "token_ids", "positions", "context_lens", "lengths", "temperatures", "top_ks", "top_ps")
-        return replace(self, slot_mapping=fill(self.slot_mapping, -1), cu_seqlens=rows, last_tokens=rows[:-1],
+        tiles = np.concatenate([self.tiles, np.repeat(rows[size - more:-1], 2) * np.tile([1, 0], more).astype(np.int32)])
+        return replace(self, slot_mapping=fill(self.slot_mapping, -1), cu_seqlens=rows, last_tokens=rows[:-1], tiles=tiles,
                        cu_blocks=fill(self.cu_blocks, self.cu_blocks[-1]), **{name: fill(getattr(self, name)) for name in zeros})
+
+
+def attention_tiles(counts, context_lens, group, tile_rows):
+    """[2A] int32: (sequence, first row) of each tile of at most tile_rows rows. A row is a query and one of the `group` heads that share a
+    kv head. counts [S]: queries. The tiles that see the most keys come first, so that none of these is the last to begin."""
+    tiles = cdiv(counts * group, tile_rows)
+    sequences = np.repeat(np.arange(len(counts)), tiles)
+    rows = (np.arange(len(sequences)) - np.repeat(np.cumsum(tiles) - tiles, tiles)) * tile_rows
+    seen = (context_lens - counts)[sequences] + np.minimum(rows + tile_rows, (counts * group)[sequences]) // group
+    return np.stack([sequences, rows], 1)[np.argsort(-seen, kind="stable")].astype(np.int32).ravel()
 
 
 class StepBuffer:
@@ -937,8 +952,9 @@ class StepBuffer:
     ARRAYS = [f.name for f in fields(Batch) if f.type is np.ndarray]
 
     def __init__(self, device, max_tokens, max_seqs, num_blocks):
-        # A token: slot 8, id 4, position 4. A sequence: seed 8 and eight arrays of 4, of which two have one entry more than S.
-        num_bytes = 16 * max_tokens + 40 * (max_seqs + 1) + 4 * num_blocks
+        # A token: slot 8, id 4, position 4, and up to a quarter of a tile (8). A sequence: seed 8, eight arrays of 4, of which two have
+        # one entry more than S, and a tile that is not full.
+        num_bytes = 18 * max_tokens + 48 * (max_seqs + 1) + 4 * num_blocks
         self.device, self.target = device, device.empty(num_bytes, np.uint8)
         self.sources = deque(device.pinned(num_bytes) for _ in range(2))    # two: the step before may still be copying from one
         self.sampled = device.empty((2, max_seqs), np.int32)                # of the latest step: tokens, bits of their log-probabilities
@@ -984,6 +1000,9 @@ class Model:
         self.kernels = device.compile({                                                 # with this model's sizes as constants
             "HIDDEN": c.hidden_size, "NUM_HEADS": c.num_attention_heads, "NUM_KV_HEADS": c.num_key_value_heads, "HEAD_DIM": c.head_dim,
             "FFN": c.intermediate_size, "VOCAB": c.vocab_size, "BLOCK_SIZE": block_size, "RMS_EPS": f"{c.rms_norm_eps:e}f"})
+        self.skinny_tokens = self.kernels.SKINNY_TOKENS if device.has_tensor_cores else 0      # up to which skinny_gemm multiplies
+        # For attention_tiles; how many rows a block of attention owns, see kernels.cu.
+        self.tiling = c.num_attention_heads // c.num_key_value_heads, self.kernels.ATTENTION_ROWS * (2 if c.head_dim <= 128 else 1)
         # Keys are cache[l, 0], values cache[l, 1] of layer l. Within a page each head's tokens are consecutive.
         self.kv_cache = device.empty((c.num_hidden_layers, 2, num_blocks, c.num_key_value_heads, block_size, c.head_dim))
         angles = np.arange(max_model_len)[:, None] * rope_frequencies(c)
@@ -1008,17 +1027,24 @@ class Model:
             return tokens, logprobs.view(np.float32)
         return logits, get_tokens
 
+    def linear(self, x, w):
+        """x [T, in] @ w [out, in] transposed -> [T, out]; bf16, accumulated in float32."""
+        if len(x) > self.skinny_tokens:
+            return self.device.linear(x, w)
+        out = self.device.empty((len(x), len(w)))
+        self.kernels.skinny_gemm((cdiv(len(w), self.kernels.SKINNY_ROWS),), out, x, w, len(x), *w.shape)
+        return out
+
     def forward(self, b):
         """Puts the new tokens' keys and values into the cache and the sampled sequences' next tokens into the step buffer; returns
         the logits [R, V] that chose them. b: a batch on the device."""
-        c, w, kernels, linear = self.config, self.weights, self.kernels, self.device.linear
-        T, S, R = len(b.token_ids), len(b.context_lens), len(b.last_tokens)
+        c, w, kernels, linear = self.config, self.weights, self.kernels, self.linear
+        T, R, tiles = len(b.token_ids), len(b.last_tokens), len(b.tiles) // 2
         D, F, heads_size = c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim
         H, K = c.num_attention_heads, c.num_key_value_heads
         # Two blocks of attention for each multiprocessor keep the memory busy: where there are fewer, split the contexts (by 32
         # at most: merging reads them all). By the batch's size alone, not by its contexts: a CUDA graph keeps its grids.
-        tiles = cdiv(b.max_query_len * H // K, kernels.ATTENTION_ROWS)
-        splits = max(1, min(32, 2 * self.device.multiprocessors // (tiles * K * S)))
+        splits = max(1, min(32, 2 * self.device.multiprocessors // (tiles * K)))
         partial = self.device.empty((T, H, splits, c.head_dim + 2), np.float32) if splits > 1 else None
         x, attention, activation = (self.device.empty((T, size)) for size in (D, heads_size, F))
 
@@ -1030,8 +1056,8 @@ class Model:
             kernels.rms_norm((T,), x, residual, added, layer.input_norm)
             qkv = linear(x, layer.qkv)                                                  # [T, (H + 2K) h]
             kernels.rope_and_cache((T,), qkv, self.cos_sin, b.positions, b.slot_mapping, k_cache, v_cache)
-            kernels.paged_attention((tiles, K * splits, S), attention, qkv, k_cache, v_cache, b.block_tables, b.cu_blocks,
-                                    b.cu_seqlens, b.context_lens, c.head_dim ** -0.5, partial)
+            kernels.paged_attention((tiles, K * splits), attention, qkv, k_cache, v_cache, b.block_tables, b.cu_blocks,
+                                    b.cu_seqlens, b.context_lens, b.tiles, c.head_dim ** -0.5, partial)
             added = linear(attention, layer.o)                                          # [T, D]
 
             # x = norm(residual += added);  residual += silu(x @ gate) * (x @ up) @ down
@@ -1162,7 +1188,7 @@ class Engine:
     def launch(self, scheduled):
         """Starts a step. Its tokens are not known, but that they will come is, so the next step can be planned."""
         start = time.perf_counter()
-        batch = Batch.build(scheduled, self.scheduler.allocator.block_size)
+        batch = Batch.build(scheduled, self.scheduler.allocator.block_size, *self.model.tiling)
         logits, get_tokens = self.model.launch(batch)
         for sequence, count in scheduled:
             sequence.num_computed_tokens += count
