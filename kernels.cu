@@ -8,7 +8,6 @@
 //     rope_and_cache    rotate queries and keys by their position, put keys and values into the paged KV cache
 //     paged_attention   each query looks at all the keys up to its own, wherever their pages lie
 //     silu_mul          the gate of the feed-forward part
-//     skinny_gemm       the matrix products of a step with few tokens, in place of cuBLAS
 //     sample            logits -> the next token, on the GPU, so that 8 bytes a sequence go to the CPU and not V logits
 //
 // How to read it. Letters are sizes: T tokens in this step (a ragged batch: the new tokens of all sequences, one after
@@ -577,62 +576,6 @@ extern "C" __global__ __launch_bounds__(SILU_THREADS) void silu_mul(bf16* out, c
     // For a very negative gate exp(-g) is inf, and g / inf is the right answer, 0.
     for (int j = 0; j < 8; ++j) gate.v[j] = gate.v[j] / (1 + expf(-gate.v[j])) * up.v[j];
     vec8(out + token * FFN + i) = to_bf16(gate);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// skinny_gemm: out = x @ w.T, for at most 8 tokens
-//
-// With so few tokens a product is nothing but reading w once, as fast as the memory can, and cuBLAS, whose tiles are made
-// for large products, takes up to twice as long for the small matrices of a layer.
-//   out [T, N], x [T, C], w [N, C] with C a multiple of 8.   Grid (ceil(N / 16)): a block owns 16 rows of w.
-//   Its 16 warps deal C out among them, 32 columns each in turn, so that the whole grid reads neighbouring addresses at
-//   once and each warp has four steps of loads in flight. On the tensor cores w is the left factor, [16, C], and x.T the
-//   right one, [C, 8], with zeros for tokens that there are not.
-//   Which column is which, mma need not know, as long as w and x agree: a lane takes eight neighbouring columns of its
-//   rows, 16 bytes, where mma's own order would have it take 2 + 2 and 2 + 2 of two steps.
-//   Shared memory: each warp's sums, added up at the end in the order of the warps.
-// ---------------------------------------------------------------------------------------------------------------------
-constexpr int SKINNY_THREADS = 512;
-constexpr int SKINNY_TOKENS = 8;
-constexpr int SKINNY_ROWS = 16;
-
-extern "C" __global__ __launch_bounds__(SKINNY_THREADS) void skinny_gemm(
-        bf16* out, const bf16* x, const bf16* w, int tokens, int rows, int columns) {
-    constexpr int WARPS = SKINNY_THREADS / 32, STEP = 32 * WARPS, AHEAD = 4;
-    struct alignas(16) Words { unsigned v[4]; };    // eight bf16, as mma wants them: two in a register
-    __shared__ float sums[WARPS][SKINNY_TOKENS * SKINNY_ROWS];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / 4, first_row = blockIdx.x * SKINNY_ROWS;
-    // The lane's row of x, and its two of w. Rows past the end are read again where there are some, and not written.
-    const bf16* x_row = x + (size_t)min(group, tokens - 1) * columns;
-    const bf16* w_row[2];
-    for (int i = 0; i < 2; ++i) w_row[i] = w + (size_t)min(first_row + 8 * i + group, rows - 1) * columns;
-
-    float d[4] = {};
-    for (int start = 32 * warp + 8 * (lane % 4); start - 8 * (lane % 4) < columns; start += AHEAD * STEP) {
-        Words of_w[AHEAD][2] = {}, of_x[AHEAD] = {};
-        #pragma unroll
-        for (int j = 0; j < AHEAD; ++j) {
-            const int column = start + j * STEP;
-            if (column >= columns) break;
-            for (int i = 0; i < 2; ++i) of_w[j][i] = *reinterpret_cast<const Words*>(w_row[i] + column);
-            if (group < tokens) of_x[j] = *reinterpret_cast<const Words*>(x_row + column);
-        }
-        #pragma unroll
-        for (int j = 0; j < AHEAD; ++j)
-            #pragma unroll
-            for (int k = 0; k < 4; k += 2) {
-                const unsigned a[4] = {of_w[j][0].v[k], of_w[j][1].v[k], of_w[j][0].v[k + 1], of_w[j][1].v[k + 1]};
-                const unsigned b[2] = {of_x[j].v[k], of_x[j].v[k + 1]};
-                mma_m16n8k16_bf16(d, a, b, d);
-            }
-    }
-    for (int i = 0; i < 4; ++i) sums[warp][(lane % 4 * 2 + i % 2) * SKINNY_ROWS + i / 2 * 8 + group] = d[i];
-    __syncthreads();    // all warps' sums are written before they are added up
-    const int token = threadIdx.x / SKINNY_ROWS, row = first_row + threadIdx.x % SKINNY_ROWS;
-    if (token >= tokens || row >= rows) return;
-    float sum = 0;
-    for (int i = 0; i < WARPS; ++i) sum += sums[i][threadIdx.x];
-    out[(size_t)token * rows + row] = __float2bfloat16(sum);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ import sys
 import tempfile
 import time
 import weakref
+from array import array as int_array
 from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -324,7 +325,7 @@ def load_weights(checkpoint, config, device):
 #   device.compile({"HEAD_DIM": 64})   kernels.cu, for one model: its sizes become constants
 #   kernels.rms_norm((T,), out, ...)   a launch, T blocks; block size and argument types are
 #                                      read from kernels.cu itself, so they stand in one place
-#   device.linear(x, w)                a matrix product
+#   device.linear(x, w)                the one place that multiplies matrices
 #   device.fetch(array)                a copy to the host that somebody will wait for, later
 #   device.record(function)            the kernels that function() starts, as one thing to start: a CUDA graph
 # ======================================================================================================================
@@ -401,7 +402,6 @@ def open_cublas(cupy):
 
 class CudaDevice:
     """An NVIDIA GPU, through CuPy."""
-    has_tensor_cores = True
 
     def __init__(self):
         import cupy
@@ -498,7 +498,6 @@ class CpuDevice:
     """No GPU: NumPy, and the kernels in the simulator. Slow, but the very same kernels."""
     FLAGS = ["-O3", "-march=native", "-std=c++17", "-fno-strict-aliasing", "-shared", "-fPIC", "-fvisibility=hidden", "-pthread", "-w"]
     SANITIZE = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-    has_tensor_cores = False                # simulated ones are slower than NumPy's products
     warned = False
 
     def __init__(self):
@@ -749,7 +748,7 @@ class Sequence:
         self.params, self.output, self.decoder, self.max_len = params, output, decoder, max_len
         self.token_ids = list(output.prompt_token_ids)
         self.num_computed_tokens = 0
-        self.block_table = []
+        self.block_table = int_array("i")
         self.num_registered_blocks = 0      # pages of it that others can find
         self.seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little")
 
@@ -774,16 +773,19 @@ class Scheduler:
 
     def schedule(self):
         """[(sequence, number of its tokens to compute)]: decodes first, then prefill as far as the budget goes."""
-        scheduled, budget = [], self.max_num_batched_tokens
-        # 1. Decodes, the oldest first. To find a page the youngest are preempted: those that this loop has not come to yet.
-        #    The budget is enough for all: admission, below, never lets more sequences run than it has tokens.
-        for sequence in [s for s in self.running if s.remaining == 1 and not s.is_full]:
-            if sequence.block_table and self.grow(sequence):            # without pages it has just been preempted
+        scheduled, prefills, budget = [], [], self.max_num_batched_tokens
+        # 1. Those that run, the oldest first: decodes, and prompts that are under way, whose pages are theirs since admission. To find a
+        #    page for a decode, the youngest are preempted: those that this loop has not come to yet.
+        #    The budget is enough for all decodes: admission, below, never lets more sequences run than it has tokens.
+        for sequence in list(self.running):
+            if not sequence.block_table:
+                break                                                   # it has just been preempted, and so have all after it
+            if sequence.remaining > 1:
+                prefills.append(sequence)
+            elif not sequence.is_full and self.grow(sequence):
                 scheduled.append((sequence, 1))
                 budget -= 1
-        # 2. Prompts that are under way. Their pages are theirs since admission.
-        prefills = [s for s in self.running if s.remaining > 1]
-        # 3. New ones, in order of arrival, while there are pages for all the tokens they have, and one to spare for each
+        # 2. New ones, in order of arrival, while there are pages for all the tokens they have, and one to spare for each
         #    sequence that runs: else these would soon preempt the newcomer, and its prefill would be for nothing.
         planned = sum(s.remaining for s in prefills)
         while self.waiting and not self.waiting[0].is_full and planned < budget and len(self.running) < self.max_num_seqs:
@@ -794,7 +796,7 @@ class Scheduler:
             if needed + len(self.running) > free:
                 break
             self.allocator.share(cached)
-            sequence.block_table = cached + self.allocator.allocate(needed)
+            sequence.block_table = int_array("i", cached + self.allocator.allocate(needed))
             sequence.num_registered_blocks = len(cached)
             sequence.num_computed_tokens = len(cached) * self.allocator.block_size
             sequence.output.num_cached_tokens += sequence.num_computed_tokens
@@ -812,7 +814,7 @@ class Scheduler:
         """A page for the next token if its pages are full. False if the sequence itself is the youngest and had to go."""
         while sequence.num_computed_tokens == len(sequence.block_table) * self.allocator.block_size:
             if self.allocator.free:
-                sequence.block_table += self.allocator.allocate(1)
+                sequence.block_table.extend(self.allocator.allocate(1))
             else:
                 victim = self.running[-1]
                 self.preempt(victim)
@@ -832,7 +834,7 @@ class Scheduler:
         (self.running if sequence in self.running else self.waiting).remove(sequence)
         self.register_full_blocks(sequence)
         self.allocator.release(sequence.block_table)
-        sequence.block_table, sequence.num_registered_blocks = [], 0
+        sequence.block_table, sequence.num_registered_blocks = int_array("i"), 0
 
     def register_full_blocks(self, sequence):
         """Lets others find the pages that a sequence has filled. Not before the step that does is launched: who finds them runs later."""
@@ -897,28 +899,26 @@ class Batch:
     @classmethod
     def build(cls, scheduled, block_size, group, tile_rows):
         """The batch for a list of (sequence, number of tokens). group, tile_rows: see attention_tiles."""
-        token_ids, positions, slots, context_lens = [], [], [], []
-        for s, count in scheduled:
-            start, end = s.num_computed_tokens, s.num_computed_tokens + count
-            token_ids += s.token_ids[start:end]
-            positions += range(start, end)
-            slots += [s.block_table[p // block_size] * block_size + p % block_size for p in range(start, end)]
-            context_lens.append(end)
-        counts, tables = [count for _, count in scheduled], [s.block_table for s, _ in scheduled]
-        cu_seqlens = np.cumsum([0, *counts], dtype=np.int32)
-        rows = [row for row, (s, count) in enumerate(scheduled) if s.remaining == count]
+        ints, floats = np.int32, np.float32
+        counts, starts = np.array([(count, s.num_computed_tokens) for s, count in scheduled], ints).T
+        token_ids = [token for s, count in scheduled for token in s.token_ids[s.num_computed_tokens:s.num_computed_tokens + count]]
+        cu_seqlens = np.cumsum([0, *counts], dtype=ints)
+        positions = np.arange(len(token_ids), dtype=ints) + np.repeat(starts - cu_seqlens[:-1], counts)
+        tables = [s.block_table for s, _ in scheduled]
+        cu_blocks = np.cumsum([0, *map(len, tables)], dtype=ints)
+        block_tables = np.frombuffer(b"".join(tables), ints)
+        blocks = block_tables[np.repeat(cu_blocks[:-1], counts) + positions // block_size]         # the page of each token
+        lengths = np.array([len(s.token_ids) for s, _ in scheduled], ints)
+        rows = np.flatnonzero(starts + counts == lengths)                                           # those with nothing left
         sampled = [scheduled[row][0] for row in rows]
-        params, ints, floats = [s.params for s in sampled], np.int32, np.float32
+        params = [s.params for s in sampled]
         return cls(
-            sampled=sampled, max_query_len=max(counts), slot_mapping=np.array(slots, np.int64),
-            seeds=np.array([s.seed for s in sampled], np.uint64), token_ids=np.array(token_ids, ints),
-            positions=np.array(positions, ints), cu_seqlens=cu_seqlens, context_lens=np.array(context_lens, ints),
-            last_tokens=cu_seqlens[1:][rows] - 1, lengths=np.array([len(s.token_ids) for s in sampled], ints),
-            temperatures=np.array([p.temperature for p in params], floats),
+            sampled=sampled, max_query_len=int(counts.max()), slot_mapping=blocks.astype(np.int64) * block_size + positions % block_size,
+            seeds=np.array([s.seed for s in sampled], np.uint64), token_ids=np.array(token_ids, ints), positions=positions,
+            cu_seqlens=cu_seqlens, context_lens=starts + counts, last_tokens=cu_seqlens[1:][rows] - 1,
+            lengths=lengths[rows], temperatures=np.array([p.temperature for p in params], floats),
             top_ks=np.array([min(p.top_k, 2**31 - 1) for p in params], ints), top_ps=np.array([p.top_p for p in params], floats),
-            tiles=attention_tiles(np.array(counts), np.array(context_lens), group, tile_rows),
-            cu_blocks=np.cumsum([0, *map(len, tables)], dtype=ints),
-            block_tables=np.array([block for table in tables for block in table], ints))
+            tiles=attention_tiles(counts, starts + counts, group, tile_rows), cu_blocks=cu_blocks, block_tables=block_tables)
 
     @property
     def is_decode(self):
@@ -930,6 +930,8 @@ class Batch:
         def fill(array, value=0):
             return np.concatenate([array, np.full(more, value, array.dtype)])
         more, rows = size - len(self.token_ids), np.arange(size + 1, dtype=np.int32)
+        if more == 0:
+            return self
         zeros = ("seeds", "token_ids", "positions", "context_lens", "lengths", "temperatures", "top_ks", "top_ps")
         tiles = np.concatenate([self.tiles, np.repeat(rows[size - more:-1], 2) * np.tile([1, 0], more).astype(np.int32)])
         return replace(self, slot_mapping=fill(self.slot_mapping, -1), cu_seqlens=rows, last_tokens=rows[:-1], tiles=tiles,
@@ -1000,7 +1002,6 @@ class Model:
         self.kernels = device.compile({                                                 # with this model's sizes as constants
             "HIDDEN": c.hidden_size, "NUM_HEADS": c.num_attention_heads, "NUM_KV_HEADS": c.num_key_value_heads, "HEAD_DIM": c.head_dim,
             "FFN": c.intermediate_size, "VOCAB": c.vocab_size, "BLOCK_SIZE": block_size, "RMS_EPS": f"{c.rms_norm_eps:e}f"})
-        self.skinny_tokens = self.kernels.SKINNY_TOKENS if device.has_tensor_cores else 0      # up to which skinny_gemm multiplies
         # For attention_tiles; how many rows a block of attention owns, see kernels.cu.
         self.tiling = c.num_attention_heads // c.num_key_value_heads, self.kernels.ATTENTION_ROWS * (2 if c.head_dim <= 128 else 1)
         # Keys are cache[l, 0], values cache[l, 1] of layer l. Within a page each head's tokens are consecutive.
@@ -1027,18 +1028,10 @@ class Model:
             return tokens, logprobs.view(np.float32)
         return logits, get_tokens
 
-    def linear(self, x, w):
-        """x [T, in] @ w [out, in] transposed -> [T, out]; bf16, accumulated in float32."""
-        if len(x) > self.skinny_tokens:
-            return self.device.linear(x, w)
-        out = self.device.empty((len(x), len(w)))
-        self.kernels.skinny_gemm((cdiv(len(w), self.kernels.SKINNY_ROWS),), out, x, w, len(x), *w.shape)
-        return out
-
     def forward(self, b):
         """Puts the new tokens' keys and values into the cache and the sampled sequences' next tokens into the step buffer; returns
         the logits [R, V] that chose them. b: a batch on the device."""
-        c, w, kernels, linear = self.config, self.weights, self.kernels, self.linear
+        c, w, kernels, linear = self.config, self.weights, self.kernels, self.device.linear
         T, R, tiles = len(b.token_ids), len(b.last_tokens), len(b.tiles) // 2
         D, F, heads_size = c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim
         H, K = c.num_attention_heads, c.num_key_value_heads

@@ -13,6 +13,7 @@ import codecs
 import json
 import re
 from datetime import date
+from functools import lru_cache
 from pathlib import Path
 
 import tokenizers
@@ -106,13 +107,12 @@ class Tokenizer:
         except TypeError as error:  # not a str, or half of a surrogate pair, as JSON's "\ud83e" gives
             raise TokenizerError(f"expected a str of valid Unicode to encode, got {ascii(text):.80}") from error
 
+    @lru_cache(maxsize=None)
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token stands for: none for special tokens, and for ids past the vocabulary (padded logits)."""
         if token_id in self._added_text:
             return self._added_text[token_id].encode()
-        token = self._hf.id_to_token(token_id)
-        if token is None:
-            return b""
+        token = self._hf.id_to_token(token_id) or ""
         if self._byte_level and BYTE_OF.keys() >= set(token):
             return bytes(BYTE_OF[char] for char in token)
         if re.fullmatch("<0x[0-9A-F]{2}>", token):
