@@ -27,7 +27,6 @@ PARTS = {"queued": "waiting for pages and a place in a step",
          "stalled": "in decode steps that others' prefill shared: the time beyond its median decode step without any",
          "preempted": "waiting again, after its pages were taken",
          "recomputed": "steps that computed again what it had before"}
-MAX_STEPS, MAX_REQUESTS = 20_000, 300           # what FILE.html holds at most, lest it grow to tens of MB
 
 
 # ======================================================================================================================
@@ -41,8 +40,8 @@ class Segment:
     last: int
     begin: float                        # in seconds of time.perf_counter(), as all times here
     end: float
-    start: int = 0                      # position of the first token it computed
-    count: int = 0                      # tokens it computed; 0: it waited
+    start: int                          # position of the first token it computed
+    count: int                          # tokens it computed; 0: it waited
     sampled: int = 0                    # tokens of the answer that this brought
 
 
@@ -59,20 +58,21 @@ class Request:
         """What it does in a step that computes its tokens from position `start` on."""
         return "recomputed" if start < self.high_water else "prefill" if start < len(self.output.prompt_token_ids) else "decode"
 
-    def wait(self, step, until):
-        """It was in no step before this one, until then."""
-        first = self.segments[-1].last + 1 if self.segments else self.arrival_step
-        self.segments.append(Segment("preempted" if self.segments else "queued", first, step - 1, self.since, until))
+    def spend(self, kind, first, last, until, start=0, count=0):
+        """Its time up to `until`, and these steps, went into `kind`."""
+        before = self.segments[-1] if self.segments else None
+        if before and before.kind == kind == "decode" and before.last == first - 1:
+            before.last, before.end, before.count = last, until, before.count + count
+        else:
+            self.segments.append(Segment(kind, first, last, self.since, until, start, count))
         self.since = until
 
-    def work(self, kind, step, until, start, count):
-        """It computed `count` tokens in this step, whose tokens were there then."""
-        before = self.segments[-1] if self.segments else None
-        if before and before.kind == kind == "decode" and before.last == step - 1:
-            before.last, before.end, before.count = step, until, before.count + count
+    def wait(self, step, until):
+        """It was in no step before this one, until then."""
+        if self.segments:
+            self.spend("preempted", self.segments[-1].last + 1, step - 1, until)
         else:
-            self.segments.append(Segment(kind, step, step, self.since, until, start, count))
-        self.since = until
+            self.spend("queued", self.arrival_step, step - 1, until)
 
     def account(self):
         """{part: seconds}, which add up to the time from arrival to finish."""
@@ -131,7 +131,10 @@ class Recorder:
             if event == "read":
                 self.account_step(self.in_flight.popleft(), now)
         elif event == "done":
-            self.count_tokens(what)
+            for request in (self.live[sequence] for sequence in what):
+                request.segments[-1].sampled += 1
+                if request.output.finish_reason:
+                    self.end_request(request, request.output.finish_time)
             self.look_at_pages(now)
         self.doing = (event, now, step) if event not in ("launched", "done") else None
 
@@ -143,14 +146,10 @@ class Recorder:
 
     def find_new_requests(self):
         """They stand at the end of the queue. At its front may be some that were preempted, which are known."""
-        new = []
-        for sequence in reversed(self.scheduler.waiting):
-            if sequence in self.live:
-                break
-            new.insert(0, sequence)
-        for sequence in new:
-            self.live[sequence] = Request(len(self.requests) + 1, sequence, len(self.steps))
-            self.requests.append(self.live[sequence])
+        for sequence in self.scheduler.waiting:
+            if sequence not in self.live:
+                self.live[sequence] = Request(len(self.requests) + 1, sequence, len(self.steps))
+                self.requests.append(self.live[sequence])
 
     def look_at_pages(self, now):
         """Compares the block tables with those last seen: a table grows, or is gone (and may be there again, another one)."""
@@ -200,15 +199,8 @@ class Recorder:
                 request.wait(step.number, max(step.begin, request.since))
             if kind == "decode":
                 (request.beside if step.prefill else request.alone).append(end - request.since)
-            request.work(kind, step.number, end, start, count)
+            request.spend(kind, step.number, step.number, end, start, count)
         step.scheduled, self.last_end = (), end         # it names sequences, which are large
-
-    def count_tokens(self, sampled):
-        """These sequences got a token in the step that was read last. Some ended with it."""
-        for request in (self.live[sequence] for sequence in sampled):
-            request.segments[-1].sampled += 1
-            if request.output.finish_reason:
-                self.end_request(request, request.output.finish_time)
 
     def end_request(self, request, now):
         """A request has ended, just after a step (handing out its token is part of the step), or while it waited."""
@@ -231,12 +223,11 @@ class Recorder:
 
 @contextlib.contextmanager
 def looking_inside(llm, args):
-    """Observes the engine while the block runs, in the ways that the options ask for; afterwards, also after an error, come the reports."""
+    """Observes the engine while the block runs, in the ways that the options ask for; afterwards, also after Ctrl-C, come the reports."""
     recorder, observers = Recorder(llm), llm.engine.observers
     observers.append(recorder)
-    watch = Watch(recorder) if args.watch else contextlib.nullcontext()
     try:
-        with watch:
+        with Watch(recorder) if args.watch else contextlib.nullcontext():
             yield recorder
     finally:
         observers.remove(recorder)
@@ -252,21 +243,20 @@ def looking_inside(llm, args):
 # Accounts and traces
 # ======================================================================================================================
 def account_table(requests):
-    """Lines: where each request's time went, in seconds."""
-    lines = ["  ".join(f"{name:>10}" for name in ("request", *PARTS, "wall", "prompt", "cached", "answer"))]
+    """Lines: where each request's time went."""
+    lines = ["Where the time went, in seconds that add up to wall, and tokens (cached: these did not have to be computed):",
+             "  ".join(f"{name:>10}" for name in ("request", *PARTS, "wall", "prompt", "cached", "answer"))]
     for request in requests:
         o, account = request.output, request.output.account
-        numbers = len(o.prompt_token_ids), o.num_cached_tokens, len(o.token_ids)
-        lines.append("  ".join([f"{request.number:10}", *(f"{seconds:10.3f}" for seconds in (*account.values(), sum(account.values()))),
-                                *(f"{number:10}" for number in numbers)]))
-    return ["Where the time went, in seconds that add up to wall, and tokens (cached: that it did not have to compute):", *lines,
-            *(f"{part:>10}: {what}" for part, what in PARTS.items())]
+        seconds = [f"{value:10.3f}" for value in (*account.values(), sum(account.values()))]
+        lines.append("  ".join([f"{request.number:10}", *seconds, f"{len(o.prompt_token_ids):10}", f"{o.num_cached_tokens:10}", f"{len(o.token_ids):10}"]))
+    return lines + [f"{part:>10}: {what}" for part, what in PARTS.items()]
 
 
 def check_trace_path(path):
-    """Raises TinyVLLMError if a trace cannot be written there, and leaves no file."""
+    """Raises TinyVLLMError if a trace cannot be written there. Leaves no file."""
     if not path.endswith((".json", ".html")):
-        raise TinyVLLMError(f"--trace {path}: expected is a file that ends in .json or .html")
+        raise TinyVLLMError(f"--trace is {path}, expected is a file that ends in .json or .html")
     is_new = not os.path.exists(path)
     try:
         open(path, "a").close()
@@ -277,29 +267,45 @@ def check_trace_path(path):
 
 
 def chrome_trace(recorder):
-    """The run in Chrome's trace format (ui.perfetto.dev opens it): a track for the engine, one for each request, and counters."""
+    """The run in Chrome's trace format, for ui.perfetto.dev: a track for the engine, one for each request, and counters."""
     zero = min([recorder.start, *(request.output.arrival_time for request in recorder.requests)])
     events = []
 
-    def add(phase, name, process, thread=0, at=zero, **more):
-        events.append({"ph": phase, "name": name, "pid": process, "tid": thread, "ts": (at - zero) * 1e6, **more})
+    def add(phase, name, process, thread, at, args, **more):
+        events.append({"ph": phase, "name": name, "pid": process, "tid": thread, "ts": (at - zero) * 1e6, "args": args} | more)
 
-    add("M", "process_name", 1, args={"name": "engine"})
-    add("M", "process_name", 2, args={"name": "requests"})
+    def count(at, used, shared, cached, prefill, decode):
+        add("C", "pages", 1, 0, at, {"used": used, "shared": shared, "cached": cached})
+        add("C", "tokens of the step", 1, 0, at, {"prefill": prefill, "decode": decode})
+
+    add("M", "process_name", 1, 0, zero, {"name": "engine"})
+    add("M", "process_name", 2, 0, zero, {"name": "requests"})
     for name, begin, end, step in recorder.activities:
-        add("X", name, 1, 1, begin, dur=(end - begin) * 1e6, args={"step": step})
-    for request in recorder.requests:
-        add("M", "thread_name", 2, request.number, args={"name": f"{request.number}: {request.output.text[:40]}"})
-        for s in request.segments:
-            add("X", s.kind, 2, request.number, s.begin, dur=(s.end - s.begin) * 1e6,
-                args={"first_step": s.first, "last_step": s.last, "first_token": s.start, "tokens": s.count, "new_tokens": s.sampled})
-    for step in recorder.steps:
-        add("C", "pages", 1, 0, step.planned, args={"used": step.used, "shared": step.shared, "cached": step.cached})
-        add("C", "batch", 1, 0, step.begin, args={"prefill tokens": step.prefill, "decode tokens": step.decode})
-    end = max([request.since for request in recorder.requests], default=zero)
-    add("C", "pages", 1, 0, end, args={"used": 0, "shared": 0, "cached": len(recorder.kept)})
-    add("C", "batch", 1, 0, end, args={"prefill tokens": 0, "decode tokens": 0})
+        add("X", name, 1, 1, begin, {"step": step}, dur=(end - begin) * 1e6)
+    for r in recorder.requests:
+        add("M", "thread_name", 2, r.number, zero, {"name": f"{r.number}: {r.output.text[:40]}"})
+        for s in r.segments:
+            add("X", s.kind, 2, r.number, s.begin, dur=(s.end - s.begin) * 1e6, args={
+                "first_step": s.first, "last_step": s.last, "first_token": s.start, "tokens": s.count, "new_tokens": s.sampled})
+    for s in recorder.steps:
+        count(s.planned, s.used, s.shared, s.cached, s.prefill, s.decode)
+    count(max([r.since for r in recorder.requests], default=zero), 0, 0, len(recorder.kept), 0, 0)
     return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def html_trace(recorder, max_steps=20_000, max_requests=300):
+    """The run as a page. Changes from step to step are stored, not states, and of a long run only the beginning, lest it have tens of MB."""
+    requests, steps = recorder.requests[:max_requests], recorder.steps[:max_steps]
+    zero = min([recorder.start, *(request.output.arrival_time for request in requests)])
+    data = {
+        "device": recorder.llm.device.name, "num_blocks": recorder.allocator.num_blocks, "block_size": recorder.allocator.block_size,
+        "budget": recorder.scheduler.max_num_batched_tokens, "num_requests": len(recorder.requests), "num_steps": len(recorder.steps),
+        "requests": [{"text": r.output.text[:80], "prompt": len(r.output.prompt_token_ids), "cached": r.output.num_cached_tokens,
+                      "new": len(r.output.token_ids),
+                      "segments": [[s.kind, s.first, min(s.last, len(steps) - 1)] for s in r.segments if s.first < len(steps)]} for r in requests],
+        "steps": [[round((s.begin - zero) * 1e6), round((s.end - zero) * 1e6), s.prefill, s.decode, s.used, s.shared, s.cached] for s in steps],
+        "changes": [change for change in recorder.changes if change[0] <= len(steps) and change[1] <= len(requests)]}
+    return PAGE.replace("@DATA@", json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"))     # no text ends the script
 
 
 # ======================================================================================================================
@@ -307,16 +313,15 @@ def chrome_trace(recorder):
 # ======================================================================================================================
 SMALLEST = 60, 16                               # columns and lines of a terminal
 COLOURS = 75, 214, 77, 211, 227, 141, 44, 173, 154, 180         # of the 256 that terminals have; black text is legible on each
-MARKS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-def mark(request_number, text=None):
-    """A character on the request's colour: its letter, if nothing else."""
-    return f"\x1b[30;48;5;{COLOURS[(request_number - 1) % len(COLOURS)]}m{text or MARKS[(request_number - 1) % len(MARKS)]}\x1b[0m"
+def mark(number, text=None):
+    """Text on the colour of a request; default: its letter."""
+    return f"\x1b[30;48;5;{COLOURS[(number - 1) % len(COLOURS)]}m{text or chr(65 + (number - 1) % 26)}\x1b[0m"
 
 
 def tail(text, columns):
-    """The end of a text, as wide as that: East Asian characters take two columns; control characters may do harm."""
+    """The end of a text, as wide as that: East Asian characters take two columns, and control characters could do harm."""
     text = "".join(c if c.isprintable() else " " for c in text[-columns:])
     while sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text) > columns:
         text = text[1:]
@@ -356,10 +361,10 @@ class Watch:
         """Whether there is a terminal that is large enough; else says so."""
         why = "stderr is no terminal"
         if self.terminal.isatty():
-            self.size = os.get_terminal_size(self.terminal.fileno())
-            why = f"the terminal has {self.size.columns} columns and {self.size.lines} lines, {SMALLEST[0]} and {SMALLEST[1]} are needed"
-            if self.size.columns >= SMALLEST[0] and self.size.lines >= SMALLEST[1]:
+            columns, lines = self.size = os.get_terminal_size(self.terminal.fileno())
+            if columns >= SMALLEST[0] and lines >= SMALLEST[1]:
                 return True
+            why = f"the terminal has {columns} columns and {lines} lines, {SMALLEST[0]} and {SMALLEST[1]} are needed"
         print(f"tiny-vLLM: --watch is off: {why}", file=sys.stderr)
         return False
 
@@ -369,250 +374,182 @@ class Watch:
         if event not in ("launched", "done") or now - self.drawn < 1 / 15:
             return
         self.drawn, before = now, self.size
-        if not self.fits():                     # now: stderr is held, so the line comes when the screen is closed
+        if not self.fits():                     # any more; it is said when the screen is closed, for stderr is held
             return self.held.close()
-        stats = self.engine.stats
         tokens = sum(len(request.output.token_ids) for request in self.recorder.requests)
-        self.history.append((now, tokens, stats.decode_bytes, stats.decode_seconds))
-        lines = "\x1b[K\r\n".join(self.frame(*self.size)) + "\x1b[K\x1b[J"       # each line clears its rest, the last the lines below
-        self.write(("\x1b[2J" if before != self.size else "") + "\x1b[H" + lines)
+        self.history.append((now, tokens, self.engine.stats.decode_bytes, self.engine.stats.decode_seconds))
+        clear = "\x1b[2J" if before != self.size else ""                # each line clears its rest, the last one the lines below
+        self.write(clear + "\x1b[H" + "\x1b[K\r\n".join(self.frame(*self.size)) + "\x1b[K\x1b[J")
 
     def frame(self, columns, lines):
         """Lines of text, with colours."""
-        recorder, width = self.recorder, columns - 2
-        frame = [self.headline(), self.step_line(width), "", *self.grid(width, max(lines // 3, 4)),
-                 f"{mark(1)} a page of request A   {mark(1, '2')} a page that two share   + cached: free, and found again   . free", ""]
-        shown = [*recorder.live.values()]
-        shown += [request for request in reversed(recorder.requests) if request.state == "done"]       # if there is room
-        room = lines - len(frame) - 1
+        recorder = self.recorder
+        frame = [self.headline(), self.step_line(columns // 3), "", *self.grid(columns - 2, lines // 3),
+                 f"{mark(1)} a page of request A   {mark(1, '2')} a page that two share   + cached: free, and can be found again   . free", ""]
+        shown = [*recorder.live.values(), *(request for request in reversed(recorder.requests) if request.state == "done")]
+        room, size = lines - len(frame) - 1, columns // 4               # cells of a bar; of a table of more pages the last are shown
         for request in shown[:room]:
             computed, known = request.sequence.num_computed_tokens, len(request.output.prompt_token_ids) + len(request.output.token_ids)
             state = f"{request.state} {computed}/{known}" if request.state in ("prefill", "recomputed") else request.state
-            size = columns // 4                     # cells of the bar; a table of more pages shows its last
-            bar = "".join(mark(request.number, "|") for page in request.pages[-size:]) + " " * (size - len(request.pages))
             lead = f" {state:<19}{known:>5} tokens "
-            frame.append(f"{mark(request.number)}{lead}{bar} {tail(request.output.text, columns - len(lead) - size - 3)}")
+            bar = mark(request.number, "|" * len(request.pages[-size:]) or " ") + " " * (size - len(request.pages))
+            frame.append(f"{mark(request.number)}{lead}{bar} {tail(request.output.text, columns - len(lead) - size - 4)}")
         return frame + ([f"and {len(shown) - room} more"] if len(shown) > room else [])
 
     def headline(self):
         """What the whole engine does."""
         recorder, (now, *latest), (then, *first) = self.recorder, self.history[-1], self.history[0]
         tokens, num_bytes, seconds = (a - b for a, b in zip(latest, first))
-        waiting, peak = len(recorder.scheduler.waiting), recorder.llm.device.memory_bandwidth
-        parts = [f"step {len(recorder.steps)}", f"{len(recorder.live) - waiting} running, {waiting} waiting, {len(recorder.requests) - len(recorder.live)} done",
-                 f"{tokens / max(now - then, 1e-3):.0f} tokens/s"]
-        if peak and seconds:
-            parts.append(f"{num_bytes / seconds / peak:.0%} of {peak / 1e9:.0f} GB/s")
-        return "\x1b[1mtiny-vLLM\x1b[0m   " + "   ".join(parts)
+        live, waiting, peak = len(recorder.live), len(recorder.scheduler.waiting), recorder.llm.device.memory_bandwidth
+        share = f"   {num_bytes / seconds / peak:.0%} of {peak / 1e9:.0f} GB/s" if peak and seconds else ""
+        return (f"\x1b[1mtiny-vLLM\x1b[0m   step {len(recorder.steps)}   {live - waiting} running, {waiting} waiting, "
+                f"{len(recorder.requests) - live} done   {tokens / max(now - then, 1e-3):.0f} tokens/s{share}")
 
-    def step_line(self, width):
-        """The latest step's tokens, against the budget."""
+    def step_line(self, size):
+        """The latest step's tokens, against the budget, as a bar of so many cells."""
         step, budget = self.recorder.steps[-1], self.recorder.scheduler.max_num_batched_tokens
-        size = width // 3
-        cells = [min(cdiv(tokens * size, budget), size) for tokens in (step.decode, step.prefill)]
-        cells[1] = min(cells[1], size - cells[0])
-        bar = f"\x1b[42m{' ' * cells[0]}\x1b[43m{' ' * cells[1]}\x1b[0m{' ' * (size - sum(cells))}"
-        return f"[{bar}]  \x1b[32m{step.decode} decode\x1b[0m + \x1b[33m{step.prefill} prefill\x1b[0m of {budget} tokens a step"
+        decode = cdiv(step.decode * size, budget)
+        prefill = min(cdiv(step.prefill * size, budget), size - decode)
+        return (f"[\x1b[42m{' ' * decode}\x1b[43m{' ' * prefill}\x1b[0m{' ' * (size - decode - prefill)}]  "
+                f"\x1b[32m{step.decode} decode\x1b[0m + \x1b[33m{step.prefill} prefill\x1b[0m of {budget} tokens a step")
 
     def grid(self, width, rows):
         """Lines of the page pool, a cell for a page, or for several: then it shows one that has a user, or is cached, if any is."""
-        recorder, pages = self.recorder, self.recorder.allocator.num_blocks
+        users, kept, pages = self.recorder.users, self.recorder.kept, self.recorder.allocator.num_blocks
+        wide = 2 if 2 * pages <= width * rows else 1
+        width, cells = width // wide, []
         each = cdiv(pages, width * rows)
-        cells = []
         for first in range(0, pages, each):
             group = range(first, min(first + each, pages))
-            users = max((recorder.users.get(page, []) for page in group), key=len)
-            cells.append(mark(users[0], str(min(len(users), 9)) if len(users) > 1 else None) if users
-                         else "+" if any(page in recorder.kept for page in group) else "\x1b[2m.\x1b[0m")
-        used, shared = (sum(len(users) > n for users in recorder.users.values()) for n in (0, 1))
-        note = f"{used} of {pages} pages in use, {shared} shared, {len(recorder.kept)} cached" + (f"; {each} pages a cell" if each > 1 else "")
+            busy = max((users.get(page, []) for page in group), key=len)
+            cells.append(mark(busy[0], f"{min(len(busy), 9) if len(busy) > 1 else chr(65 + (busy[0] - 1) % 26):<{wide}}") if busy
+                         else f"{'+' if any(page in kept for page in group) else '.':<{wide}}")
+        used, shared = (sum(len(numbers) > n for numbers in users.values()) for n in (0, 1))
+        note = f"{used} of {pages} pages in use, {shared} shared, {len(kept)} cached" + (f"; {each} pages a cell" if each > 1 else "")
         return [note, *("".join(cells[i:i + width]) for i in range(0, len(cells), width))]
 
 
 # ======================================================================================================================
-# The page
+# The page of --trace FILE.html
 # ======================================================================================================================
-def html_trace(recorder):
-    """The run as a page. Changes from step to step are stored, not states, and of a very long run only the beginning."""
-    requests, steps = recorder.requests[:MAX_REQUESTS], recorder.steps[:MAX_STEPS]
-    zero = min([recorder.start, *(request.output.arrival_time for request in requests)])
-
-    def micros(seconds):
-        return round((seconds - zero) * 1e6)
-
-    data = {
-        "device": recorder.llm.device.name, "num_blocks": recorder.allocator.num_blocks, "block_size": recorder.allocator.block_size,
-        "budget": recorder.scheduler.max_num_batched_tokens, "num_requests": len(recorder.requests), "num_steps": len(recorder.steps),
-        "requests": [{"number": r.number, "prompt": len(r.output.prompt_token_ids), "cached": r.output.num_cached_tokens,
-                      "new": len(r.output.token_ids), "text": r.output.text[:80], "reason": r.output.finish_reason, "account": r.output.account,
-                      "segments": [[s.kind, s.first, s.last, s.start, s.count, s.sampled] for s in r.segments if s.first <= len(steps)]}
-                     for r in requests],
-        "steps": [[micros(s.begin), micros(s.end), s.prefill, s.decode, s.used, s.shared, s.cached] for s in steps],
-        "changes": [change for change in recorder.changes if change[0] <= len(steps) and change[1] <= len(requests)]}
-    return PAGE.replace("@DATA@", json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"))
-
-
 PAGE = r"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>tiny-vLLM: a run</title>
 <style>
-:root { color-scheme: light dark; --back: #fbfaf7; --card: #fff; --ink: #22262c; --soft: #6b7280; --line: #dfe1e5; --warn: #c2410c; --mark: #1d4ed8 }
-@media (prefers-color-scheme: dark) { :root { --back: #14171c; --card: #1c2027; --ink: #e6e8ec; --soft: #98a1ae; --line: #333a45; --warn: #fb923c;
-  --mark: #7aa2ff } }
+:root { color-scheme: light dark; --back: #fbfaf7; --card: #fff; --ink: #22262c; --soft: #667080; --line: #d9dce1; --warn: #c2410c; --mark: #1d4ed8 }
+@media (prefers-color-scheme: dark) {
+  :root { --back: #14171c; --card: #1c2027; --ink: #e6e8ec; --soft: #98a1ae; --line: #3a424e; --warn: #fb923c; --mark: #7aa2ff } }
 body { margin: 0 auto; max-width: 1180px; padding: 20px; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
-h1 { font-size: 24px; margin: 0 } h2 { font-size: 17px; margin: 0 } p { margin: 2px 0 12px; color: var(--soft); max-width: 52em }
+h1 { font-size: 24px; margin: 0 } h2 { font-size: 17px; margin: 0 } p { margin: 2px 0 10px; color: var(--soft) } p b { color: var(--ink) }
 section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 18px; margin: 14px 0 }
-canvas { display: block; width: 100%; cursor: pointer } input { flex: 1; accent-color: var(--mark) } b { font-weight: 600; color: var(--ink) }
-#bar { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: 4px 14px; align-items: center }
-#bar input { min-width: 200px } #now { flex-basis: 100%; font-variant-numeric: tabular-nums }
-button { font: inherit; width: 5em; border: 1px solid var(--line); border-radius: 6px; background: var(--back); color: var(--ink); cursor: pointer }
-.legend { display: flex; flex-wrap: wrap; gap: 4px 20px; color: var(--soft); margin-bottom: 8px } .legend canvas { display: inline-block; width: 26px;
-  height: 16px; vertical-align: -3px; margin-right: 6px }
-.table { display: flex; gap: 10px; align-items: baseline; margin: 3px 0 } .table > b { flex: 0 0 13em; font-weight: 400 } .table i { display: inline-block;
-  font: 12px/18px ui-monospace, monospace; min-width: 26px; text-align: center; border-radius: 3px; margin: 0 2px 2px 0; color: #10131a }
-.table i.shared { outline: 2px solid var(--ink); outline-offset: -2px }
+#bar { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: 4px 14px } #bar input { flex: 1; accent-color: var(--mark) }
+#now { flex-basis: 100%; font-variant-numeric: tabular-nums } button { font: inherit; width: 5em }
+i { font: 12px/24px system-ui; text-align: center; color: #10131a; background: var(--c) } .legend i { display: inline-block; width: 28px;
+  height: 24px; vertical-align: middle; margin: 0 6px 0 14px }
+#time { position: relative; --left: 190px; cursor: pointer } .row { display: flex; height: 24px } .row.many { height: 5px; font-size: 0 }
+.row > span { flex: 0 0 var(--left); overflow: hidden; white-space: nowrap; color: var(--soft); font-size: 12px; line-height: 24px }
+.row > span i { display: inline-block; width: 26px; line-height: 18px; margin-right: 6px } .many > span { visibility: hidden }
+.row div, .row svg { flex: 1; position: relative; min-width: 0; height: 100% } .row div i { position: absolute; top: 8%; height: 84%; min-width: 1px }
+#cursor { position: absolute; top: 0; bottom: 0; min-width: 2px; outline: 2px solid var(--mark); pointer-events: none }
+i.prefill { box-shadow: inset -1px 0 var(--card) } i.decode { opacity: .5 }
+i.recomputed { background: repeating-linear-gradient(135deg, var(--c) 0 4px, var(--warn) 4px 6px) }
+i.queued, i.preempted { background: linear-gradient(90deg, var(--soft) 60%, transparent 0) 0 50% / 6px 2px repeat-x } i.preempted {
+  background-image: linear-gradient(90deg, var(--warn) 60%, transparent 0) }
+.pages { display: flex; flex-wrap: wrap; gap: 2px } .pages i { position: relative; width: 34px; height: 32px; line-height: 38px; border-radius: 3px;
+  box-shadow: inset 0 0 0 1px var(--line) } .pages i::before { content: attr(data-page); position: absolute; left: 3px; top: 1px; font: 9px/11px system-ui }
+.pages.many i { width: 10px; height: 10px; font-size: 0 } .many i::before { display: none } .pages i.cached { color: var(--ink);
+  background: repeating-linear-gradient(135deg, var(--c) 0 2px, transparent 2px 6px) } .pages i.free { color: var(--soft) }
+.pages i.shared, .table i.shared { box-shadow: inset 0 0 0 2px var(--ink) }
+.table { display: flex; gap: 10px } .table span { flex: 0 0 220px } .table div { display: flex; flex-wrap: wrap; gap: 2px; padding: 2px 0 }
+.table i { padding: 0 5px; min-width: 18px; line-height: 20px; border-radius: 3px }
 </style></head><body>
 <h1>One run of tiny-vLLM, step by step</h1><p id="facts"></p>
-<section id="bar"><button id="play">Play</button><input id="slider" type="range" min="0" value="0" aria-label="step"><span id="now"></span></section>
-<section><h2>Who computes what, and when</h2><p>A row is a <b>request</b>, a column a <b>step</b>: one pass of the model over some tokens of many
-requests. A prompt is read in a few steps (<b>prefill</b>); then each step brings one token of the answer (<b>decode</b>). When one
-request ends, the next joins: nobody waits for the whole batch. Click on a step to see it below.</p>
-<div class="legend" id="kinds"></div><canvas id="time"></canvas></section>
+<section id="bar"><button id="play">Play</button><input id="slider" type="range" min="0" aria-label="step"><span id="now"></span></section>
+<section><h2>Who computes what, and when</h2><p>A row is a <b>request</b>, a column a <b>step</b>: one pass of the model over tokens of many requests.
+A prompt is read in one step or a few (<b>prefill</b>); then each step brings one token of the answer (<b>decode</b>). A request that ends makes room for the
+next at once. Click on a step to see it below.</p>
+<p class="legend" style="--c: #5b9bea"><i class="prefill"></i>prefill <i class="decode"></i>decode <i class="queued"></i>queued
+<i class="preempted"></i>preempted: its pages were taken <i class="recomputed"></i>computed again</p><div id="time"></div></section>
 <section><h2>Where keys and values live: the page pool</h2><p>The model remembers each token as a key and a value. They lie in <b>pages</b> of
-<span id="size"></span> tokens, anywhere in memory. A cell is a page, with its owner's colour and number. Requests that begin alike <b>share</b> pages; a page
-that nobody needs any more stays <b>cached</b> until the room is wanted. <b id="pool"></b></p>
-<div class="legend" id="states"></div><canvas id="map"></canvas><p id="page">Point at a page.</p></section>
-<section><h2>Block tables: which page comes next?</h2><p>The only order there is: each request's list of its pages, first tokens first. (Outlined: the page has several users.)</p>
-<div id="tables"></div></section>
+<span id="size"></span> tokens, anywhere in memory. A cell is a page, with its number above, and its owner's colour and number. Requests that begin
+alike <b>share</b> pages; a page that nobody needs stays <b>cached</b> until its room is wanted. <b id="pool"></b></p>
+<div class="legend pages" id="states"></div><p></p><div class="pages" id="map"></div></section>
+<section><h2>Block tables: which page comes next?</h2><p>This list is all that keeps a text together: the numbers of its pages, first tokens first.
+Framed pages have several users.</p><div id="tables"></div></section>
 <script id="data" type="application/json">@DATA@</script>
 <script>
 "use strict";
 const D = JSON.parse(document.getElementById("data").textContent), $ = id => document.getElementById(id), N = D.steps.length, R = D.requests;
 const HUES = ["#5b9bea", "#f0a04b", "#4fb57c", "#e578a5", "#d8bb3a", "#a184e6", "#3bb4c1", "#e07563", "#9bbd4a", "#bd9272"];
-const hue = r => HUES[(r - 1) % HUES.length], css = name => getComputedStyle(document.body).getPropertyValue(name);
-const states = {prefill: "prefill", decode: "decode", queued: "queued", preempted: "preempted: its pages were taken", recomputed: "computed again"};
-let step = 0, users = [], cached = [], tables = {}, applied = 0, timer = 0;
+const hue = r => HUES[(r - 1) % HUES.length];
+let step = 0, applied = -1, timer = 0, users, cached, tables;
 
-function canvas(c, height) {                            // sharp on any screen
-  const scale = devicePixelRatio || 1, width = c.clientWidth, g = c.getContext("2d");
-  c.width = width * scale; c.height = height * scale; c.style.height = height + "px"; g.scale(scale, scale); g.font = "12px system-ui, sans-serif";
-  return [g, width];
+function make(tag, kind, text, style, ...children) {
+  const element = document.createElement(tag);
+  element.className = kind; element.textContent = text; element.style.cssText = style; element.append(...children); return element;
 }
-function hatch(g, x, y, w, h, color) {
-  g.save(); g.beginPath(); g.rect(x, y, w, h); g.clip(); g.strokeStyle = color; g.lineWidth = 1.5; g.beginPath();
-  for (let i = x - h; i < x + w; i += 6) { g.moveTo(i, y + h); g.lineTo(i + h, y); }
-  g.stroke(); g.restore();
+function cell(owners, kept, page) {                     // a page of the pool
+  const kind = owners.length > 1 ? "shared" : owners.length ? "used" : kept ? "cached" : "free";
+  const stripes = owners.map((r, i) => `${hue(r)} ${100 * i / owners.length}% ${100 * (i + 1) / owners.length}%`).join(", ");
+  const element = make("i", kind, owners.length > 1 ? "\u00d7" + owners.length : owners[0] || "",
+    owners.length ? `background: linear-gradient(90deg, ${stripes})` : kept ? `--c: ${hue(kept)}` : "");
+  element.dataset.page = page;
+  element.title = `page ${page}, reference count ${owners.length}: ` + {shared: `shared by requests ${owners.join(", ")}`, used: `used by request ${owners}`,
+    cached: `filled by request ${kept}, free, and found again by whoever begins alike`, free: "free"}[kind];
+  return element;
 }
-function segment(g, kind, x, y, w, h, color) {
-  if (kind == "queued" || kind == "preempted") {
-    g.strokeStyle = css(kind == "queued" ? "--soft" : "--warn"); g.lineWidth = 2; g.setLineDash([3, 3]); g.beginPath();
-    g.moveTo(x, y + h / 2); g.lineTo(x + w, y + h / 2); g.stroke(); g.setLineDash([]); return;
-  }
-  g.globalAlpha = kind == "decode" ? 0.5 : 1; g.fillStyle = color; g.fillRect(x, y, Math.max(w - (w > 3 ? 1 : 0), 1), h); g.globalAlpha = 1;
-  if (kind == "recomputed") hatch(g, x, y, Math.max(w - 1, 1), h, css("--warn"));
-}
-function cell(g, x, y, w, h, owners, kept, page) {
-  g.fillStyle = css("--back"); g.fillRect(x, y, w, h);
-  owners.forEach((r, i) => { g.fillStyle = hue(r); g.fillRect(x + w * i / owners.length, y, w / owners.length, h); });
-  if (!owners.length && kept) hatch(g, x, y, w, h, hue(kept));
-  g.strokeStyle = css(owners.length > 1 ? "--ink" : "--line"); g.lineWidth = owners.length > 1 ? 2 : 1; g.strokeRect(x + .5, y + .5, w - 1, h - 1);
-  g.textAlign = "center"; g.fillStyle = "#10131a";
-  if (owners.length && w >= 14) g.fillText(owners.length > 1 ? "\u00d7" + owners.length : owners[0], x + w / 2, y + h / 2 + 4);
-  g.textAlign = "left";
-}
-function timeline() {
-  const row = Math.max(5, Math.min(24, 640 / R.length)), left = 190, rows = R.length * row, [g, width] = canvas($("time"), rows + 150);
-  const column = (width - left - 4) / Math.max(N, 1), at = s => left + s * column;
-  R.forEach((r, i) => {
-    const y = i * row;
-    if (row >= 12) {
-      g.fillStyle = hue(r.number); g.fillRect(0, y + row / 2 - 6, 24, 13); g.fillStyle = "#10131a"; g.textAlign = "center";
-      g.fillText(r.number, 12, y + row / 2 + 5); g.textAlign = "left"; g.fillStyle = css("--soft");
-      g.save(); g.beginPath(); g.rect(30, y, left - 40, row); g.clip(); g.fillText(r.text, 30, y + row / 2 + 5); g.restore();
-    }
-    for (const [kind, first, last] of r.segments)
-      if (last >= first) segment(g, kind, at(first), y + 2, (Math.min(last, N - 1) - first + 1) * column, row - 4, hue(r.number));
-  });
-  const most = Math.max(1, ...D.steps.map(s => s[2] + s[3]));
-  strip(g, rows + 14, "tokens of the step", "up to " + most, at, column, s => [[s[3] / most, hue(1), 0], [s[2] / most, hue(2), 0]]);
-  strip(g, rows + 84, "pages in use and cached", "of " + D.num_blocks, at, column,
-        s => [[(s[4] - s[5]) / D.num_blocks, hue(3), 0], [s[5] / D.num_blocks, css("--ink"), 0], [s[6] / D.num_blocks, css("--line"), 0]]);
-  g.strokeStyle = css("--mark"); g.lineWidth = 2; g.strokeRect(at(step), 1, Math.max(column, 2), rows + 144);
-}
-function strip(g, y, title, note, at, column, parts) {  // stacked bars, 56 high, one for each step
-  g.fillStyle = css("--ink"); g.fillText(title, 0, y + 24); g.fillStyle = css("--soft"); g.fillText(note, 0, y + 40);
-  D.steps.forEach((s, i) => {
-    let top = y + 56;
-    for (const [share, color] of parts(s)) { g.fillStyle = color; top -= share * 56; g.fillRect(at(i), top, Math.max(column - (column > 3 ? 1 : 0), .5), share * 56); }
-  });
-}
-function apply(to) {                                    // the block tables as they are in that step; after the last, what is left
-  if (to < applied || !applied) { users = Array.from({length: D.num_blocks}, () => []); cached = []; tables = {}; applied = 0; }
-  const from = applied; applied = to + 1;
-  for (const [at, r, pages] of D.changes) {
-    if (at < from || at > to) continue;
+function apply(to) {                                    // block tables as they are in that step; N: after the last
+  if (to < applied || applied < 0) { users = Array.from({length: D.num_blocks}, () => []); cached = []; tables = {}; applied = -1; }
+  for (const [at, r, pages] of D.changes.filter(([at]) => at > applied && at <= to)) {
     if (typeof pages == "number") {
-      tables[r].forEach((p, i) => { users[p] = users[p].filter(u => u != r); cached[p] = i < -1 - pages ? r : 0; });
+      tables[r].forEach((p, i) => { users[p] = users[p].filter(u => u != r); cached[p] = i < -1 - pages && r; });
       delete tables[r];
     } else { tables[r] = (tables[r] || []).concat(pages); pages.forEach(p => users[p].push(r)); }
   }
+  applied = to;
 }
-function layout(width) {                                // of the map: pages that the run never touched are left out if they are many
-  const touched = Math.max(0, ...D.changes.map(c => typeof c[2] == "number" ? 0 : Math.max(...c[2]))) + 1;
-  const shown = D.num_blocks <= 512 ? D.num_blocks : Math.min(touched, 6000), size = shown <= 150 ? 34 : shown <= 600 ? 24 : shown <= 2500 ? 14 : 9;
-  return [shown, size, Math.floor(width / size)];
+function strip(title, tallest, ...parts) {              // stacked bars, one for each step; parts: [colour, its value in a step]
+  const svg = `<svg viewBox="0 0 ${N} 1" preserveAspectRatio="none">` + parts.map(([color, value], i) => `<path fill="${color}" d="` + D.steps.map((s, x) => {
+    const low = parts.slice(0, i).reduce((sum, part) => sum + part[1](s), 0) / tallest;
+    return `M${x},${1 - low}h1v${-value(s) / tallest}h-1z`; }).join("") + `"/>`).join("") + "</svg>";
+  const row = make("div", "row", "", "height: 54px; margin-top: 12px", make("span", "", title, ""));
+  row.insertAdjacentHTML("beforeend", svg); return row;
 }
-function map() {
-  const [shown, size, columns] = layout($("map").clientWidth), [g] = canvas($("map"), Math.ceil(shown / columns) * size);
-  for (let p = 0; p < shown; p++) cell(g, p % columns * size, Math.floor(p / columns) * size, size - 2, size - 2, users[p], cached[p]);
-  const s = D.steps[step] || [0, 0, 0, 0, users.filter(u => u.length).length, 0, users.filter((u, p) => !u.length && cached[p]).length];
-  $("pool").textContent = `Now ${s[4]} of ${D.num_blocks} pages are in use, ${s[5]} of them shared, and ${s[6]} are cached.` +
-    (shown < D.num_blocks ? ` (The first ${shown} are drawn.)` : "");
-}
-function rows() {
-  $("tables").replaceChildren(...Object.keys(tables).slice(0, 60).map(r => {
-    const div = document.createElement("div"), name = document.createElement("b"), request = R[r - 1];
-    const [kind] = request.segments.find(s => s[1] <= step && step <= s[2]) || ["ends"];
-    div.className = "table"; name.textContent = `request ${r}: ${states[kind] || kind}`; div.append(name, document.createElement("span"));
-    div.lastChild.append(...tables[r].slice(0, 300).map(p => {
-      const chip = document.createElement("i");
-      chip.textContent = p; chip.style.background = hue(r); chip.className = users[p].length > 1 ? "shared" : ""; return chip;
-    }));
-    return div;
-  }));
+function timeline() {
+  $("time").append(...R.map((request, i) => make("div", R.length > 40 ? "row many" : "row", "", `--c: ${hue(i + 1)}`,
+    make("span", "", "", "", make("i", "", i + 1, ""), request.text),
+    make("div", "", "", "", ...request.segments.filter(([, first, last]) => last >= first).map(([kind, first, last]) =>
+      make("i", kind, "", `left: ${100 * first / N}%; width: ${100 * (last - first + 1) / N}%`))))),
+    strip("decode and prefill tokens", Math.max(1, ...D.steps.map(s => s[2] + s[3])), [HUES[0], s => s[3]], [HUES[1], s => s[2]]),
+    strip("pages in use, shared, cached", D.num_blocks, [HUES[2], s => s[4] - s[5]], ["var(--ink)", s => s[5]], ["var(--line)", s => s[6]]),
+    Object.assign(make("div", "", "", ""), {id: "cursor"}));
 }
 function go(to) {
-  step = Math.max(0, Math.min(N, +to || 0)); $("slider").value = step; apply(step); timeline(); map(); rows();
-  const s = D.steps[step];
+  step = Math.max(0, Math.min(N, +to || 0)); $("slider").value = step; apply(step);
+  $("cursor").style.cssText = `left: calc(var(--left) + (100% - var(--left)) * ${step / (N || 1)}); width: calc((100% - var(--left)) / ${N || 1})`;
+  const s = D.steps[step], shown = Math.min(D.num_blocks, 5000), used = users.filter(u => u.length).length;
   $("now").textContent = !s ? "After the last step: every page has been given back." : `Step ${step + 1} of ${N}: ${s[3]} decode + ${s[2]} prefill tokens ` +
-    `(at most ${D.budget}), ${((s[1] - s[0]) / 1000).toFixed(2)} ms, ${(s[0] / 1e6).toFixed(3)} s after the start`;
-}
-function legend(id, entries) {
-  for (const [name, draw] of entries) {
-    const span = document.createElement("span"), c = document.createElement("canvas");
-    span.append(c, name); $(id).append(span); draw(canvas(c, 16)[0]);
-  }
-}
-function redraw() {
-  $("kinds").replaceChildren(); $("states").replaceChildren();
-  legend("kinds", Object.entries(states).map(([kind, name]) => [name, g => segment(g, kind, 0, 1, 26, 14, hue(1))]));
-  legend("states", [["used by request 1", [1], 0], ["shared by two (\u00d72: its reference count)", [1, 2], 0], ["cached, last used by 3", [], 3], ["free", [], 0]]
-    .map(([name, owners, kept]) => [name, g => cell(g, 0, 0, 26, 16, owners, kept)]));
-  go(step);
+    `of at most ${D.budget}, ${((s[1] - s[0]) / 1000).toFixed(2)} ms, ${(s[0] / 1e6).toFixed(3)} s after the start`;
+  $("pool").textContent = `Now ${used} of ${D.num_blocks} pages are in use, ${users.filter(u => u.length > 1).length} of them shared, and ` +
+    `${users.filter((u, p) => !u.length && cached[p]).length} are cached.` + (shown < D.num_blocks ? ` The first ${shown} are drawn.` : "");
+  $("map").replaceChildren(...users.slice(0, shown).map((u, p) => cell(u, cached[p], p)));
+  $("tables").replaceChildren(...Object.keys(tables).slice(0, 60).map(r => {
+    const [kind] = R[r - 1].segments.find(([, first, last]) => first <= step && step <= last) || ["ends"];
+    return make("div", "table", "", `--c: ${hue(r)}`, make("span", "", `request ${r}: ${kind}`, ""),
+      make("div", "", "", "", ...tables[r].map(p => make("i", users[p].length > 1 ? "shared" : "", p, ""))));
+  }));
 }
 $("facts").textContent = `${D.num_requests} requests, ${R.reduce((n, r) => n + r.new, 0)} new tokens, ${D.num_steps} steps, a pool of ${D.num_blocks} pages of ` +
-  `${D.block_size} tokens, on ${D.device}.` + (N < D.num_steps || R.length < D.num_requests ? ` The page holds the first ${N} steps and ${R.length} requests.` : "");
-$("size").textContent = D.block_size; $("slider").max = N; step = +location.hash.slice(1) || 0;
+  `${D.block_size} tokens, on ${D.device}.` + (N < D.num_steps || R.length < D.num_requests ? ` Shown are ${N} steps and ${R.length} requests.` : "");
+$("size").textContent = D.block_size; $("slider").max = N; $("map").classList.toggle("many", D.num_blocks > 600);
+for (const [name, ...page] of [["used by request 1", [1], 0, 7], ["shared by two: its reference count is 2", [1, 2], 0, 8], ["cached, filled by 3", [], 3, 9], ["free", [], 0, 10]])
+  $("states").append(cell(...page), name);
 $("slider").oninput = event => go(event.target.value);
-$("time").onclick = event => go(Math.floor((event.offsetX - 190) / (event.target.clientWidth - 194) * N));
-$("map").onmousemove = event => {
-  const [shown, size, columns] = layout(event.target.clientWidth), p = Math.floor(event.offsetY / size) * columns + Math.floor(event.offsetX / size);
-  if (p < shown) $("page").textContent = `Page ${p}: reference count ${users[p].length}` + (users[p].length ? `, used by ${users[p].join(", ")}.` :
-    cached[p] ? `, cached: request ${cached[p]} filled it, and whoever begins alike will find it.` : ", free.");
-};
+$("time").onclick = event => go(Math.floor((event.clientX - $("time").getBoundingClientRect().x - 190) / ($("time").clientWidth - 190) * N));
 $("play").onclick = () => {
-  if (timer) { clearInterval(timer); timer = 0; } else { if (step >= N) go(0); timer = setInterval(() => step < N ? go(step + Math.ceil(N / 400)) : $("play").click(), 60); }
+  if (step >= N) go(0);
+  if (timer) timer = clearInterval(timer); else timer = setInterval(() => step < N ? go(step + Math.ceil(N / 400)) : $("play").click(), 60);
   $("play").textContent = timer ? "Pause" : "Play";
 };
-addEventListener("resize", redraw); matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw); redraw();
+timeline(); go(location.hash.slice(1));
 </script></body></html>
 """
