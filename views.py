@@ -54,10 +54,6 @@ class Request:
         self.pages, self.high_water = [], 0     # its block table, as last seen; how many of its tokens were computed at least once
         self.alone, self.beside = [], []        # seconds of its decode steps: without others' prefill, and with
 
-    def kind_of(self, start):
-        """What it does in a step that computes its tokens from position `start` on."""
-        return "recomputed" if start < self.high_water else "prefill" if start < len(self.output.prompt_token_ids) else "decode"
-
     def spend(self, kind, first, last, until, start=0, count=0):
         """Its time up to `until`, and these steps, went into `kind`."""
         before = self.segments[-1] if self.segments else None
@@ -69,10 +65,8 @@ class Request:
 
     def wait(self, step, until):
         """It was in no step before this one, until then."""
-        if self.segments:
-            self.spend("preempted", self.segments[-1].last + 1, step - 1, until)
-        else:
-            self.spend("queued", self.arrival_step, step - 1, until)
+        kind, first = ("preempted", self.segments[-1].last + 1) if self.segments else ("queued", self.arrival_step)
+        self.spend(kind, first, step - 1, until)
 
     def account(self):
         """{part: seconds}, which add up to the time from arrival to finish."""
@@ -102,23 +96,26 @@ class Step:
 
 
 class Recorder:
-    """An observer of the engine, from when it is idle on: keeps what happens, and when."""
+    """An observer of the engine, from when no request runs on: keeps what happens, and when."""
 
     def __init__(self, llm):
         self.llm, self.scheduler, self.allocator = llm, llm.engine.scheduler, llm.engine.scheduler.allocator
-        self.start, self.last_end, self.doing = time.perf_counter(), 0.0, None
+        self.start, self.last_end = time.perf_counter(), 0.0
         self.requests, self.live = [], {}                   # all of them; sequence -> Request, of those that have not ended
-        self.steps, self.in_flight, self.planned = [], deque(), None
-        self.activities = []                                # of the engine: (name, begin, end, step)
+        self.steps, self.planned = [], None
+        self.in_flight = deque(Step(-1, 0.0, (), 0, 0, 0, 0, 0) for _ in llm.engine.in_flight)      # of surplus tokens, from before
+        self.events = []                                    # (name, time, step)
         self.users, self.kept = {}, set()                   # page -> numbers of its requests; pages that are cached
         self.changes = []       # (step, request number, pages that it got), or, instead of pages, -1 - n: it gave all back, and its first n stay cached
 
     def told(self, event, what):
         """From Engine.tell. schedule, launch, wait and read begin an activity of the engine; launched and done end one."""
         now, step = time.perf_counter(), len(self.steps)
-        self.end_activity(now)
         if event == "schedule":
-            self.find_new_requests()
+            for sequence in self.scheduler.waiting:
+                if sequence not in self.live:
+                    self.live[sequence] = Request(len(self.requests) + 1, sequence, step)
+                    self.requests.append(self.live[sequence])
         elif event == "launch":
             self.look_at_pages(now)
             self.plan(what, now)
@@ -136,20 +133,7 @@ class Recorder:
                 if request.output.finish_reason:
                     self.end_request(request, request.output.finish_time)
             self.look_at_pages(now)
-        self.doing = (event, now, step) if event not in ("launched", "done") else None
-
-    def end_activity(self, now):
-        """What the engine was doing has ended."""
-        if self.doing:
-            name, begin, step = self.doing
-            self.activities.append((name, begin, now, step))
-
-    def find_new_requests(self):
-        """They stand at the end of the queue. At its front may be some that were preempted, which are known."""
-        for sequence in self.scheduler.waiting:
-            if sequence not in self.live:
-                self.live[sequence] = Request(len(self.requests) + 1, sequence, len(self.steps))
-                self.requests.append(self.live[sequence])
+        self.events.append((event, now, step))
 
     def look_at_pages(self, now):
         """Compares the block tables with those last seen: a table grows, or is gone (and may be there again, another one)."""
@@ -180,7 +164,8 @@ class Recorder:
         entries = []
         for sequence, count in scheduled:
             request, start = self.live[sequence], sequence.num_computed_tokens
-            request.state = request.kind_of(start)
+            is_prompt = start < len(request.output.prompt_token_ids)
+            request.state = "recomputed" if start < request.high_water else "prefill" if is_prompt else "decode"
             request.high_water = max(request.high_water, start + count)
             entries.append((request, request.state, start, count))
         decode, total = sum(kind == "decode" for _, kind, _, _ in entries), sum(count for _, count in scheduled)
@@ -200,7 +185,7 @@ class Recorder:
             if kind == "decode":
                 (request.beside if step.prefill else request.alone).append(end - request.since)
             request.spend(kind, step.number, step.number, end, start, count)
-        step.scheduled, self.last_end = (), end         # it names sequences, which are large
+        step.scheduled, self.last_end = (), end
 
     def end_request(self, request, now):
         """A request has ended, just after a step (handing out its token is part of the step), or while it waited."""
@@ -213,7 +198,7 @@ class Recorder:
     def close(self):
         """The run is over, perhaps by Ctrl-C: what is under way ends now."""
         now = time.perf_counter()
-        self.end_activity(now)
+        self.events.append(("close", now, len(self.steps)))
         while self.in_flight:
             self.account_step(self.in_flight.popleft(), now)
         for request in self.live.values():
@@ -280,8 +265,9 @@ def chrome_trace(recorder):
 
     add("M", "process_name", 1, 0, zero, {"name": "engine"})
     add("M", "process_name", 2, 0, zero, {"name": "requests"})
-    for name, begin, end, step in recorder.activities:
-        add("X", name, 1, 1, begin, {"step": step}, dur=(end - begin) * 1e6)
+    for (name, begin, step), (_, end, _) in zip(recorder.events, recorder.events[1:]):
+        if name in ("schedule", "launch", "wait", "read"):
+            add("X", name, 1, 1, begin, {"step": step}, dur=(end - begin) * 1e6)
     for r in recorder.requests:
         add("M", "thread_name", 2, r.number, zero, {"name": f"{r.number}: {r.output.text[:40]}"})
         for s in r.segments:
@@ -383,35 +369,31 @@ class Watch:
 
     def frame(self, columns, lines):
         """Lines of text, with colours."""
-        recorder = self.recorder
-        frame = [self.headline(), self.step_line(columns // 3), "", *self.grid(columns - 2, lines // 3),
-                 f"{mark(1)} a page of request A   {mark(1, '2')} a page that two share   + cached: free, and can be found again   . free", ""]
+        recorder, legend = self.recorder, f"{mark(1)} a page of A   {mark(1, '2')} shared by two   + cached   . free"
+        frame = [*self.head(columns // 5), *self.grid(columns - 2, lines // 3), legend, ""]
         shown = [*recorder.live.values(), *(request for request in reversed(recorder.requests) if request.state == "done")]
         room, size = lines - len(frame) - 1, columns // 4               # cells of a bar; of a table of more pages the last are shown
         for request in shown[:room]:
             computed, known = request.sequence.num_computed_tokens, len(request.output.prompt_token_ids) + len(request.output.token_ids)
             state = f"{request.state} {computed}/{known}" if request.state in ("prefill", "recomputed") else request.state
-            lead = f" {state:<19}{known:>5} tokens "
+            lead = f" {state:<18}{known:>6} tokens "
             bar = mark(request.number, "|" * len(request.pages[-size:]) or " ") + " " * (size - len(request.pages))
             frame.append(f"{mark(request.number)}{lead}{bar} {tail(request.output.text, columns - len(lead) - size - 4)}")
         return frame + ([f"and {len(shown) - room} more"] if len(shown) > room else [])
 
-    def headline(self):
-        """What the whole engine does."""
+    def head(self, size):
+        """What the engine does, and its latest step: the tokens against the budget, as a bar of so many cells."""
         recorder, (now, *latest), (then, *first) = self.recorder, self.history[-1], self.history[0]
         tokens, num_bytes, seconds = (a - b for a, b in zip(latest, first))
         live, waiting, peak = len(recorder.live), len(recorder.scheduler.waiting), recorder.llm.device.memory_bandwidth
-        share = f"   {num_bytes / seconds / peak:.0%} of {peak / 1e9:.0f} GB/s" if peak and seconds else ""
-        return (f"\x1b[1mtiny-vLLM\x1b[0m   step {len(recorder.steps)}   {live - waiting} running, {waiting} waiting, "
-                f"{len(recorder.requests) - live} done   {tokens / max(now - then, 1e-3):.0f} tokens/s{share}")
-
-    def step_line(self, size):
-        """The latest step's tokens, against the budget, as a bar of so many cells."""
-        step, budget = self.recorder.steps[-1], self.recorder.scheduler.max_num_batched_tokens
+        step, budget = recorder.steps[-1], recorder.scheduler.max_num_batched_tokens
         decode = cdiv(step.decode * size, budget)
         prefill = min(cdiv(step.prefill * size, budget), size - decode)
-        return (f"[\x1b[42m{' ' * decode}\x1b[43m{' ' * prefill}\x1b[0m{' ' * (size - decode - prefill)}]  "
-                f"\x1b[32m{step.decode} decode\x1b[0m + \x1b[33m{step.prefill} prefill\x1b[0m of {budget} tokens a step")
+        return [f"\x1b[1mtiny-vLLM\x1b[0m  step {len(recorder.steps)}  {live - waiting} running, {waiting} waiting, {len(recorder.requests) - live} done  "
+                f"{tokens / max(now - then, 1e-3):.0f} tokens/s",
+                f"[\x1b[42m{' ' * decode}\x1b[43m{' ' * prefill}\x1b[0m{' ' * (size - decode - prefill)}] \x1b[32m{step.decode} decode\x1b[0m + "
+                f"\x1b[33m{step.prefill} prefill\x1b[0m of {budget} tokens" +
+                (f"  {num_bytes / seconds / peak:.0%} of {peak / 1e9:.0f} GB/s" if peak and seconds else ""), ""]
 
     def grid(self, width, rows):
         """Lines of the page pool, a cell for a page, or for several: then it shows one that has a user, or is cached, if any is."""
@@ -442,7 +424,7 @@ body { margin: 0 auto; max-width: 1180px; padding: 20px; background: var(--back)
 h1 { font-size: 24px; margin: 0 } h2 { font-size: 17px; margin: 0 } p { margin: 2px 0 10px; color: var(--soft) } p b { color: var(--ink) }
 section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 18px; margin: 14px 0 }
 #bar { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: 4px 14px } #bar input { flex: 1; accent-color: var(--mark) }
-#now { flex-basis: 100%; font-variant-numeric: tabular-nums } button { font: inherit; width: 5em }
+#now { flex-basis: 100%; font-variant-numeric: tabular-nums }
 i { font: 12px/24px system-ui; text-align: center; color: #10131a; background: var(--c) } .legend i { display: inline-block; width: 28px;
   height: 24px; vertical-align: middle; margin: 0 6px 0 14px }
 #time { position: relative; --left: 190px; cursor: pointer } .row { display: flex; height: 24px } .row.many { height: 5px; font-size: 0 }
@@ -463,7 +445,7 @@ i.queued, i.preempted { background: linear-gradient(90deg, var(--soft) 60%, tran
 .table i { padding: 0 5px; min-width: 18px; line-height: 20px; border-radius: 3px }
 </style></head><body>
 <h1>One run of tiny-vLLM, step by step</h1><p id="facts"></p>
-<section id="bar"><button id="play">Play</button><input id="slider" type="range" min="0" aria-label="step"><span id="now"></span></section>
+<section id="bar"><input id="slider" type="range" min="0" aria-label="step"><span id="now"></span></section>
 <section><h2>Who computes what, and when</h2><p>A row is a <b>request</b>, a column a <b>step</b>: one pass of the model over tokens of many requests.
 A prompt is read in one step or a few (<b>prefill</b>); then each step brings one token of the answer (<b>decode</b>). A request that ends makes room for the
 next at once. Click on a step to see it below.</p>
@@ -481,7 +463,7 @@ Framed pages have several users.</p><div id="tables"></div></section>
 const D = JSON.parse(document.getElementById("data").textContent), $ = id => document.getElementById(id), N = D.steps.length, R = D.requests;
 const HUES = ["#5b9bea", "#f0a04b", "#4fb57c", "#e578a5", "#d8bb3a", "#a184e6", "#3bb4c1", "#e07563", "#9bbd4a", "#bd9272"];
 const hue = r => HUES[(r - 1) % HUES.length];
-let step = 0, applied = -1, timer = 0, users, cached, tables;
+let step = 0, applied = -1, users, cached, tables;
 
 function make(tag, kind, text, style, ...children) {
   const element = document.createElement(tag);
@@ -545,11 +527,6 @@ for (const [name, ...page] of [["used by request 1", [1], 0, 7], ["shared by two
   $("states").append(cell(...page), name);
 $("slider").oninput = event => go(event.target.value);
 $("time").onclick = event => go(Math.floor((event.clientX - $("time").getBoundingClientRect().x - 190) / ($("time").clientWidth - 190) * N));
-$("play").onclick = () => {
-  if (step >= N) go(0);
-  if (timer) timer = clearInterval(timer); else timer = setInterval(() => step < N ? go(step + Math.ceil(N / 400)) : $("play").click(), 60);
-  $("play").textContent = timer ? "Pause" : "Play";
-};
 timeline(); go(location.hash.slice(1));
 </script></body></html>
 """
