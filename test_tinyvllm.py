@@ -1708,12 +1708,13 @@ def test_views_account(watched, monkeypatch, overlap, simulated):
     assert_accounts(recorder)
     assert [r.output for r in recorder.requests] == outputs and all(r.segments[-1].end == r.output.finish_time for r in recorder.requests)
     assert [o.account["preempted"] > 0 for o in outputs] == [o.num_preemptions > 0 for o in outputs] and any(o.num_preemptions for o in outputs)
-    assert any(o.account["recomputed"] for o in outputs) and any(o.account["stalled"] for o in outputs) and all(o.account["prefill"] for o in outputs)
+    assert any(o.account["recomputed"] for o in outputs) and all(o.account["prefill"] for o in outputs)
+    assert any(o.account["stalled"] for o in outputs) or not simulated         # else its launches, which are slow, count to the step before
 
 
 def test_views_stalled():
     """Decode steps of 1 s, and three of 5, 1 and 0.5 s beside others' prefill: 4 s of stall."""
-    request = views.Request(1, SimpleNamespace(output=RequestOutput([1], arrival_time=10.0)), 0)
+    request = views.Request(1, SimpleNamespace(block_table=[], output=RequestOutput([1], arrival_time=10.0)), 0)
     request.wait(2, 11.0)
     request.spend("prefill", 2, 2, 13.0, 0, 1)
     request.spend("decode", 3, 8, 22.5, 1, 6)
@@ -1797,10 +1798,10 @@ def test_views_page_in_a_browser(watched, tmp_path, step):
         assert counts == [0] * 14 and "0 requests" in page
         return
     _, _, prefill, decode, used, shared, cached = data["steps"][step]
-    assert counts == watched[2][step][0] and pool.count('class="cached"') == cached and pool.count('class="shared"') == shared
+    assert counts == watched[2][step][0] and pool.count('class="page cached"') == cached and pool.count('class="page shared"') == shared
     assert f"Step {step + 1} of {len(data['steps'])}: {decode} decode + {prefill} prefill tokens" in page
     table = page[page.index('id="tables"'):page.index('<script id="data"')]
-    assert len(re.findall(r"<i ", table)) == sum(counts) and table.count('class="table"') == len(re.findall("request \\d+: (?:decode|prefill)", table)) > 2
+    assert len(re.findall(r"<i ", table)) == sum(counts) and table.count('class="table"') == len(re.findall("request \\d+: (?:decode|prefill|has ended)", table)) > 2
     assert page.count('class="preempted"') > 1 and page[page.index('id="time"'):].count('class="decode"') >= 6
 
 
@@ -1875,7 +1876,7 @@ def test_views_watch_many_pages_and_a_wild_text():
     """Several pages a cell; control characters of an answer do not reach the terminal, and a wide text has its width."""
     llm = LLM(PARROT, num_blocks=5000)
     recorder = views.Recorder(llm)
-    recorder.users, recorder.kept = {77: [3], 4999: [1, 2]}, {78, 200}
+    recorder.users, recorder.shared, recorder.kept = {77: [3], 4999: [1, 2]}, {4999}, {78, 200}
     note, *lines = views.Watch(recorder).grid(100, 7)
     assert note == "2 of 5000 pages in use, 1 shared, 2 cached; 8 pages a cell" and len(lines) == 7
     cells = plain("".join(lines))

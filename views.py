@@ -49,9 +49,11 @@ class Request:
     """A sequence as seen from outside. Its segments lie end to end, from its arrival to `since`."""
 
     def __init__(self, number, sequence, arrival_step):
+        """arrival_step: the next one to be planned."""
         self.number, self.sequence, self.output, self.arrival_step = number, sequence, sequence.output, arrival_step
         self.state, self.since, self.segments = "queued", sequence.output.arrival_time, []
-        self.pages, self.high_water = [], 0     # its block table, as last seen; how many of its tokens were computed at least once
+        self.table, self.num_pages = sequence.block_table, 0    # which list it is, and how many pages of it have been seen
+        self.high_water = 0                     # tokens that were computed at least once
         self.alone, self.beside = [], []        # seconds of its decode steps: without others' prefill, and with
 
     def spend(self, kind, first, last, until, start=0, count=0):
@@ -105,7 +107,7 @@ class Recorder:
         self.steps, self.planned = [], None
         self.in_flight = deque(Step(-1, 0.0, (), 0, 0, 0, 0, 0) for _ in llm.engine.in_flight)      # of surplus tokens, from before
         self.events = []                                    # (name, time, step)
-        self.users, self.kept = {}, set()                   # page -> numbers of its requests; pages that are cached
+        self.users, self.shared, self.kept = {}, set(), set()       # page -> numbers of its requests; pages of several; cached pages
         self.changes = []       # (step, request number, pages that it got), or, instead of pages, -1 - n: it gave all back, and its first n stay cached
 
     def told(self, event, what):
@@ -136,28 +138,33 @@ class Recorder:
         self.events.append((event, now, step))
 
     def look_at_pages(self, now):
-        """Compares the block tables with those last seen: a table grows, or is gone (and may be there again, another one)."""
+        """Finds what has changed in the block tables: one grows, or is gone, and then the sequence has another list."""
         for request in self.live.values():
             if request.output.finish_reason and request.state != "done":
                 self.end_request(request, now)                                          # given up by the caller
-            if request.sequence.block_table[:len(request.pages)] != request.pages:
-                findable = [page in self.allocator.chains for page in request.pages]    # of a text the last pages are evicted first
+            if request.sequence.block_table is not request.table:
+                pages = request.table[:request.num_pages]
+                findable = [page in self.allocator.chains for page in pages]            # of a text the last pages are evicted first
                 kept = (findable + [False]).index(False)
-                self.changes.append((len(self.steps), request.number, -1 - kept))
-                for page in request.pages:
+                if pages:
+                    self.changes.append((len(self.steps), request.number, -1 - kept))
+                for i, page in enumerate(pages):
                     self.users[page].remove(request.number)
-                self.kept.difference_update(request.pages)
-                self.kept.update(page for page in request.pages[:kept] if not self.users[page])
-                request.pages, request.state = [], "done" if request.state == "done" else "preempted"
+                    (self.kept.add if i < kept and not self.users[page] else self.kept.discard)(page)
+                self.shared.difference_update(page for page in pages if len(self.users[page]) < 2)
+                request.table, request.num_pages = request.sequence.block_table, 0
+                if pages and request.state != "done":
+                    request.state = "preempted"
         for request in self.live.values():              # only now: what one gave back may be another's already
-            new = request.sequence.block_table[len(request.pages):]
-            if new:
+            if len(request.table) > request.num_pages:
+                new, request.num_pages = request.table[request.num_pages:], len(request.table)
                 self.changes.append((len(self.steps), request.number, new))
                 for page in new:
                     self.users.setdefault(page, []).append(request.number)
                 self.kept.difference_update(new)
-                request.pages = request.pages + new
-        self.live = {sequence: request for sequence, request in self.live.items() if request.state != "done"}
+                self.shared.update(page for page in new if len(self.users[page]) > 1)
+        for request in [request for request in self.live.values() if request.state == "done"]:
+            del self.live[request.sequence]
 
     def plan(self, scheduled, now):
         """Notes the next step. scheduled: [(sequence, number of its tokens)]."""
@@ -169,9 +176,8 @@ class Recorder:
             request.high_water = max(request.high_water, start + count)
             entries.append((request, request.state, start, count))
         decode, total = sum(kind == "decode" for _, kind, _, _ in entries), sum(count for _, count in scheduled)
-        shared = sum(len(numbers) > 1 for numbers in self.users.values())
         used = self.allocator.num_blocks - len(self.allocator.free)
-        self.planned = Step(len(self.steps), now, entries, decode, total - decode, used, shared, len(self.kept))
+        self.planned = Step(len(self.steps), now, entries, decode, total - decode, used, len(self.shared), len(self.kept))
 
     def account_step(self, step, now):
         """The tokens of a step are there: whose time was it?"""
@@ -377,7 +383,7 @@ class Watch:
             computed, known = request.sequence.num_computed_tokens, len(request.output.prompt_token_ids) + len(request.output.token_ids)
             state = f"{request.state} {computed}/{known}" if request.state in ("prefill", "recomputed") else request.state
             lead = f" {state:<18}{known:>6} tokens "
-            bar = mark(request.number, "|" * len(request.pages[-size:]) or " ") + " " * (size - len(request.pages))
+            bar = mark(request.number, "|" * min(request.num_pages, size) or " ") + " " * (size - max(request.num_pages, 1))
             frame.append(f"{mark(request.number)}{lead}{bar} {tail(request.output.text, columns - len(lead) - size - 4)}")
         return frame + ([f"and {len(shown) - room} more"] if len(shown) > room else [])
 
@@ -406,8 +412,8 @@ class Watch:
             busy = max((users.get(page, []) for page in group), key=len)
             cells.append(mark(busy[0], f"{min(len(busy), 9) if len(busy) > 1 else chr(65 + (busy[0] - 1) % 26):<{wide}}") if busy
                          else f"{'+' if any(page in kept for page in group) else '.':<{wide}}")
-        used, shared = (sum(len(numbers) > n for numbers in users.values()) for n in (0, 1))
-        note = f"{used} of {pages} pages in use, {shared} shared, {len(kept)} cached" + (f"; {each} pages a cell" if each > 1 else "")
+        used = sum(map(bool, users.values()))
+        note = f"{used} of {pages} pages in use, {len(self.recorder.shared)} shared, {len(kept)} cached" + (f"; {each} pages a cell" if each > 1 else "")
         return [note, *("".join(cells[i:i + width]) for i in range(0, len(cells), width))]
 
 
@@ -425,10 +431,10 @@ h1 { font-size: 24px; margin: 0 } h2 { font-size: 17px; margin: 0 } p { margin: 
 section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 18px; margin: 14px 0 }
 #bar { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: 4px 14px } #bar input { flex: 1; accent-color: var(--mark) }
 #now { flex-basis: 100%; font-variant-numeric: tabular-nums }
-i { font: 12px/24px system-ui; text-align: center; color: #10131a; background: var(--c) } .legend i { display: inline-block; width: 28px;
-  height: 24px; vertical-align: middle; margin: 0 6px 0 14px }
+i { font: 12px/24px system-ui; text-align: center; color: #10131a; background: var(--c) } .legend { display: flex; flex-wrap: wrap; gap: 4px 18px }
+.legend i { display: inline-block; width: 28px; height: 24px; vertical-align: middle; margin-right: 6px }
 #time { position: relative; --left: 190px; cursor: pointer } .row { display: flex; height: 24px } .row.many { height: 5px; font-size: 0 }
-.row > span { flex: 0 0 var(--left); overflow: hidden; white-space: nowrap; color: var(--soft); font-size: 12px; line-height: 24px }
+.row > span { flex: 0 0 calc(var(--left) - 8px); margin-right: 8px; overflow: hidden; white-space: nowrap; color: var(--soft); font-size: 12px; line-height: 24px }
 .row > span i { display: inline-block; width: 26px; line-height: 18px; margin-right: 6px } .many > span { visibility: hidden }
 .row div, .row svg { flex: 1; position: relative; min-width: 0; height: 100% } .row div i { position: absolute; top: 8%; height: 84%; min-width: 1px }
 #cursor { position: absolute; top: 0; bottom: 0; min-width: 2px; outline: 2px solid var(--mark); pointer-events: none }
@@ -436,12 +442,12 @@ i.prefill { box-shadow: inset -1px 0 var(--card) } i.decode { opacity: .5 }
 i.recomputed { background: repeating-linear-gradient(135deg, var(--c) 0 4px, var(--warn) 4px 6px) }
 i.queued, i.preempted { background: linear-gradient(90deg, var(--soft) 60%, transparent 0) 0 50% / 6px 2px repeat-x } i.preempted {
   background-image: linear-gradient(90deg, var(--warn) 60%, transparent 0) }
-.pages { display: flex; flex-wrap: wrap; gap: 2px } .pages i { position: relative; width: 34px; height: 32px; line-height: 38px; border-radius: 3px;
-  box-shadow: inset 0 0 0 1px var(--line) } .pages i::before { content: attr(data-page); position: absolute; left: 3px; top: 1px; font: 9px/11px system-ui }
-.pages.many i { width: 10px; height: 10px; font-size: 0 } .many i::before { display: none } .pages i.cached { color: var(--ink);
-  background: repeating-linear-gradient(135deg, var(--c) 0 2px, transparent 2px 6px) } .pages i.free { color: var(--soft) }
-.pages i.shared, .table i.shared { box-shadow: inset 0 0 0 2px var(--ink) }
-.table { display: flex; gap: 10px } .table span { flex: 0 0 220px } .table div { display: flex; flex-wrap: wrap; gap: 2px; padding: 2px 0 }
+.pages { display: flex; flex-wrap: wrap; gap: 2px } i.page { position: relative; width: 34px; height: 32px; line-height: 38px; border-radius: 3px;
+  box-shadow: inset 0 0 0 1px var(--line) } .page::before { content: attr(data-page); position: absolute; left: 3px; top: 1px; font: 9px/11px system-ui }
+.many .page { width: 10px; height: 10px; font-size: 0 } .many .page::before { display: none } i.cached { color: var(--ink);
+  background: repeating-linear-gradient(135deg, var(--c) 0 2px, transparent 2px 6px) } i.free { color: var(--soft) }
+i.page.shared, .table i.shared { box-shadow: inset 0 0 0 2px var(--ink) }
+.table { display: flex; gap: 10px } .table span { flex: 0 0 260px } .table div { display: flex; flex-wrap: wrap; gap: 2px; padding: 2px 0 }
 .table i { padding: 0 5px; min-width: 18px; line-height: 20px; border-radius: 3px }
 </style></head><body>
 <h1>One run of tiny-vLLM, step by step</h1><p id="facts"></p>
@@ -449,12 +455,12 @@ i.queued, i.preempted { background: linear-gradient(90deg, var(--soft) 60%, tran
 <section><h2>Who computes what, and when</h2><p>A row is a <b>request</b>, a column a <b>step</b>: one pass of the model over tokens of many requests.
 A prompt is read in one step or a few (<b>prefill</b>); then each step brings one token of the answer (<b>decode</b>). A request that ends makes room for the
 next at once. Click on a step to see it below.</p>
-<p class="legend" style="--c: #5b9bea"><i class="prefill"></i>prefill <i class="decode"></i>decode <i class="queued"></i>queued
-<i class="preempted"></i>preempted: its pages were taken <i class="recomputed"></i>computed again</p><div id="time"></div></section>
+<p class="legend" style="--c: #5b9bea"><span><i class="prefill"></i>prefill</span><span><i class="decode"></i>decode</span><span><i class="queued"></i>queued</span>
+<span><i class="preempted"></i>preempted: its pages were taken</span><span><i class="recomputed"></i>computed again</span></p><div id="time"></div></section>
 <section><h2>Where keys and values live: the page pool</h2><p>The model remembers each token as a key and a value. They lie in <b>pages</b> of
 <span id="size"></span> tokens, anywhere in memory. A cell is a page, with its number above, and its owner's colour and number. Requests that begin
 alike <b>share</b> pages; a page that nobody needs stays <b>cached</b> until its room is wanted. <b id="pool"></b></p>
-<div class="legend pages" id="states"></div><p></p><div class="pages" id="map"></div></section>
+<p class="legend" id="states"></p><div class="pages" id="map"></div></section>
 <section><h2>Block tables: which page comes next?</h2><p>This list is all that keeps a text together: the numbers of its pages, first tokens first.
 Framed pages have several users.</p><div id="tables"></div></section>
 <script id="data" type="application/json">@DATA@</script>
@@ -472,7 +478,7 @@ function make(tag, kind, text, style, ...children) {
 function cell(owners, kept, page) {                     // a page of the pool
   const kind = owners.length > 1 ? "shared" : owners.length ? "used" : kept ? "cached" : "free";
   const stripes = owners.map((r, i) => `${hue(r)} ${100 * i / owners.length}% ${100 * (i + 1) / owners.length}%`).join(", ");
-  const element = make("i", kind, owners.length > 1 ? "\u00d7" + owners.length : owners[0] || "",
+  const element = make("i", "page " + kind, owners.length > 1 ? "\u00d7" + owners.length : owners[0] || "",
     owners.length ? `background: linear-gradient(90deg, ${stripes})` : kept ? `--c: ${hue(kept)}` : "");
   element.dataset.page = page;
   element.title = `page ${page}, reference count ${owners.length}: ` + {shared: `shared by requests ${owners.join(", ")}`, used: `used by request ${owners}`,
@@ -508,14 +514,14 @@ function timeline() {
 function go(to) {
   step = Math.max(0, Math.min(N, +to || 0)); $("slider").value = step; apply(step);
   $("cursor").style.cssText = `left: calc(var(--left) + (100% - var(--left)) * ${step / (N || 1)}); width: calc((100% - var(--left)) / ${N || 1})`;
-  const s = D.steps[step], shown = Math.min(D.num_blocks, 5000), used = users.filter(u => u.length).length;
+  const s = D.steps[step], shown = Math.min(D.num_blocks, 5000);
+  const [used, shared, kept] = s ? s.slice(4) : [0, 0, users.filter((u, p) => cached[p]).length];
   $("now").textContent = !s ? "After the last step: every page has been given back." : `Step ${step + 1} of ${N}: ${s[3]} decode + ${s[2]} prefill tokens ` +
     `of at most ${D.budget}, ${((s[1] - s[0]) / 1000).toFixed(2)} ms, ${(s[0] / 1e6).toFixed(3)} s after the start`;
-  $("pool").textContent = `Now ${used} of ${D.num_blocks} pages are in use, ${users.filter(u => u.length > 1).length} of them shared, and ` +
-    `${users.filter((u, p) => !u.length && cached[p]).length} are cached.` + (shown < D.num_blocks ? ` The first ${shown} are drawn.` : "");
+  $("pool").textContent = `Now ${used} of ${D.num_blocks} pages are in use, ${shared} of them shared, and ${kept} are cached.` + (shown < D.num_blocks ? ` The first ${shown} are drawn.` : "");
   $("map").replaceChildren(...users.slice(0, shown).map((u, p) => cell(u, cached[p], p)));
   $("tables").replaceChildren(...Object.keys(tables).slice(0, 60).map(r => {
-    const [kind] = R[r - 1].segments.find(([, first, last]) => first <= step && step <= last) || ["ends"];
+    const [kind] = R[r - 1].segments.find(([, first, last]) => first <= step && step <= last) || ["has ended, seen a step late"];
     return make("div", "table", "", `--c: ${hue(r)}`, make("span", "", `request ${r}: ${kind}`, ""),
       make("div", "", "", "", ...tables[r].map(p => make("i", users[p].length > 1 ? "shared" : "", p, ""))));
   }));
@@ -524,7 +530,7 @@ $("facts").textContent = `${D.num_requests} requests, ${R.reduce((n, r) => n + r
   `${D.block_size} tokens, on ${D.device}.` + (N < D.num_steps || R.length < D.num_requests ? ` Shown are ${N} steps and ${R.length} requests.` : "");
 $("size").textContent = D.block_size; $("slider").max = N; $("map").classList.toggle("many", D.num_blocks > 600);
 for (const [name, ...page] of [["used by request 1", [1], 0, 7], ["shared by two: its reference count is 2", [1, 2], 0, 8], ["cached, filled by 3", [], 3, 9], ["free", [], 0, 10]])
-  $("states").append(cell(...page), name);
+  $("states").append(make("span", "", "", "", cell(...page), name));
 $("slider").oninput = event => go(event.target.value);
 $("time").onclick = event => go(Math.floor((event.clientX - $("time").getBoundingClientRect().x - 190) / ($("time").clientWidth - 190) * N));
 timeline(); go(location.hash.slice(1));
