@@ -21,6 +21,7 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from datetime import date
 from functools import lru_cache
 from pathlib import Path
@@ -1694,7 +1695,8 @@ def assert_accounts(recorder):
         steps = [step for s in segments if s.count for step in range(s.first, s.last + 1)]
         assert len(steps) == len(set(steps)) and sum(s.sampled for s in segments) == len(o.token_ids)
         assert all(s.count == s.sampled == s.last - s.first + 1 for s in segments if s.kind == "decode") or o.finish_reason == "abort"
-        assert sum(s.count for s in segments if s.kind == "prefill") + o.num_cached_tokens == len(o.prompt_token_ids) or o.num_preemptions
+        assert (sum(s.count for s in segments if s.kind == "prefill") + o.num_cached_tokens == len(o.prompt_token_ids) or o.num_preemptions
+                or o.finish_reason == "abort")
 
 
 @pytest.mark.parametrize("overlap, simulated", [(True, True), (True, False), (False, True)])
@@ -1727,10 +1729,8 @@ def embedded(page):
     return json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.S)[1])
 
 
-def test_views_pages(watched):
+def assert_pools(data, pools):
     """The changes of the block tables, one after the other, give the reference counts and the cached pages of every step."""
-    recorder, _, pools = watched
-    data = embedded(views.html_trace(recorder))
     users, cached, tables, changes = [0] * data["num_blocks"], set(), {}, data["changes"]
     for step, (ref_counts, kept) in enumerate(pools):
         while changes and changes[0][0] <= step:
@@ -1746,6 +1746,52 @@ def test_views_pages(watched):
         assert data["steps"][step][4:] == [used, shared, len(kept)]
     assert max(s[5] for s in data["steps"]) > 0 and max(s[4] for s in data["steps"]) == data["num_blocks"]
     assert all(isinstance(pages, int) for _, _, pages in changes) and len(changes) == len(tables)      # after the last step: all is given back
+
+
+def test_views_pages(watched):
+    assert_pools(embedded(views.html_trace(watched[0])), watched[2])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_views_random_events(seed):
+    """Requests that often begin alike come, are preempted, go and are given up, with no model: facts and pages are right throughout."""
+    rng = RNG(seed)
+    allocator = BlockAllocator(20, 4)
+    scheduler, pools = Scheduler(allocator, 24, 8), []
+    recorder = views.Recorder(SimpleNamespace(device=SimpleNamespace(name="none"), engine=SimpleNamespace(scheduler=scheduler, in_flight=[])))
+    for _ in range(400):
+        if rng.random() < 0.3 and len(recorder.live) < 12:
+            output = RequestOutput([1] * int(rng.integers(1, 30)), arrival_time=time.perf_counter())
+            scheduler.waiting.append(Sequence(SamplingParams(), output, None, len(output.prompt_token_ids) + int(rng.integers(1, 40))))
+        elif rng.random() < 0.05 and scheduler.running:
+            gone = scheduler.running[int(rng.integers(len(scheduler.running)))]
+            gone.output.finish_reason = "abort"
+            scheduler.remove(gone)
+        recorder.told("schedule", None)
+        scheduled = scheduler.schedule()
+        if not scheduled:
+            continue
+        recorder.told("launch", scheduled)
+        pools.append((list(allocator.ref_counts), {page for page in allocator.free if page in allocator.chains}))
+        for sequence, count in scheduled:
+            sequence.num_computed_tokens += count
+            scheduler.register_full_blocks(sequence)
+        for event in "launched", "wait", "read":
+            recorder.told(event, None)
+        sampled = [sequence for sequence, _ in scheduled if sequence.remaining == 0]
+        for sequence in sampled:
+            sequence.token_ids.append(1)
+            sequence.output.token_ids.append(1)
+            if sequence.is_full:
+                sequence.output.finish_reason, sequence.output.finish_time = "length", time.perf_counter()
+                scheduler.remove(sequence)
+        recorder.told("done", sampled)
+    for sequence in [*scheduler.running, *scheduler.waiting]:
+        scheduler.remove(sequence)
+    recorder.close()
+    assert_accounts(recorder)
+    assert_pools(embedded(views.html_trace(recorder, max_requests=1000)), pools)
+    assert {"queued", "prefill", "decode", "preempted", "recomputed"} == {s.kind for request in recorder.requests for s in request.segments}
 
 
 def test_views_traces(watched):

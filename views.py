@@ -18,6 +18,7 @@ import time
 import unicodedata
 from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
 
 from tinyvllm import CpuDevice, TinyVLLMError, cdiv
 
@@ -224,8 +225,8 @@ def looking_inside(llm, args):
         observers.remove(recorder)
         recorder.close()
         if args.trace:
-            with open(args.trace, "w", encoding="utf-8") as file:
-                file.write(html_trace(recorder) if args.trace.endswith(".html") else json.dumps(chrome_trace(recorder)))
+            text = html_trace(recorder) if args.trace.endswith(".html") else json.dumps(chrome_trace(recorder))
+            Path(args.trace).write_text(text, "utf-8")
         if args.stats:
             print("\n".join(account_table(recorder.requests)), file=sys.stderr)
 
@@ -495,11 +496,12 @@ function apply(to) {                                    // block tables as they 
   }
   applied = to;
 }
-function strip(title, tallest, ...parts) {              // stacked bars, one for each step; parts: [colour, its value in a step]
-  const svg = `<svg viewBox="0 0 ${N} 1" preserveAspectRatio="none">` + parts.map(([color, value], i) => `<path fill="${color}" d="` + D.steps.map((s, x) => {
-    const low = parts.slice(0, i).reduce((sum, part) => sum + part[1](s), 0) / tallest;
+function strip(unit, tallest, ...parts) {               // stacked bars, one for each step; parts: [colour, name, its value in a step]
+  const svg = `<svg viewBox="0 0 ${N} 1" preserveAspectRatio="none">` + parts.map(([color, , value], i) => `<path fill="${color}" d="` + D.steps.map((s, x) => {
+    const low = parts.slice(0, i).reduce((sum, part) => sum + part[2](s), 0) / tallest;
     return `M${x},${1 - low}h1v${-value(s) / tallest}h-1z`; }).join("") + `"/>`).join("") + "</svg>";
-  const row = make("div", "row", "", "height: 54px; margin-top: 12px", make("span", "", title, ""));
+  const names = parts.flatMap(([color, name]) => [make("b", "", "\u25a0 ", `color: ${color}`), name + " "]);
+  const row = make("div", "row", "", "height: 54px; margin-top: 12px", make("span", "", "", "", ...names, unit));
   row.insertAdjacentHTML("beforeend", svg); return row;
 }
 function timeline() {
@@ -507,8 +509,8 @@ function timeline() {
     make("span", "", "", "", make("i", "", i + 1, ""), request.text),
     make("div", "", "", "", ...request.segments.filter(([, first, last]) => last >= first).map(([kind, first, last]) =>
       make("i", kind, "", `left: ${100 * first / N}%; width: ${100 * (last - first + 1) / N}%`))))),
-    strip("decode and prefill tokens", Math.max(1, ...D.steps.map(s => s[2] + s[3])), [HUES[0], s => s[3]], [HUES[1], s => s[2]]),
-    strip("pages in use, shared, cached", D.num_blocks, [HUES[2], s => s[4] - s[5]], ["var(--ink)", s => s[5]], ["var(--line)", s => s[6]]),
+    strip("tokens", D.steps.reduce((most, s) => Math.max(most, s[2] + s[3]), 1), [HUES[0], "decode", s => s[3]], [HUES[1], "prefill", s => s[2]]),
+    strip("pages", D.num_blocks, [HUES[2], "own", s => s[4] - s[5]], ["var(--ink)", "shared", s => s[5]], ["var(--line)", "cached", s => s[6]]),
     Object.assign(make("div", "", "", ""), {id: "cursor"}));
 }
 function go(to) {
