@@ -1787,6 +1787,7 @@ def test_views_random_events(seed):
                 scheduler.remove(sequence)
         recorder.told("done", sampled)
     for sequence in [*scheduler.running, *scheduler.waiting]:
+        sequence.output.finish_reason = "abort"
         scheduler.remove(sequence)
     recorder.close()
     assert_accounts(recorder)

@@ -109,7 +109,7 @@ class Recorder:
         self.in_flight = deque(Step(-1, 0.0, (), 0, 0, 0, 0, 0) for _ in llm.engine.in_flight)      # of surplus tokens, from before
         self.events = []                                    # (name, time, step)
         self.users, self.shared, self.kept = {}, set(), set()       # page -> numbers of its requests; pages of several; cached pages
-        self.changes = []       # (step, request number, pages that it got), or, instead of pages, -1 - n: it gave all back, and its first n stay cached
+        self.changes = []       # (step, request number, pages that it got); or -1 - n for pages: it gave all back, the first n stay cached
 
     def told(self, event, what):
         """From Engine.tell. schedule, launch, wait and read begin an activity of the engine; launched and done end one."""
@@ -209,8 +209,9 @@ class Recorder:
         while self.in_flight:
             self.account_step(self.in_flight.popleft(), now)
         for request in self.live.values():
-            request.output.finish_reason = request.output.finish_reason or "abort"
+            self.end_request(request, now)
         self.look_at_pages(now)
+        self.start = min([self.start, *(request.output.arrival_time for request in self.requests)])
 
 
 @contextlib.contextmanager
@@ -239,9 +240,10 @@ def account_table(requests):
     lines = ["Where the time went, in seconds that add up to wall, and tokens (cached: these did not have to be computed):",
              "  ".join(f"{name:>10}" for name in ("request", *PARTS, "wall", "prompt", "cached", "answer"))]
     for request in requests:
-        o, account = request.output, request.output.account
-        seconds = [f"{value:10.3f}" for value in (*account.values(), sum(account.values()))]
-        lines.append("  ".join([f"{request.number:10}", *seconds, f"{len(o.prompt_token_ids):10}", f"{o.num_cached_tokens:10}", f"{len(o.token_ids):10}"]))
+        o, seconds = request.output, request.output.account.values()
+        cells = [f"{request.number}", *(f"{value:.3f}" for value in (*seconds, sum(seconds)))]
+        cells += map(str, (len(o.prompt_token_ids), o.num_cached_tokens, len(o.token_ids)))
+        lines.append("  ".join(f"{cell:>10}" for cell in cells))
     return lines + [f"{part:>10}: {what}" for part, what in PARTS.items()]
 
 
@@ -260,8 +262,7 @@ def check_trace_path(path):
 
 def chrome_trace(recorder):
     """The run in Chrome's trace format, for ui.perfetto.dev: a track for the engine, one for each request, and counters."""
-    zero = min([recorder.start, *(request.output.arrival_time for request in recorder.requests)])
-    events = []
+    zero, events = recorder.start, []
 
     def add(phase, name, process, thread, at, args, **more):
         events.append({"ph": phase, "name": name, "pid": process, "tid": thread, "ts": (at - zero) * 1e6, "args": args} | more)
@@ -289,12 +290,11 @@ def chrome_trace(recorder):
 def html_trace(recorder, max_steps=20_000, max_requests=300):
     """The run as a page. Changes from step to step are stored, not states, and of a long run only the beginning, lest it have tens of MB."""
     requests, steps = recorder.requests[:max_requests], recorder.steps[:max_steps]
-    zero = min([recorder.start, *(request.output.arrival_time for request in requests)])
+    zero = recorder.start
     data = {
         "device": recorder.llm.device.name, "num_blocks": recorder.allocator.num_blocks, "block_size": recorder.allocator.block_size,
         "budget": recorder.scheduler.max_num_batched_tokens, "num_requests": len(recorder.requests), "num_steps": len(recorder.steps),
-        "requests": [{"text": r.output.text[:80], "prompt": len(r.output.prompt_token_ids), "cached": r.output.num_cached_tokens,
-                      "new": len(r.output.token_ids),
+        "requests": [{"text": r.output.text[:80], "new": len(r.output.token_ids),
                       "segments": [[s.kind, s.first, min(s.last, len(steps) - 1)] for s in r.segments if s.first < len(steps)]} for r in requests],
         "steps": [[round((s.begin - zero) * 1e6), round((s.end - zero) * 1e6), s.prefill, s.decode, s.used, s.shared, s.cached] for s in steps],
         "changes": [change for change in recorder.changes if change[0] <= len(steps) and change[1] <= len(requests)]}
@@ -308,9 +308,10 @@ SMALLEST = 60, 16                               # columns and lines of a termina
 COLOURS = 75, 214, 77, 211, 227, 141, 44, 173, 154, 180         # of the 256 that terminals have; black text is legible on each
 
 
-def mark(number, text=None):
+def mark(number, text="", width=1):
     """Text on the colour of a request; default: its letter."""
-    return f"\x1b[30;48;5;{COLOURS[(number - 1) % len(COLOURS)]}m{text or chr(65 + (number - 1) % 26)}\x1b[0m"
+    text = text or chr(ord("A") + (number - 1) % 26)
+    return f"\x1b[30;48;5;{COLOURS[(number - 1) % len(COLOURS)]}m{text:<{width}}\x1b[0m"
 
 
 def tail(text, columns):
@@ -381,9 +382,9 @@ class Watch:
         shown = [*recorder.live.values(), *(request for request in reversed(recorder.requests) if request.state == "done")]
         room, size = lines - len(frame) - 1, columns // 4               # cells of a bar; of a table of more pages the last are shown
         for request in shown[:room]:
-            computed, known = request.sequence.num_computed_tokens, len(request.output.prompt_token_ids) + len(request.output.token_ids)
-            state = f"{request.state} {computed}/{known}" if request.state in ("prefill", "recomputed") else request.state
-            lead = f" {state:<18}{known:>6} tokens "
+            known = len(request.output.prompt_token_ids) + len(request.output.token_ids)
+            progress = f" {request.sequence.num_computed_tokens}/{known}" if request.state in ("prefill", "recomputed") else ""
+            lead = f" {request.state + progress:<18}{known:>6} tokens "
             bar = mark(request.number, "|" * min(request.num_pages, size) or " ") + " " * (size - max(request.num_pages, 1))
             frame.append(f"{mark(request.number)}{lead}{bar} {tail(request.output.text, columns - len(lead) - size - 4)}")
         return frame + ([f"and {len(shown) - room} more"] if len(shown) > room else [])
@@ -396,26 +397,25 @@ class Watch:
         step, budget = recorder.steps[-1], recorder.scheduler.max_num_batched_tokens
         decode = cdiv(step.decode * size, budget)
         prefill = min(cdiv(step.prefill * size, budget), size - decode)
-        return [f"\x1b[1mtiny-vLLM\x1b[0m  step {len(recorder.steps)}  {live - waiting} running, {waiting} waiting, {len(recorder.requests) - live} done  "
-                f"{tokens / max(now - then, 1e-3):.0f} tokens/s",
-                f"[\x1b[42m{' ' * decode}\x1b[43m{' ' * prefill}\x1b[0m{' ' * (size - decode - prefill)}] \x1b[32m{step.decode} decode\x1b[0m + "
-                f"\x1b[33m{step.prefill} prefill\x1b[0m of {budget} tokens" +
-                (f"  {num_bytes / seconds / peak:.0%} of {peak / 1e9:.0f} GB/s" if peak and seconds else ""), ""]
+        share = f"  {num_bytes / seconds / peak:.0%} of {peak / 1e9:.0f} GB/s" if peak and seconds else ""
+        return [f"\x1b[1mtiny-vLLM\x1b[0m  step {len(recorder.steps)}  {live - waiting} running, {waiting} waiting, "
+                f"{len(recorder.requests) - live} done  {tokens / max(now - then, 1e-3):.0f} tokens/s",
+                f"[\x1b[42m{' ' * decode}\x1b[43m{' ' * prefill}\x1b[0m{' ' * (size - decode - prefill)}] "
+                f"\x1b[32m{step.decode} decode\x1b[0m + \x1b[33m{step.prefill} prefill\x1b[0m of {budget} tokens{share}", ""]
 
     def grid(self, width, rows):
         """Lines of the page pool, a cell for a page, or for several: then it shows one that has a user, or is cached, if any is."""
         users, kept, pages = self.recorder.users, self.recorder.kept, self.recorder.allocator.num_blocks
-        wide = 2 if 2 * pages <= width * rows else 1
-        width, cells = width // wide, []
-        each = cdiv(pages, width * rows)
+        wide = 2 if 2 * pages <= width * rows else 1        # columns of a cell
+        each, cells = cdiv(pages, width * rows), []
         for first in range(0, pages, each):
             group = range(first, min(first + each, pages))
-            busy = max((users.get(page, []) for page in group), key=len)
-            cells.append(mark(busy[0], f"{min(len(busy), 9) if len(busy) > 1 else chr(65 + (busy[0] - 1) % 26):<{wide}}") if busy
-                         else f"{'+' if any(page in kept for page in group) else '.':<{wide}}")
-        used = sum(map(bool, users.values()))
-        note = f"{used} of {pages} pages in use, {len(self.recorder.shared)} shared, {len(kept)} cached" + (f"; {each} pages a cell" if each > 1 else "")
-        return [note, *("".join(cells[i:i + width]) for i in range(0, len(cells), width))]
+            numbers = max((users.get(page, []) for page in group), key=len)
+            sign = "+" if any(page in kept for page in group) else "."
+            cells.append(mark(numbers[0], str(min(len(numbers), 9)) if len(numbers) > 1 else "", wide) if numbers else sign.ljust(wide))
+        note = (f"{sum(map(bool, users.values()))} of {pages} pages in use, {len(self.recorder.shared)} shared, {len(kept)} cached"
+                + (f"; {each} pages a cell" if each > 1 else ""))
+        return [note, *("".join(cells[i:i + width // wide]) for i in range(0, len(cells), width // wide))]
 
 
 # ======================================================================================================================
@@ -430,44 +430,47 @@ PAGE = r"""<!DOCTYPE html>
 body { margin: 0 auto; max-width: 1180px; padding: 20px; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
 h1 { font-size: 24px; margin: 0 } h2 { font-size: 17px; margin: 0 } p { margin: 2px 0 10px; color: var(--soft) } p b { color: var(--ink) }
 section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 18px; margin: 14px 0 }
-#bar { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: 4px 14px } #bar input { flex: 1; accent-color: var(--mark) }
-#now { flex-basis: 100%; font-variant-numeric: tabular-nums }
+#bar { position: sticky; top: 0; z-index: 1 } #bar input { width: 100%; margin: 0; accent-color: var(--mark) }
 i { font: 12px/24px system-ui; text-align: center; color: #10131a; background: var(--c) } .legend { display: flex; flex-wrap: wrap; gap: 4px 18px }
 .legend i { display: inline-block; width: 28px; height: 24px; vertical-align: middle; margin-right: 6px }
 #time { position: relative; --left: 190px; cursor: pointer } .row { display: flex; height: 24px } .row.many { height: 5px; font-size: 0 }
-.row > span { flex: 0 0 calc(var(--left) - 8px); margin-right: 8px; overflow: hidden; white-space: nowrap; color: var(--soft); font-size: 12px; line-height: 24px }
+.row > span { flex: 0 0 calc(var(--left) - 8px); margin-right: 8px; overflow: hidden; white-space: nowrap; font: 12px/24px system-ui }
 .row > span i { display: inline-block; width: 26px; line-height: 18px; margin-right: 6px } .many > span { visibility: hidden }
+.strip { height: 54px; margin-top: 12px } .strip.row > span { white-space: normal; line-height: 18px }
 .row div, .row svg { flex: 1; position: relative; min-width: 0; height: 100% } .row div i { position: absolute; top: 8%; height: 84%; min-width: 1px }
 #cursor { position: absolute; top: 0; bottom: 0; min-width: 2px; outline: 2px solid var(--mark); pointer-events: none }
 i.prefill { box-shadow: inset -1px 0 var(--card) } i.decode { opacity: .5 }
 i.recomputed { background: repeating-linear-gradient(135deg, var(--c) 0 4px, var(--warn) 4px 6px) }
-i.queued, i.preempted { background: linear-gradient(90deg, var(--soft) 60%, transparent 0) 0 50% / 6px 2px repeat-x } i.preempted {
-  background-image: linear-gradient(90deg, var(--warn) 60%, transparent 0) }
-.pages { display: flex; flex-wrap: wrap; gap: 2px } i.page { position: relative; width: 34px; height: 32px; line-height: 38px; border-radius: 3px;
-  box-shadow: inset 0 0 0 1px var(--line) } .page::before { content: attr(data-page); position: absolute; left: 3px; top: 1px; font: 9px/11px system-ui }
-.many .page { width: 10px; height: 10px; font-size: 0 } .many .page::before { display: none } i.cached { color: var(--ink);
-  background: repeating-linear-gradient(135deg, var(--c) 0 2px, transparent 2px 6px) } i.free { color: var(--soft) }
+i.queued, i.preempted { background: linear-gradient(90deg, var(--soft) 60%, transparent 0) 0 50% / 6px 2px repeat-x }
+i.preempted { background-image: linear-gradient(90deg, var(--warn) 60%, transparent 0) }
+#map { display: flex; flex-wrap: wrap; gap: 2px }
+i.page { position: relative; width: 34px; height: 32px; line-height: 38px; border-radius: 3px; box-shadow: inset 0 0 0 1px var(--line) }
+.page::before { content: attr(data-page); position: absolute; left: 3px; top: 1px; font: 9px/11px system-ui }
+.many .page { width: 10px; height: 10px; font-size: 0 } .many .page::before { display: none } i.free { color: var(--soft) }
+i.cached { color: var(--ink); background: repeating-linear-gradient(135deg, var(--c) 0 2px, transparent 2px 6px) }
 i.page.shared, .table i.shared { box-shadow: inset 0 0 0 2px var(--ink) }
 .table { display: flex; gap: 10px } .table span { flex: 0 0 260px } .table div { display: flex; flex-wrap: wrap; gap: 2px; padding: 2px 0 }
 .table i { padding: 0 5px; min-width: 18px; line-height: 20px; border-radius: 3px }
 </style></head><body>
 <h1>One run of tiny-vLLM, step by step</h1><p id="facts"></p>
 <section id="bar"><input id="slider" type="range" min="0" aria-label="step"><span id="now"></span></section>
-<section><h2>Who computes what, and when</h2><p>A row is a <b>request</b>, a column a <b>step</b>: one pass of the model over tokens of many requests.
-A prompt is read in one step or a few (<b>prefill</b>); then each step brings one token of the answer (<b>decode</b>). A request that ends makes room for the
-next at once. Click on a step to see it below.</p>
-<p class="legend" style="--c: #5b9bea"><span><i class="prefill"></i>prefill</span><span><i class="decode"></i>decode</span><span><i class="queued"></i>queued</span>
-<span><i class="preempted"></i>preempted: its pages were taken</span><span><i class="recomputed"></i>computed again</span></p><div id="time"></div></section>
+<section><h2>Who computes what, and when</h2><p>A row is a <b>request</b>, a column a <b>step</b>: one pass of the model over tokens of many
+requests. A prompt is read in one step or a few (<b>prefill</b>); then each step brings one token of the answer (<b>decode</b>). A request that
+ends makes room for the next at once. Click on a step to see it below.</p>
+<p class="legend" style="--c: #5b9bea"><span><i class="prefill"></i>prefill</span><span><i class="decode"></i>decode</span>
+<span><i class="queued"></i>queued</span>
+<span><i class="preempted"></i>preempted: its pages were taken</span><span><i class="recomputed"></i>computed again</span></p>
+<div id="time"></div></section>
 <section><h2>Where keys and values live: the page pool</h2><p>The model remembers each token as a key and a value. They lie in <b>pages</b> of
-<span id="size"></span> tokens, anywhere in memory. A cell is a page, with its number above, and its owner's colour and number. Requests that begin
-alike <b>share</b> pages; a page that nobody needs stays <b>cached</b> until its room is wanted. <b id="pool"></b></p>
+<span id="size"></span> tokens, anywhere in memory. A cell is a page, with its number above, and its owner's colour and number. Requests that
+begin alike <b>share</b> pages; a page that nobody needs stays <b>cached</b> until its room is wanted. <b id="pool"></b></p>
 <p class="legend" id="states"></p><div class="pages" id="map"></div></section>
 <section><h2>Block tables: which page comes next?</h2><p>This list is all that keeps a text together: the numbers of its pages, first tokens first.
 Framed pages have several users.</p><div id="tables"></div></section>
 <script id="data" type="application/json">@DATA@</script>
 <script>
 "use strict";
-const D = JSON.parse(document.getElementById("data").textContent), $ = id => document.getElementById(id), N = D.steps.length, R = D.requests;
+const $ = id => document.getElementById(id), D = JSON.parse($("data").textContent), N = D.steps.length, R = D.requests;
 const HUES = ["#5b9bea", "#f0a04b", "#4fb57c", "#e578a5", "#d8bb3a", "#a184e6", "#3bb4c1", "#e07563", "#9bbd4a", "#bd9272"];
 const hue = r => HUES[(r - 1) % HUES.length];
 let step = 0, applied = -1, users, cached, tables;
@@ -482,8 +485,8 @@ function cell(owners, kept, page) {                     // a page of the pool
   const element = make("i", "page " + kind, owners.length > 1 ? "\u00d7" + owners.length : owners[0] || "",
     owners.length ? `background: linear-gradient(90deg, ${stripes})` : kept ? `--c: ${hue(kept)}` : "");
   element.dataset.page = page;
-  element.title = `page ${page}, reference count ${owners.length}: ` + {shared: `shared by requests ${owners.join(", ")}`, used: `used by request ${owners}`,
-    cached: `filled by request ${kept}, free, and found again by whoever begins alike`, free: "free"}[kind];
+  element.title = `page ${page}, reference count ${owners.length}: ` + {shared: `shared by requests ${owners.join(", ")}`,
+    used: `used by request ${owners}`, cached: `filled by request ${kept}, free, and found again by whoever begins alike`, free: "free"}[kind];
   return element;
 }
 function apply(to) {                                    // block tables as they are in that step; N: after the last
@@ -497,19 +500,20 @@ function apply(to) {                                    // block tables as they 
   applied = to;
 }
 function strip(unit, tallest, ...parts) {               // stacked bars, one for each step; parts: [colour, name, its value in a step]
-  const svg = `<svg viewBox="0 0 ${N} 1" preserveAspectRatio="none">` + parts.map(([color, , value], i) => `<path fill="${color}" d="` + D.steps.map((s, x) => {
-    const low = parts.slice(0, i).reduce((sum, part) => sum + part[2](s), 0) / tallest;
-    return `M${x},${1 - low}h1v${-value(s) / tallest}h-1z`; }).join("") + `"/>`).join("") + "</svg>";
+  const low = (s, i) => parts.slice(0, i).reduce((sum, part) => sum + part[2](s), 0) / tallest;
+  const paths = parts.map(([color, , value], i) => `<path fill="${color}" d="` +
+    D.steps.map((s, x) => `M${x},${1 - low(s, i)}h1v${-value(s) / tallest}h-1z`).join("") + `"/>`);
   const names = parts.flatMap(([color, name]) => [make("b", "", "\u25a0 ", `color: ${color}`), name + " "]);
-  const row = make("div", "row", "", "height: 54px; margin-top: 12px", make("span", "", "", "", ...names, unit));
-  row.insertAdjacentHTML("beforeend", svg); return row;
+  const row = make("div", "row strip", "", "", make("span", "", "", "", ...names, unit));
+  row.insertAdjacentHTML("beforeend", `<svg viewBox="0 0 ${N} 1" preserveAspectRatio="none">${paths.join("")}</svg>`); return row;
 }
 function timeline() {
   $("time").append(...R.map((request, i) => make("div", R.length > 40 ? "row many" : "row", "", `--c: ${hue(i + 1)}`,
     make("span", "", "", "", make("i", "", i + 1, ""), request.text),
     make("div", "", "", "", ...request.segments.filter(([, first, last]) => last >= first).map(([kind, first, last]) =>
       make("i", kind, "", `left: ${100 * first / N}%; width: ${100 * (last - first + 1) / N}%`))))),
-    strip("tokens", D.steps.reduce((most, s) => Math.max(most, s[2] + s[3]), 1), [HUES[0], "decode", s => s[3]], [HUES[1], "prefill", s => s[2]]),
+    strip("tokens", D.steps.reduce((most, s) => Math.max(most, s[2] + s[3]), 1),
+      [HUES[0], "decode", s => s[3]], [HUES[1], "prefill", s => s[2]]),
     strip("pages", D.num_blocks, [HUES[2], "own", s => s[4] - s[5]], ["var(--ink)", "shared", s => s[5]], ["var(--line)", "cached", s => s[6]]),
     Object.assign(make("div", "", "", ""), {id: "cursor"}));
 }
@@ -518,9 +522,11 @@ function go(to) {
   $("cursor").style.cssText = `left: calc(var(--left) + (100% - var(--left)) * ${step / (N || 1)}); width: calc((100% - var(--left)) / ${N || 1})`;
   const s = D.steps[step], shown = Math.min(D.num_blocks, 5000);
   const [used, shared, kept] = s ? s.slice(4) : [0, 0, users.filter((u, p) => cached[p]).length];
-  $("now").textContent = !s ? "After the last step: every page has been given back." : `Step ${step + 1} of ${N}: ${s[3]} decode + ${s[2]} prefill tokens ` +
-    `of at most ${D.budget}, ${((s[1] - s[0]) / 1000).toFixed(2)} ms, ${(s[0] / 1e6).toFixed(3)} s after the start`;
-  $("pool").textContent = `Now ${used} of ${D.num_blocks} pages are in use, ${shared} of them shared, and ${kept} are cached.` + (shown < D.num_blocks ? ` The first ${shown} are drawn.` : "");
+  $("now").textContent = !s ? "After the last step: every page has been given back." :
+    `Step ${step + 1} of ${N}: ${s[3]} decode + ${s[2]} prefill tokens of at most ${D.budget}, ${((s[1] - s[0]) / 1000).toFixed(2)} ms, ` +
+    `${(s[0] / 1e6).toFixed(3)} s after the start`;
+  $("pool").textContent = `Now ${used} of ${D.num_blocks} pages are in use, ${shared} of them shared, and ${kept} are cached.` +
+    (shown < D.num_blocks ? ` The first ${shown} are drawn.` : "");
   $("map").replaceChildren(...users.slice(0, shown).map((u, p) => cell(u, cached[p], p)));
   $("tables").replaceChildren(...Object.keys(tables).slice(0, 60).map(r => {
     const [kind] = R[r - 1].segments.find(([, first, last]) => first <= step && step <= last) || ["has ended, seen a step late"];
@@ -528,10 +534,12 @@ function go(to) {
       make("div", "", "", "", ...tables[r].map(p => make("i", users[p].length > 1 ? "shared" : "", p, ""))));
   }));
 }
-$("facts").textContent = `${D.num_requests} requests, ${R.reduce((n, r) => n + r.new, 0)} new tokens, ${D.num_steps} steps, a pool of ${D.num_blocks} pages of ` +
-  `${D.block_size} tokens, on ${D.device}.` + (N < D.num_steps || R.length < D.num_requests ? ` Shown are ${N} steps and ${R.length} requests.` : "");
+$("facts").textContent = `${D.num_requests} requests, ${R.reduce((n, r) => n + r.new, 0)} new tokens, ${D.num_steps} steps, ` +
+  `a pool of ${D.num_blocks} pages of ${D.block_size} tokens, on ${D.device}.` +
+  (N < D.num_steps || R.length < D.num_requests ? ` Shown are ${N} steps and ${R.length} requests.` : "");
 $("size").textContent = D.block_size; $("slider").max = N; $("map").classList.toggle("many", D.num_blocks > 600);
-for (const [name, ...page] of [["used by request 1", [1], 0, 7], ["shared by two: its reference count is 2", [1, 2], 0, 8], ["cached, filled by 3", [], 3, 9], ["free", [], 0, 10]])
+for (const [name, ...page] of [["used by request 1", [1], 0, 7], ["shared by two: its reference count is 2", [1, 2], 0, 8],
+    ["cached, filled by 3", [], 3, 9], ["free", [], 0, 10]])
   $("states").append(make("span", "", "", "", cell(...page), name));
 $("slider").oninput = event => go(event.target.value);
 $("time").onclick = event => go(Math.floor((event.clientX - $("time").getBoundingClientRect().x - 190) / ($("time").clientWidth - 190) * N));
