@@ -1,13 +1,12 @@
 // tiny-vLLM: every GPU kernel of the engine.
 //
 // A step of the engine is matrix products, which cuBLAS does, and between them these kernels, in the order in which a
-// token meets them (the middle five in every layer, rms_norm twice and once more before the head):
+// token meets them (the middle four in every layer, rms_norm twice and once more before the head):
 //
 //     gather_rows       token id -> its row of the embedding table
 //     rms_norm          add what the last product gave to the residual stream, normalise
 //     rope_and_cache    rotate queries and keys by their position, put keys and values into the paged KV cache
 //     paged_attention   each query looks at all the keys up to its own, wherever their pages lie
-//     merge_splits      ... and what it found there is added up, where several blocks shared the keys
 //     silu_mul          the gate of the feed-forward part
 //     sample            logits -> the next token, on the GPU, so that 8 bytes a sequence go to the CPU and not V logits
 //
@@ -15,8 +14,8 @@
 // the other, whether a sequence brings one token or a chunk of its prompt), S sequences, R rows to sample (sequences
 // that get a token), D hidden, H query heads, K kv heads, G = H/K query heads that share a kv head, h head_dim, F ffn,
 // V vocabulary, B tokens a page, N pages. Above each kernel stands its contract: the grid, what one block and one
-// thread own, each pointer with its shape. No kernel knows whether it serves prefill or decode: positions, slots and lengths
-// are data.
+// thread own, each pointer with its shape. No kernel knows whether it serves prefill or decode: positions, slots and
+// lengths are data.
 //
 // Everything is stored as bfloat16 (the upper half of a float32) and computed in float32. The file is compiled for one
 // model: the sizes below come in as -D macros, so that loops have constant bounds. The CPU simulator (simulator.h)
@@ -46,8 +45,8 @@ using u64 = unsigned long long;
 
 // A GPU moves memory best in 16 bytes a thread: eight bf16, one load instruction. The address must be a multiple of 16.
 struct alignas(16) Bf16x8 { bf16 v[8]; };    // as they lie in memory
-struct alignas(4) Bf16x2 { bf16 v[2]; };     // where a warp shares a row of head_dim: 4 bytes a lane
 struct Float8 { float v[8]; };               // as they are computed with, in registers
+struct alignas(8) Float2 { float v[2]; };
 
 __device__ inline Bf16x8& vec8(bf16* p) { return *reinterpret_cast<Bf16x8*>(p); }
 __device__ inline const Bf16x8& vec8(const bf16* p) { return *reinterpret_cast<const Bf16x8*>(p); }
@@ -86,6 +85,83 @@ __device__ inline T block_reduce(T x, Op op) {
     for (int warp = 1; warp < blockDim.x / 32; ++warp) x = op(x, partial[warp]);
     return x;
 }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// PTX: instructions that C++ has no words for. simulator.h has the same functions for a CPU, and says who holds what
+// ---------------------------------------------------------------------------------------------------------------------
+#ifndef SIMULATOR
+// d [16, 8] = a [16, 16] @ b [16, 8] + c [16, 8] on the tensor cores: a warp holds them in fragments.
+__device__ inline void mma_m16n8k16_bf16(float* d, const unsigned (&a)[4], const unsigned* b, const float* c) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]),
+          "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
+
+// Fragments of four matrices [8, 8] in shared memory: lane 8m + i says where row i of number m lies.
+template <bool TRANSPOSED>
+__device__ inline void ldmatrix_x4(unsigned (&r)[4], const void* row) {
+    const unsigned address = __cvta_generic_to_shared(row);
+    if (TRANSPOSED)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+
+// The fragment of a [16, 16] in shared memory: at(row, part) says where numbers 8 part .. 8 part + 7 of a row lie.
+template <class At> __device__ inline void load_shared(unsigned (&a)[4], At at) {
+    ldmatrix_x4<false>(a, at(threadIdx.x % 16, threadIdx.x / 16 % 2));
+}
+
+// d[r] [16, 8N] += a[r] [16, 16 STEPS] @ b, for R tiles of rows: a(step) is the fragments of 16 columns; b lies in
+// shared memory, its rows at(row, part), or, TRANSPOSED, its columns. Eight rows further is 8 STRIDE parts further.
+template <bool TRANSPOSED, int STRIDE, int STEPS, int R, int N, class Step, class At>
+__device__ inline void mma_shared(float (&d)[R][N][4], Step a, At at) {
+    const unsigned lane = threadIdx.x % 32;
+    #pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+        const unsigned (&a_step)[R][4] = a(step);
+        #pragma unroll
+        for (int n = 0; n < N; n += 2) {
+            unsigned b[4];    // fragments of 16 columns; each serves R tiles, since shared memory is the slower part
+            if (TRANSPOSED)
+                ldmatrix_x4<false>(b, at(lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2) + 8 * n * STRIDE);
+            else
+                ldmatrix_x4<true>(b, at(lane % 16, n + lane / 16) + 16 * step * STRIDE);
+            #pragma unroll
+            for (int i = 0; i < 2 * R; ++i)
+                mma_m16n8k16_bf16(d[i / 2][n + i % 2], a_step[i / 2], b + i % 2 * 2, d[i / 2][n + i % 2]);
+        }
+    }
+}
+
+// Starts a copy of 16 bytes from global to shared memory, past the registers. `bytes` of them are read, the rest is 0.
+__device__ inline void cp_async_16(void* shared, const void* global, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :: "r"((unsigned)__cvta_generic_to_shared(shared)), "l"(global), "r"(bytes) : "memory");
+}
+// What a thread has started since its last commit is a group. Waits until at most its latest N groups are under way.
+__device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N>
+__device__ inline void cp_async_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
+
+__device__ inline float exp2_approx(float x) {    // 2^x, with a relative error of 2^-22
+    asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
+    return x;
+}
+__device__ inline unsigned pack_bf16x2(float low, float high) {    // two bf16 in a register, `low` in the lower half
+    unsigned both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
+// atomicInc that orders memory: whoever finds its result here also finds what this thread had written or seen before.
+__device__ inline unsigned atomic_inc_acq_rel(unsigned* p, unsigned limit) {
+    unsigned before;
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(limit) : "memory");
+    return before;
+}
+#endif
 
 // ---------------------------------------------------------------------------------------------------------------------
 // gather_rows: out[r] = table[rows[r]]
@@ -202,17 +278,16 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
 // ---------------------------------------------------------------------------------------------------------------------
 // paged_attention: out = softmax(q . k * scale) v, over the keys at and before each query's position
 //
-// Attention with three twists.
+// FlashAttention-2, with two twists.
 // - Paged: key number t of a sequence lies in page block_table[t / B], at offset t % B. Only the copy to shared memory
 //   knows this.
-// - Grouped (GQA): query heads kv_head * G .. kv_head * G + G-1 share one kv head. A block takes all of them, so the kv
-//   head is read once.
-// - Online softmax: scores come tile by tile, and exp needs their maximum first, lest it overflow. So keep a running
-//   maximum m, sum l and accumulator acc; when a tile raises the maximum from m to m', what was summed so far is too
-//   large by exp(m' - m), and is rescaled:
-//       l   = l   exp(m - m') + sum_j exp(s_j - m')
-//       acc = acc exp(m - m') + sum_j exp(s_j - m') v_j            and at the end, out = acc / l
-//
+// - Grouped (GQA): query heads kv_head * G .. kv_head * G + G-1 share one kv head. Each pair (query, one of these) is a
+//   row, number query * G + head % G, and all rows of a block share the keys that it reads.
+// Online softmax: scores come tile by tile, and exp needs their maximum first, lest it overflow. So keep a running
+// maximum m, sum l and accumulator acc; when a tile raises the maximum from m to m', what was summed so far is too
+// large by exp(m' - m), and is rescaled:
+//     l   = l   exp(m - m') + sum_j exp(s_j - m')
+//     acc = acc exp(m - m') + sum_j exp(s_j - m') v_j            and at the end, out = acc / l
 // Causal: the queries of a sequence are its last positions, so a query at position p sees keys 0..p, whether it is a
 // decode token (p = context - 1) or belongs to a chunk from the middle of a prompt. At p < 0 (padding) there is no key,
 // and out is 0.
@@ -223,183 +298,264 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
 //   cu_seqlens [S + 1]: sequence s brings tokens cu_seqlens[s] .. cu_seqlens[s + 1] - 1 of the batch.
 //   context_lens [S]: how many tokens it has by now, these included.
 //   partial [T, H, splits, h + 2] float, or null with one split: a few decode tokens make too few blocks for a GPU,
-//   however long their contexts. So the keys are dealt to `splits` blocks, a run of whole tiles to each (flash-
-//   decoding). With one split, out is written; with more, partial: each block's acc, m and l, also of one without keys
-//   (0, -inf, 0).
-//   Grid (ceil(most queries of a sequence / QUERY_TILE) * splits, K, S): a block owns a tile of one sequence's queries,
-//   times the G heads of one kv head. Such a pair (query, head) is a row. Rows are dealt to the warps in turn, so each
-//   has at most G; one decode token has G rows in all, the others are skipped. Within a row, a lane owns one key in 32
-//   for the scores, then two numbers in 64 of head_dim for the values.
-//   Shared memory: a tile of keys and values, and for each warp the probabilities of its current row; 22 to 38 KB.
+//   however long their contexts. So the keys are dealt to `splits` blocks (flash-decoding), a run of tiles to each, or
+//   to fewer if there are few. Each leaves acc, m and l here, and the last one to end merges them.
+//   Grid (ceil(G * most queries of a sequence / ATTENTION_ROWS), K * splits, S), if splits > 1 at most 1,024 * splits
+//   blocks: one owns a tile of a sequence's rows, the latest first, since these see the most keys. Some find no row.
+//
+// Who owns what: of each 16 rows of scores and acc, lane i of a warp holds rows i / 4 and i / 4 + 8, and in these the
+// columns 2 (i % 4), +1 of every eight (as mma leaves them; the next mma wants probabilities as a factor just there).
+// - Prefill: a warp owns 32 rows, or 16 if head_dim > 128 (acc must fit its registers), and looks at all keys.
+// - Decode (16 rows or fewer: one token has G): all warps have the same rows, and each its own 16 keys of a tile. In
+//   the end warp 0 adds up what they found.
+// Shared memory, 48 KB: q of the block's rows, and a ring of tiles, K, V, K, V, ...: while one is used, the next are on
+// their way.
 // ---------------------------------------------------------------------------------------------------------------------
-constexpr int QUERY_TILE = 8;    // as many as warps, so that a warp has G rows at most and their acc fits its registers
-constexpr int ATTENTION_THREADS = 256;
+constexpr int ATTENTION_THREADS = 128;
+constexpr int ATTENTION_ROWS = 64;       // a block has this many, or, if head_dim <= 128, twice as many
+constexpr int WARPS = ATTENTION_THREADS / 32, PARTS = HEAD_DIM / 8;          // 16-byte parts of a row of q, K or V
+constexpr int KEY_TILE = HEAD_DIM <= 64 ? 64 : HEAD_DIM <= 128 ? 32 : 16;    // 8 KB
+constexpr int MIN_SPLIT = 256;           // keys for one block at least: for fewer, merging costs more than it gains
+// ldmatrix reads one part of eight rows at a time, and these should lie in different banks. They do if a row has an odd
+// number of parts, so rows are padded; or, with 8, 16, ... parts, if part p of row r changes places with p xor r % 8.
+constexpr int STRIDE = PARTS % 8 == 0 ? PARTS : PARTS + 1;
+__device__ inline unsigned place(unsigned row, unsigned part) {
+    return row * STRIDE + part / 8 * 8 + (part % 8 ^ (PARTS % 8 == 0 ? row % 8 : 0));
+}
 
-extern "C" __global__ __launch_bounds__(ATTENTION_THREADS) void paged_attention(
-        bf16* out, const bf16* qkv, const bf16* k_cache, const bf16* v_cache, const int* block_tables,
-        const int* cu_blocks, const int* cu_seqlens, const int* context_lens, float scale, float* partial, int splits) {
-    constexpr int WARPS = ATTENTION_THREADS / 32;
-    constexpr int ROWS = (QUERY_TILE * GROUP + WARPS - 1) / WARPS;                // rows of one warp, at most
-    constexpr int KEY_TILE = HEAD_DIM <= 64 ? 128 : HEAD_DIM <= 128 ? 64 : 32;    // the static limit is 48 KB
-    constexpr int KEYS = KEY_TILE / 32;                                           // keys of one lane
-    constexpr int PARTS = HEAD_DIM / 8;                                           // 16-byte parts of one key or value
-    constexpr int PAIRS = (HEAD_DIM + 63) / 64;                                   // pairs of numbers of one lane
-    // Lane j reads key j: at a row length of 2h bytes, many lanes would meet in the same bank. One unused part makes
-    // the row an odd number of 16-byte parts, and any eight lanes then touch all 32 banks.
-    __shared__ Bf16x8 k_tile[KEY_TILE][PARTS + 1];
-    __shared__ Bf16x8 v_tile[KEY_TILE][PARTS];
-    __shared__ float p_tile[WARPS][KEY_TILE];
+__device__ unsigned arrived[1024];       // of each block's rows: splits that have ended. 0 between launches
 
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int split = blockIdx.x % splits, kv_head = blockIdx.y, sequence = blockIdx.z;
-    const int query_len = cu_seqlens[sequence + 1] - cu_seqlens[sequence];
-    const int first_query = blockIdx.x / splits * QUERY_TILE;
-    if (first_query >= query_len) return;                       // the whole block returns: it misses no barrier
-    const int first_token = cu_seqlens[sequence] + first_query;                     // its number in the batch
-    const int first_position = context_lens[sequence] - query_len + first_query;    // and in the sequence
-    const int queries = min(QUERY_TILE, query_len - first_query), rows = queries * GROUP;
-    const int end = first_position + queries;                   // the last query sees keys 0..end-1
-    const int* block_table = block_tables + cu_blocks[sequence];
+// A block's work: rows from first_row on, of the sequence that begins with first_token, which sees first_seen keys.
+template <int ROW_TILES, int KEY_WARPS>    // tiles of 16 rows that a warp owns; warps that share the keys of a tile
+__device__ inline void attend(
+        Bf16x8* memory, unsigned first_row, unsigned rows, unsigned first_token, int first_seen, const int* block_table,
+        bf16* out, const bf16* qkv, const bf16* k_cache, const bf16* v_cache, float scale, float* partial) {
+    constexpr unsigned Q_ROWS = 16 * ROW_TILES * (KEY_WARPS > 1 ? 1 : WARPS), TILE = KEY_TILE * STRIDE;
+    constexpr unsigned FIT = (48 * 1024 / 16 - Q_ROWS * STRIDE) / TILE, SLOTS = FIT < 5 ? FIT : 5;    // of the ring
+    constexpr unsigned KEYS = KEY_TILE / KEY_WARPS;       // of a warp in each tile
+    constexpr bool KEEP_Q = ROW_TILES * PARTS <= 16;      // in registers
+    const unsigned kv_head = blockIdx.y % NUM_KV_HEADS, split = blockIdx.y / NUM_KV_HEADS;
+    const unsigned splits = gridDim.y / NUM_KV_HEADS, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const unsigned warp_row = KEY_WARPS > 1 ? 0 : warp * 16 * ROW_TILES, warp_key = warp % KEY_WARPS * KEYS;
+    // Of a row: its token * H + head, and how many keys it sees.
+    const auto token_head = [=](unsigned row) {
+        const unsigned token = first_token + (first_row + row) / GROUP;
+        return (size_t)token * NUM_HEADS + kv_head * GROUP + (first_row + row) % GROUP;
+    };
+    const auto visible = [=](unsigned row) { return first_seen + int((first_row + row) / GROUP); };
     // This block's keys: whole tiles, so that only the last one of all can be partial. There may be none.
-    const int tiles = (end + KEY_TILE - 1) / KEY_TILE, share = (tiles + splits - 1) / splits * KEY_TILE;
-    const int first_key = split * share, last_key = min(end, first_key + share);
+    const unsigned end = max(visible(rows - 1), 0), all_tiles = (end + KEY_TILE - 1) / KEY_TILE;
+    const unsigned share = max((all_tiles + splits - 1) / splits, unsigned(MIN_SPLIT / KEY_TILE));
+    const unsigned used_splits = max((all_tiles + share - 1) / share, 1u);
+    if (split >= used_splits) return;
+    const unsigned first_tile = split * share, last_tile = min(first_tile + share, all_tiles);
 
-    float m[ROWS], l[ROWS], acc[ROWS][PAIRS][2];
-    for (int r = 0; r < ROWS; ++r) {
-        m[r] = -INF;
-        l[r] = 0;    // each lane sums its own keys; the lanes are added up at the end
-        for (int d = 0; d < PAIRS; ++d) acc[r][d][0] = acc[r][d][1] = 0;
+    // 1. Copies. q first; it belongs to the first tile's group. Rows that there are not are 0.
+    for (unsigned item = threadIdx.x; item < Q_ROWS * PARTS; item += ATTENTION_THREADS) {
+        const unsigned row = item / PARTS, part = item % PARTS;
+        const size_t i = token_head(min(row, rows - 1)), token = i / NUM_HEADS, head = i % NUM_HEADS;
+        const bf16* source = qkv + token * QKV + head * HEAD_DIM + 8 * part;
+        cp_async_16(memory + place(row, part), source, row < rows ? 16 : 0);
     }
-
-    for (int start = first_key; start < last_key; start += KEY_TILE) {
-        // 1. All threads copy the tile. Hazard: the last one may be partial, and so may the last page. Nothing at or
-        //    past `end` is read, neither unused slots (garbage, possibly NaN) nor unused entries of the block table
-        //    (not even page numbers).
-        const int keys = min(KEY_TILE, last_key - start);
-        __syncthreads();    // a slow warp may still be reading the tile before this one
-        #pragma unroll 4
-        for (int item = threadIdx.x; item < keys * PARTS; item += ATTENTION_THREADS) {
-            const int key = item / PARTS, part = item % PARTS, position = start + key;
-            const size_t page = block_table[position / BLOCK_SIZE];    // 64 bits, as in rope_and_cache
-            const size_t place = (page * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + position % BLOCK_SIZE;
-            k_tile[key][part] = vec8(k_cache + place * HEAD_DIM + 8 * part);
-            v_tile[key][part] = vec8(v_cache + place * HEAD_DIM + 8 * part);
+    // Of K and V, a thread copies one part (two, if head_dim > 128) of every STEPth key. It looks up their pages a tile
+    // ahead. Hazard: nothing at or past `end` is read, neither unused slots (garbage, possibly NaN) nor unused entries
+    // of the block table (not even page numbers). In the tile it is 0: NaN times a probability of 0 would be NaN.
+    constexpr unsigned LANES = PARTS <= 4 ? 4 : PARTS <= 8 ? 8 : 16, STEP = ATTENTION_THREADS / LANES;
+    const unsigned my_key = threadIdx.x / LANES, my_part = threadIdx.x % LANES;
+    unsigned pages[KEY_TILE / STEP];
+    const auto look_up = [&](unsigned tile) {
+        #pragma unroll
+        for (unsigned i = 0; i < KEY_TILE / STEP; ++i) {
+            const unsigned position = tile * KEY_TILE + my_key + i * STEP;
+            pages[i] = position < end ? block_table[position / BLOCK_SIZE] : 0;
         }
-        __syncthreads();    // the tile is complete before any warp reads another warp's part of it
-
-        #pragma unroll      // r must be a constant: acc[r] can live in registers only then
-        for (int r = 0; r < ROWS; ++r) {
-            const int row = r * WARPS + warp, query = row / GROUP, head = kv_head * GROUP + row % GROUP;
-            if (row >= rows) break;
-            // A row that sees no key of this tile skips it. Hazard: if this were its first tile, m and the new maximum
-            // would both be -inf, and -inf - -inf is NaN. After the skip, a maximum is over at least one real score.
-            const int visible = min(keys, first_position + query + 1 - start);
-            if (visible <= 0) continue;
-
-            // 2. Scores: each lane has its own keys. All read the same part of q: the L1 cache serves them at once.
-            const bf16* q = qkv + (size_t)(first_token + query) * QKV + head * HEAD_DIM;
-            float score[KEYS] = {};
-            #pragma unroll 4
-            for (int part = 0; part < PARTS; ++part) {
-                const Float8 q8 = to_float(vec8(q + 8 * part));
-                for (int j = 0; j < KEYS; ++j) {
-                    if (32 * j >= visible) break;
-                    const Float8 k8 = to_float(k_tile[32 * j + lane][part]);
-                    for (int i = 0; i < 8; ++i) score[j] += q8.v[i] * k8.v[i];
-                }
+    };
+    Bf16x8* const ring = memory + Q_ROWS * STRIDE;
+    const auto load = [&](unsigned item) {    // item 2t of the ring is K of tile t, 2t + 1 is V
+        const unsigned tile = item / 2;
+        #pragma unroll
+        for (unsigned part = my_part, p = 0; p < PARTS; p += LANES, part += LANES) {
+            if (tile >= last_tile || part >= PARTS) break;
+            #pragma unroll
+            for (unsigned i = 0; i < KEY_TILE / STEP; ++i) {
+                const unsigned position = tile * KEY_TILE + my_key + i * STEP;
+                const bf16* source = item % 2 ? v_cache : k_cache;    // 64 bits, as in rope_and_cache
+                source += (kv_head * BLOCK_SIZE + position % BLOCK_SIZE) * HEAD_DIM + 8 * part;
+                source += (size_t)pages[i] * (NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM);
+                cp_async_16(ring + item % SLOTS * TILE + i * STEP * STRIDE + place(my_key, part), source,
+                            position < end ? 16 : 0);
             }
-
-            // 3. Online softmax. Keys that the row may not see get -inf by selection, not by adding it: what lies there
-            //    in shared memory is stale, and may be NaN.
-            float highest = m[r];
-            for (int j = 0; j < KEYS; ++j) {
-                score[j] = 32 * j + lane < visible ? score[j] * scale : -INF;
-                highest = fmaxf(highest, score[j]);
-            }
-            highest = warp_reduce(highest, Max());
-            const float rescale = expf(m[r] - highest);    // in the row's first tile m is -inf, and this is 0
-            m[r] = highest;
-            l[r] *= rescale;
-            for (int j = 0; j < KEYS; ++j) {
-                const float p = expf(score[j] - highest);
-                l[r] += p;
-                p_tile[warp][32 * j + lane] = p;
-            }
-            __syncwarp();    // every lane's probabilities are written before the other lanes read them
-
-            // 4. Values: now a lane owns numbers of head_dim, and walks over the keys.
-            for (int d = 0; d < PAIRS; ++d) {
-                acc[r][d][0] *= rescale;
-                acc[r][d][1] *= rescale;
-            }
-            #pragma unroll 4
-            for (int key = 0; key < visible; ++key) {
-                const float p = p_tile[warp][key];
-                const Bf16x2* value = reinterpret_cast<const Bf16x2*>(v_tile[key]);
-                for (int d = 0; d < PAIRS; ++d) {
-                    const int pair = 32 * d + lane;
-                    if (pair >= HEAD_DIM / 2) break;    // head_dim need be no multiple of 64
-                    const Bf16x2 x = value[pair];
-                    acc[r][d][0] += p * __bfloat162float(x.v[0]);
-                    acc[r][d][1] += p * __bfloat162float(x.v[1]);
-                }
-            }
-            __syncwarp();    // all lanes have read the probabilities before the next row overwrites them
         }
-    }
-
+        cp_async_commit();                    // also a group of nothing counts
+        if (item % 2) look_up(tile + 1);
+    };
+    const auto next = [&](unsigned item) {    // waits for it, and starts the copy of a later one
+        cp_async_wait<SLOTS - 2>();
+        __syncthreads();    // all threads' copies are there; and no warp still reads the slot that is filled now
+        load(item + SLOTS - 1);
+        return ring + item % SLOTS * TILE + warp_key * STRIDE;
+    };
+    look_up(first_tile);
     #pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-        const int row = r * WARPS + warp, query = row / GROUP, head = kv_head * GROUP + row % GROUP;
-        if (row >= rows) break;
-        const float sum = warp_reduce(l[r], Sum());
-        const size_t place = (size_t)(first_token + query) * NUM_HEADS + head;
-        if (splits > 1) {
-            float* target = partial + (place * splits + split) * (HEAD_DIM + 2);
-            for (int d = 0; d < PAIRS; ++d) {
-                const int pair = 32 * d + lane;
-                if (pair >= HEAD_DIM / 2) break;
-                target[2 * pair] = acc[r][d][0];
-                target[2 * pair + 1] = acc[r][d][1];
+    for (unsigned item = 0; item < SLOTS - 1; ++item) load(2 * first_tile + item);
+
+    unsigned q[PARTS / 2][ROW_TILES][4];
+    const auto load_q = [&](int step) -> auto& {
+        #pragma unroll
+        for (int r = 0; r < ROW_TILES; ++r)
+            load_shared(q[step][r], [=](int row, int part) {
+                return memory + (warp_row + 16 * r) * STRIDE + place(row, 2 * step + part); });
+        return q[step];
+    };
+    if (KEEP_Q) {
+        cp_async_wait<SLOTS - 2>();
+        __syncthreads();    // q is there
+        #pragma unroll
+        for (int step = 0; step < PARTS / 2; ++step) load_q(step);
+    }
+
+    // m of the scores before `scale`; l of this lane's columns only, until the end.
+    float m[ROW_TILES][2], l[ROW_TILES][2] = {}, acc[ROW_TILES][PARTS][4] = {};
+    for (int r = 0; r < ROW_TILES; ++r) m[r][0] = m[r][1] = -INF;
+    for (unsigned tile = first_tile; tile < last_tile; ++tile) {
+        // 2. Scores
+        float s[ROW_TILES][KEYS / 8][4] = {}, rescale[ROW_TILES][2] = {};
+        const Bf16x8* k_tile = next(2 * tile);
+        mma_shared<true, STRIDE, PARTS / 2>(s, [&](int step) -> auto& { return KEEP_Q ? q[step] : load_q(step); },
+                                            [=](int row, int part) { return k_tile + place(row, part); });
+        // 3. Online softmax. The probabilities, rounded to bf16, are a factor of the next product.
+        unsigned p[KEYS / 16][ROW_TILES][4] = {};
+        const int start = tile * KEY_TILE + warp_key;
+        bool rises = false;
+        #pragma unroll
+        for (int r = 0; r < ROW_TILES; ++r)
+            #pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                if (KEY_WARPS > 1 && rows <= 8 * i) break;        // decode: often, the upper eight rows are not there
+                if (start + int(KEYS) > visible(warp_row)) {      // on the diagonal, or the last tile: hide some
+                    const int mine = visible(warp_row + 16 * r + 8 * i + lane / 4) - start - int(lane % 4 * 2);
+                    #pragma unroll
+                    for (int n = 0; n < KEYS / 8; ++n)
+                        for (int j = 0; j < 2; ++j) if (8 * n + j >= mine) s[r][n][2 * i + j] = -INF;
+                }
+                float highest = m[r][i];
+                for (int n = 0; n < KEYS / 8; ++n) highest = max(highest, max(s[r][n][2 * i], s[r][n][2 * i + 1]));
+                for (int k = 1; k < 4; k *= 2) highest = max(highest, __shfl_xor_sync(0xffffffff, highest, k));
+                // Hazard: a row that has seen no key yet. Its maximum is -inf, and -inf - -inf would be NaN.
+                const float base = highest == -INF ? 0 : highest;
+                rescale[r][i] = exp2_approx((m[r][i] - base) * scale);
+                rises |= m[r][i] != highest;
+                m[r][i] = highest;
+                l[r][i] *= rescale[r][i];
+                #pragma unroll
+                for (int n = 0; n < KEYS / 8; ++n) {
+                    // Hazard: subtract, then scale. With both in one fma, huge scores would overflow by their rounding.
+                    const float p0 = exp2_approx((s[r][n][2 * i] - base) * scale);
+                    const float p1 = exp2_approx((s[r][n][2 * i + 1] - base) * scale);
+                    l[r][i] += p0 + p1;
+                    p[n / 2][r][n % 2 * 2 + i] = pack_bf16x2(p0, p1);
+                }
             }
-            if (lane == 0) target[HEAD_DIM] = m[r], target[HEAD_DIM + 1] = sum;
-            continue;
+        if (__any_sync(0xffffffff, rises))    // seldom, after the first tiles
+            #pragma unroll
+            for (int r = 0; r < ROW_TILES; ++r)
+                for (int d = 0; d < PARTS; ++d)
+                    for (int i = 0; i < 4; ++i) acc[r][d][i] *= rescale[r][i / 2];
+        // 4. Values
+        const Bf16x8* v_tile = next(2 * tile + 1);
+        mma_shared<false, STRIDE, KEYS / 16>(acc, [&](int step) -> auto& { return p[step]; },
+                                             [=](int row, int part) { return v_tile + place(row, part); });
+    }
+    for (int r = 0; r < ROW_TILES; ++r)
+        for (int i = 0; i < 2; ++i)
+            for (int k = 1; k < 4; k *= 2) l[r][i] += __shfl_xor_sync(0xffffffff, l[r][i], k);
+
+    // 5. Warp 0 adds up the warps that shared keys. They have the same rows: lane i wants what the others' lane i has.
+    cp_async_wait<0>();
+    __syncthreads();    // no copy is under way, and no warp still reads the ring: its memory is free
+    if (KEY_WARPS > 1) {
+        const auto of_warp = [=](int w, int value) -> float& {
+            return reinterpret_cast<float*>(memory)[(w * (4 * PARTS + 4) + value) * 32 + lane]; };
+        for (int i = 0; i < 2; ++i) {
+            if (warp >= KEY_WARPS) break;
+            of_warp(warp, i) = m[0][i], of_warp(warp, 2 + i) = l[0][i];
+            for (int j = 2 * i; j < 4 * PARTS; j += j % 2 ? 3 : 1) of_warp(warp, 4 + j) = acc[0][j / 4][j % 4];
         }
-        const float scale_down = sum > 0 ? 1 / sum : 0;    // a padding query has seen no key: 0, not 0 / 0
-        bf16* target = out + place * HEAD_DIM;
-        for (int d = 0; d < PAIRS; ++d) {
-            const int pair = 32 * d + lane;
-            if (pair >= HEAD_DIM / 2) break;
-            reinterpret_cast<Bf16x2*>(target)[pair] = {{__float2bfloat16(acc[r][d][0] * scale_down),
-                                                        __float2bfloat16(acc[r][d][1] * scale_down)}};
+        __syncthreads();    // all warps' sums are written before warp 0 reads them
+        for (int w = 1; w < KEY_WARPS && warp == 0; ++w)
+            for (int i = 0; i < 2; ++i) {
+                const float highest = max(m[0][i], of_warp(w, i)), base = highest == -INF ? 0 : highest;
+                const float mine = exp2_approx((m[0][i] - base) * scale);
+                const float its = exp2_approx((of_warp(w, i) - base) * scale);
+                m[0][i] = highest;
+                l[0][i] = l[0][i] * mine + of_warp(w, 2 + i) * its;
+                for (int j = 2 * i; j < 4 * PARTS; j += j % 2 ? 3 : 1)
+                    acc[0][j / 4][j % 4] = acc[0][j / 4][j % 4] * mine + of_warp(w, 4 + j) * its;
+            }
+    }
+
+    // 6. Results
+    #pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r)
+        #pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const unsigned row = warp_row + 16 * r + 8 * i + lane / 4;
+            if (row >= rows || (KEY_WARPS > 1 && warp > 0)) continue;
+            const float down = l[r][i] > 0 ? 1 / l[r][i] : 0;    // a padding query has seen no key: 0, not 0 / 0
+            unsigned* bf16s = reinterpret_cast<unsigned*>(out + token_head(row) * HEAD_DIM) + lane % 4;
+            Float2* floats = reinterpret_cast<Float2*>(partial);
+            floats += (token_head(row) * splits + split) * (HEAD_DIM / 2 + 1);
+            for (int d = 0; d < PARTS; ++d) {
+                const float x = acc[r][d][2 * i], y = acc[r][d][2 * i + 1];
+                if (used_splits == 1) bf16s[4 * d] = pack_bf16x2(x * down, y * down);
+                else floats[4 * d + lane % 4] = {x, y};
+            }
+            if (used_splits > 1) floats[HEAD_DIM / 2] = {m[r][i], l[r][i]};
         }
+    if (used_splits == 1) return;
+
+    // 7. The last of the splits to end merges them, always in the same order. The counter wraps around to 0.
+    unsigned* before = reinterpret_cast<unsigned*>(memory);
+    unsigned* counter = &arrived[(blockIdx.z * NUM_KV_HEADS + kv_head) * gridDim.x + blockIdx.x];
+    __syncthreads();    // all threads have written their results before one says so, and warp 0 has read the others'
+    if (threadIdx.x == 0) *before = atomic_inc_acq_rel(counter, used_splits - 1);
+    __syncthreads();    // it is known who is last, and what the others wrote is seen, before anyone reads it
+    if (*before < used_splits - 1) return;
+    for (unsigned item = threadIdx.x; item < rows * HEAD_DIM / 2; item += ATTENTION_THREADS) {
+        const size_t row = token_head(item / (HEAD_DIM / 2)), d = item % (HEAD_DIM / 2);
+        const Float2* found = reinterpret_cast<const Float2*>(partial) + row * splits * (HEAD_DIM / 2 + 1);
+        float highest = -INF, sum = 0, x = 0, y = 0;
+        #pragma unroll 8
+        for (int i = 0; i < used_splits; ++i) highest = max(highest, found[i * (HEAD_DIM / 2 + 1) + HEAD_DIM / 2].v[0]);
+        #pragma unroll 8
+        for (int i = 0; i < used_splits; ++i, found += HEAD_DIM / 2 + 1) {
+            const float weight = highest == -INF ? 0 : exp2_approx((found[HEAD_DIM / 2].v[0] - highest) * scale);
+            sum += weight * found[HEAD_DIM / 2].v[1];
+            x += weight * found[d].v[0];
+            y += weight * found[d].v[1];
+        }
+        const float down = sum > 0 ? 1 / sum : 0;
+        reinterpret_cast<unsigned*>(out)[row * (HEAD_DIM / 2) + d] = pack_bf16x2(x * down, y * down);
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// merge_splits: the splits of paged_attention, added up
-//
-// Each split has summed relative to its own maximum m; the same rule as from tile to tile brings them to a common one.
-//   out [T, H h].   partial [T, H, splits, h + 2]: acc, m, l of each split, as paged_attention leaves them.
-//   Grid (T, H): one block owns one row of out, a thread one number of it.
-// ---------------------------------------------------------------------------------------------------------------------
-constexpr int MERGE_THREADS = 256;    // the largest head_dim
-
-extern "C" __global__ __launch_bounds__(MERGE_THREADS) void merge_splits(bf16* out, const float* partial, int splits) {
-    const size_t place = (size_t)blockIdx.x * NUM_HEADS + blockIdx.y;
-    const float* split = partial + place * splits * (HEAD_DIM + 2);
-    const int d = threadIdx.x;
-    if (d >= HEAD_DIM) return;
-    float m = -INF, l = 0, acc = 0;
-    for (int s = 0; s < splits; ++s, split += HEAD_DIM + 2) {
-        const float other = split[HEAD_DIM];
-        if (other == -INF) continue;    // it had no keys. Hazard: as in paged_attention, -inf - -inf would be NaN
-        const float highest = fmaxf(m, other), mine = expf(m - highest), its = expf(other - highest);
-        l = l * mine + split[HEAD_DIM + 1] * its;
-        acc = acc * mine + split[d] * its;
-        m = highest;
-    }
-    out[place * HEAD_DIM + d] = __float2bfloat16(l > 0 ? acc / l : 0);    // a padding query has seen no key at all
+extern "C" __global__ __launch_bounds__(ATTENTION_THREADS) void paged_attention(
+        bf16* out, const bf16* qkv, const bf16* k_cache, const bf16* v_cache, const int* block_tables,
+        const int* cu_blocks, const int* cu_seqlens, const int* context_lens, float scale, float* partial) {
+    constexpr int ROW_TILES = HEAD_DIM <= 128 ? 2 : 1, ROWS = 16 * ROW_TILES * WARPS;
+    __shared__ Bf16x8 memory[48 * 1024 / 16];    // the static limit
+    const int sequence = blockIdx.z, first_row = (gridDim.x - 1 - blockIdx.x) * ROWS;
+    const int first_token = cu_seqlens[sequence], queries = cu_seqlens[sequence + 1] - first_token;
+    const int first_seen = context_lens[sequence] - queries + 1, rows = min(queries * GROUP - first_row, ROWS);
+    const int* block_table = block_tables + cu_blocks[sequence];
+    scale *= 1.44269504f;                        // log2(e): exp(x) = 2^(x log2(e)), and powers of 2 are what a GPU has
+    if (rows <= 0) return;                       // the whole block returns: it misses no barrier
+    if (rows <= 16)
+        attend<1, KEY_TILE / 16>(memory, first_row, rows, first_token, first_seen, block_table, out, qkv, k_cache,
+                                 v_cache, scale, partial);
+    else
+        attend<ROW_TILES, 1>(memory, first_row, rows, first_token, first_seen, block_table, out, qkv, k_cache, v_cache,
+                             scale, partial);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

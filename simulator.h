@@ -55,12 +55,11 @@
 #define __device__
 #define __launch_bounds__(...)
 struct uint3 { unsigned x, y, z; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
-struct alignas(16) float4 { float x, y, z, w; };
 static thread_local uint3 threadIdx, blockIdx, blockDim, gridDim;
 
 inline unsigned __float_as_uint(float x) { return __builtin_bit_cast(unsigned, x); }
 inline float __uint_as_float(unsigned x) { return __builtin_bit_cast(float, x); }
+namespace simulator { inline float half(unsigned word, int k) { return __uint_as_float(word >> k % 2 * 16 << 16); } }
 // A bfloat16 is the upper half of a float32. Conversions only: the kernels compute in float32.
 struct __nv_bfloat16 { unsigned short bits; };
 inline float __bfloat162float(__nv_bfloat16 x) { return __uint_as_float(unsigned(x.bits) << 16); }
@@ -84,7 +83,8 @@ using std::max, std::min;
     }
 SIMULATOR_ATOMIC(atomicAdd, old + x)
 SIMULATOR_ATOMIC(atomicMax, max(old, x))
-SIMULATOR_ATOMIC(atomicMin, min(old, x))
+SIMULATOR_ATOMIC(atomicInc, old >= x ? 0 : old + 1)
+inline unsigned atomic_inc_acq_rel(unsigned* p, unsigned limit) { return atomicInc(p, limit); }
 
 namespace simulator {
 
@@ -98,7 +98,7 @@ struct Fibre {
     uint3 index;                 // threadIdx
     int line;                    // where it waits for other lanes of its warp,
     unsigned mask;               // for which,
-    const void* shown;           // and the value that it shows them
+    void* shown;                 // and the value that it shows them
     struct { std::vector<Copy> copies; int groups; } async;    // issued, not waited for; groups committed so far
     char* stack;                 // its lowest address
     size_t stack_bytes = STACK_BYTES;
@@ -238,7 +238,7 @@ inline void run_block(Block& b, Launch& launch, unsigned number) {
     for (unsigned i = 0; i < launch.threads; i++) {
         Fibre& fibre = b.fibres[i];
         fibre.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
-        fibre.async = {};
+        fibre.async.copies.clear(), fibre.async.groups = 0;
         fibre.stack = &b.stacks[i * STACK_BYTES];
         SIMULATOR_ASAN(__asan_unpoison_memory_region(fibre.stack, STACK_BYTES);)    // what a failed launch left there
         prepare_stack(fibre, fibre_main);
@@ -256,8 +256,8 @@ inline void barrier(int line) {
     suspend();
 }
 
-// Waits until all lanes of the mask are here. The last one to come lets the others go.
-inline void warp_barrier(unsigned mask, int line) {
+// Waits until all lanes of the mask are here. The last one to come calls all_here() and lets the others go.
+template <class Function> void warp_barrier(unsigned mask, int line, Function all_here) {
     Block& b = *block;
     auto& warp = b.warp();
     if (!(mask & b.bit())) fail(line, "lane %d is not in its own mask 0x%08x", b.current % 32, mask);
@@ -271,22 +271,27 @@ inline void warp_barrier(unsigned mask, int line) {
     for (int i = 0; i < 32; i++)
         if (Fibre& other = b.lanes()[i]; mask >> i & 1 && (other.mask != mask || other.line != line))
             fail(line, "waits for lanes 0x%08x, but lane %d for 0x%08x in line %d", mask, i, other.mask, other.line);
+    all_here();
     warp.at_collective &= ~mask;
     warp.runnable |= mask;
 }
 
-// What collectives are made of: each lane shows a value, and reads what it wants to know of the other lanes' values.
-template <class T, class Read> auto collective(unsigned mask, const T& mine, int line, Read read) {
-    block->fibre().shown = &mine;
-    warp_barrier(mask, line);    // all show their values before anyone reads
-    auto result = read([](int lane) { return *static_cast<const T*>(block->lanes()[lane].shown); });
-    warp_barrier(mask, line);    // all have read before anyone goes on
-    return result;
+// What collectives are made of: each lane shows a value, and the last one to come computes from these what each lane
+// gets: compute(lane, of_lane), where of_lane(i) is what lane i shows.
+template <class T, class Compute> auto collective(unsigned mask, T mine, int line, Compute compute) {
+    auto of_lane = [lanes = block->lanes()](int lane) -> T& { return *static_cast<T*>(lanes[lane].shown); };
+    struct { T mine; decltype(compute(0, of_lane)) result; } shown = {mine};
+    block->fibre().shown = &shown;
+    warp_barrier(mask, line, [&] {
+        for (int i = 0; i < 32; i++)
+            if (mask >> i & 1) static_cast<decltype(shown)*>(block->lanes()[i].shown)->result = compute(i, of_lane);
+    });
+    return shown.result;
 }
 
 // ======== A launch: blocks over the cores ============================================================================
 inline int run(Launch& launch) {
-    constexpr size_t WORTH_A_CORE = 512;    // threads; starting a helper takes as long as running some hundred
+    constexpr size_t WORTH_A_CORE = 256;    // threads; starting a helper takes as long as running some hundred
     static std::mutex one_launch;           // launches run one after the other, as in a CUDA stream
     static std::vector<Block> cores(max(1u, std::thread::hardware_concurrency()));
     std::lock_guard<std::mutex> lock(one_launch);
@@ -316,9 +321,9 @@ int launch(const char* name, void (*kernel)(Args...), const unsigned grid[3], co
 // As a default argument, __builtin_LINE() is the caller's line.
 #define SIMULATOR_LINE int line = __builtin_LINE()
 inline void __syncthreads(SIMULATOR_LINE) { simulator::barrier(line); }
-inline void __syncwarp(unsigned mask = ~0u, SIMULATOR_LINE) { simulator::warp_barrier(mask, line); }
+inline void __syncwarp(unsigned mask = ~0u, SIMULATOR_LINE) { simulator::warp_barrier(mask, line, [] {}); }
 inline unsigned __ballot_sync(unsigned mask, int predicate, SIMULATOR_LINE) {
-    return simulator::collective(mask, predicate, line, [=](auto of_lane) {
+    return simulator::collective(mask, predicate, line, [=](int, auto of_lane) {
         unsigned votes = 0;
         for (int i = 0; i < 32; i++) votes |= unsigned(mask >> i & 1 && of_lane(i)) << i;
         return votes;
@@ -332,7 +337,9 @@ inline int __all_sync(unsigned mask, int p, SIMULATOR_LINE) { return __ballot_sy
         int lane = simulator::block->current % 32, source = formula;                                             \
         if ((source & -width) != (lane & -width)) source = lane;                                                 \
         if (!(mask >> source & 1)) simulator::fail(line, "reads lane %d, not in its mask 0x%08x", source, mask); \
-        return simulator::collective(mask, value, line, [=](auto of_lane) { return of_lane(source); });          \
+        struct Shown { T value; int source; };                                                                   \
+        return simulator::collective(mask, Shown{value, source}, line,                                           \
+                                     [](int i, auto of_lane) { return of_lane(of_lane(i).source).value; });      \
     }
 SIMULATOR_SHUFFLE(__shfl_sync, (lane & -width) | (x & (width - 1)))
 SIMULATOR_SHUFFLE(__shfl_up_sync, lane - x)
@@ -347,19 +354,63 @@ SIMULATOR_SHUFFLE(__shfl_xor_sync, lane ^ x)
 //   a[0] = A[g][i, i+1]   a[1] = A[g+8][i, i+1]   a[2] = A[g][i+8, i+9]   a[3] = A[g+8][i+8, i+9]
 //   b[0] = B[i, i+1][g]   b[1] = B[i+8, i+9][g]   c[0, 1], d[0, 1] = [g][i, i+1]   c[2, 3], d[2, 3] = [g+8][i, i+1]
 inline void mma_m16n8k16_bf16(float d[4], const uint32_t a[4], const uint32_t b[2], const float c[4], SIMULATOR_LINE) {
-    struct Fragments { const uint32_t *a, *b; } mine = {a, b};
-    simulator::collective(~0u, mine, line, [=](auto of_lane) {
-        auto half = [](uint32_t word, int k) { return __uint_as_float(word >> k % 2 * 16 << 16); };
-        int g = simulator::block->current % 32 / 4, i = simulator::block->current % 4 * 2;
-        for (int n = 0; n < 4; n++) {
-            d[n] = c[n];
+    struct Fragments { float* d; const uint32_t *a, *b; const float* c; };
+    simulator::collective(~0u, Fragments{d, a, b, c}, line, [](int lane, auto of_lane) {
+        float sum[4];
+        for (int n = 0, g = lane / 4, i = lane % 4 * 2; n < 4; n++) {
+            sum[n] = of_lane(lane).c[n];
             for (int k = 0; k < 16; k++)
-                d[n] += half(of_lane(g * 4 + k % 8 / 2).a[k / 8 * 2 + n / 2], k) *    // A[g or g+8][k]
-                        half(of_lane((i + n % 2) * 4 + k % 8 / 2).b[k / 8], k);       // B[k][i or i+1]
+                sum[n] += simulator::half(of_lane(g * 4 + k % 8 / 2).a[k / 8 * 2 + n / 2], k) *    // A[g or g+8][k]
+                          simulator::half(of_lane((i + n % 2) * 4 + k % 8 / 2).b[k / 8], k);       // B[k][i or i+1]
         }
+        std::copy(sum, sum + 4, of_lane(lane).d);
         return 0;
     });
 }
+
+// The fragment of A [16, 16] in shared memory; at(row, part) is where eight numbers of a row lie (see kernels.cu).
+template <class At> void load_shared(uint32_t (&a)[4], At at) {
+    int g = simulator::block->current % 32 / 4, i = simulator::block->current % 4;
+    for (int r = 0; r < 4; r++) a[r] = reinterpret_cast<const uint32_t*>(at(g + r % 2 * 8, r / 2))[i];
+}
+
+// d[r] [16, 8N] += a[r] @ B, for R tiles of rows; a(step) is the fragments of 16 columns of a, B or its transpose lies
+// in shared memory. The last lane to come computes it for the warp.
+template <bool TRANSPOSED, int STRIDE, int STEPS, int R, int N, class Step, class At>
+void mma_shared(float (&d)[R][N][4], Step a, At at, SIMULATOR_LINE) {
+    struct Fragments { float (*d)[N][4]; const uint32_t (*a[STEPS])[4]; } mine = {d};
+    for (int step = 0; step < STEPS; step++) mine.a[step] = a(step);
+    simulator::collective(~0u, mine, line, [&](int lane, auto of_lane) {
+        if (lane) return 0;
+        float sums[16 * R][8 * N], b[8][8 * N];
+        auto copy = [&](bool to_lanes) {    // two numbers at a time
+            for (int i = 0; i < 64 * R * N; i++) {
+                int l = i % 32, up = i / 32 % 2, n = i / 64 % N, r = i / 64 / N;
+                float *its = of_lane(l).d[r][n] + 2 * up, *ours = &sums[16 * r + l / 4 + 8 * up][8 * n + l % 4 * 2];
+                to_lanes ? memcpy(its, ours, 8) : memcpy(ours, its, 8);
+            }
+        };
+        copy(false);
+        for (int k = 0; k < 16 * STEPS; k++) {
+            for (int n = 0; n < 8 * N && k % 8 == 0; n++) {    // the next eight rows of B, part by part
+                auto part = reinterpret_cast<const uint16_t*>(TRANSPOSED ? at(n, k / 8) : at(k + n % 8, n / 8));
+                for (int i = 0; i < 8; i++)
+                    (TRANSPOSED ? b[i][n] : b[n % 8][n / 8 * 8 + i]) = simulator::half(part[i], 0);
+            }
+            for (int row = 0; row < 16 * R; row++) {
+                auto word = of_lane(row % 8 * 4 + k % 8 / 2).a[k / 16][row / 16][row / 8 % 2 + k % 16 / 8 * 2];
+                float x = simulator::half(word, k);
+                if (TRANSPOSED && x == 0) continue;            // rows that there are not
+                for (int n = 0; n < 8 * N; n++) sums[row][n] += x * b[k % 8][n];
+            }
+        }
+        copy(true);
+        return 0;
+    });
+}
+
+inline float exp2_approx(float x) { return exp2f(x); }
+inline uint32_t pack_bf16x2(float x, float y) { return __float2bfloat16(x).bits | __float2bfloat16(y).bits << 16; }
 
 // cp.async: 16 bytes from global to shared memory, past the registers. The first `bytes` are read, the rest is 0.
 inline void cp_async_16(void* shared, const void* global, int bytes = 16, SIMULATOR_LINE) {
@@ -371,10 +422,13 @@ inline void cp_async_commit() { simulator::block->fibre().async.groups++; }
 // Waits until at most the latest N groups are under way. The copies are made here, as late as is allowed.
 template <int N> void cp_async_wait() {
     auto& [copies, groups] = simulator::block->fibre().async;
-    for (; copies.size() && copies[0].group < groups - N; copies.erase(copies.begin())) {
-        memset(copies[0].shared, 0, 16);
-        memcpy(copies[0].shared, copies[0].global, copies[0].bytes);
+    auto copy = copies.begin();
+    for (; copy != copies.end() && copy->group < groups - N; copy++) {
+        memset(copy->shared, 0, 16);
+        if (copy->bytes == 16) memcpy(copy->shared, copy->global, 16);    // the common case, in one instruction
+        else memcpy(copy->shared, copy->global, copy->bytes);
     }
+    copies.erase(copies.begin(), copy);
 }
 
 // Compiled with -fvisibility=hidden, only these are seen from outside: each library keeps its own shared memory.

@@ -54,6 +54,19 @@ class TinyVLLMError(Exception):
     """An error that the user can act on, in one line: what was expected, what came, what to do."""
 
 
+def check(name, value, good, expected):
+    """The value of an option or a field. Raises TinyVLLMError unless good(value), which may itself fail on a wrong type."""
+    with contextlib.suppress(TypeError, AttributeError):
+        if good(value):
+            return value
+    raise TinyVLLMError(f"{name} is {value!r:.60}, expected is {expected}")
+
+
+def is_int(value, least=1, most=math.inf):
+    """Whether it is a whole number from `least` to `most`."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and least <= value <= most
+
+
 def cdiv(a, b):
     """a / b, rounded up: how many pages of b tokens hold a tokens, how many tiles of b queries hold a queries."""
     return -(-a // b)
@@ -68,13 +81,12 @@ def cdiv(a, b):
 # matrices are stacked into one, and so are gate and up: two large products a layer instead of five smaller ones.
 # ======================================================================================================================
 HUB_MODEL = "meta-llama/Llama-3.2-1B-Instruct"
-HUB_FILES = ["*.json", "*.jinja", "model*.safetensors"]
 
 
 def find_model(name=None, load_format="auto"):
     """The folder of a model. name: a folder or a Hugging Face id. None: $TINYVLLM_MODEL, else Llama-3.2-1B-Instruct if it
     was downloaded before, else Parrot, which comes with this project."""
-    name = name or os.environ.get("TINYVLLM_MODEL")
+    name = os.path.expanduser(name or os.environ.get("TINYVLLM_MODEL", ""))
     if not name:
         folder = download(HUB_MODEL, local_files_only=True)
         if folder and (folder / "config.json").exists() and any(folder.glob("model*.safetensors")):
@@ -82,12 +94,13 @@ def find_model(name=None, load_format="auto"):
         print(f"tiny-vLLM: using the bundled Parrot, which can only recite. For a real model: --model {HUB_MODEL} (2.5 GB; accept its "
               "license on huggingface.co and run `hf auth login` first)", file=sys.stderr)
         return FOLDER / "parrot"
-    folder = Path(os.path.expanduser(name))
+    folder = Path(name)
     if folder.is_dir():
         return folder
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         shapes = f", or a shape: {', '.join(SHAPES)}" if load_format == "dummy" else ""
-        raise TinyVLLMError(f"{name} is no folder and no Hugging Face id: expected is a folder with config.json, or an id like {HUB_MODEL}{shapes}")
+        raise TinyVLLMError(f"{name} is no folder and no Hugging Face id: expected is a folder with config.json, or an id "
+                            f"like {HUB_MODEL}{shapes}")
     return download(name)
 
 
@@ -95,18 +108,21 @@ def download(repo, local_files_only=False):
     """The local folder of a Hugging Face model. local_files_only: None if it is not there."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    advice = {GatedRepoError: f"accept its license at https://huggingface.co/{repo} and log in with `hf auth login`",
+              RepositoryNotFoundError: "there is no such model, or it is private: check the id, and `hf auth login`"}
     try:
-        return Path(snapshot_download(repo, allow_patterns=HUB_FILES, local_files_only=local_files_only))
+        return Path(snapshot_download(repo, allow_patterns=["*.json", "*.jinja", "model*.safetensors"], local_files_only=local_files_only))
     except Exception as error:      # the hub, its HTTP client and the disk have many kinds
         if local_files_only:
             return None
-        if isinstance(error, GatedRepoError):
-            what = f"accept its license at https://huggingface.co/{repo} and log in with `hf auth login`"
-        elif isinstance(error, RepositoryNotFoundError):
-            what = "there is no such model, or it is private: check the id, and `hf auth login`"
-        else:
-            what = "check the network, or give the folder of a model that is already here"
+        what = advice.get(type(error), "check the network, or give the folder of a model that is already here")
         raise TinyVLLMError(f"cannot download {repo} ({first_line(error):.120}): {what}") from None
+
+
+SUPPORTED = {                           # fields of config.json, with the values that this engine computes; None: not there
+    "architectures": (["LlamaForCausalLM"], ["MistralForCausalLM"]), "hidden_act": ("silu", None), "rope_type": ("llama3", "default", None),
+    "attention_bias": (False, None), "mlp_bias": (False, None), "sliding_window": (None,), "quantization_config": (None,),
+    "tie_word_embeddings": (True, False, None)}
 
 
 @dataclass(frozen=True)
@@ -134,98 +150,61 @@ class ModelConfig:
     @classmethod
     def from_folder(cls, folder):
         """Reads config.json and generation_config.json; says what is not supported rather than computing something else."""
-        file = folder / "config.json"
+        file, generation = folder / "config.json", folder / "generation_config.json"
         c = read_json(file)
-        for name, kind in {"architectures": list, "rope_scaling": dict, "rope_parameters": dict, "tie_word_embeddings": bool}.items():
-            if not isinstance(c.get(name), (kind, type(None))):
-                raise TinyVLLMError(f"{file}: {name} is {c[name]!r:.60}, expected is a {kind.__name__}")
-        architecture = (c.get("architectures") or ["none"])[0]
-        if architecture not in ("LlamaForCausalLM", "MistralForCausalLM"):
-            raise TinyVLLMError(f"{folder}: the architecture is {architecture}, supported are LlamaForCausalLM and MistralForCausalLM")
-        for name, expected in {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "sliding_window": None,
-                               "quantization_config": None}.items():
-            if c.get(name, expected) not in (expected, None):
-                raise TinyVLLMError(f"{folder}: config.json has {name} = {c[name]!r:.60}, supported is {expected}")
-        hidden, heads = (positive(c, name, file) for name in ("hidden_size", "num_attention_heads"))
-        eos = c.get("eos_token_id")
-        if (folder / "generation_config.json").exists():
-            eos = read_json(folder / "generation_config.json").get("eos_token_id", eos)
+        rope = c.get("rope_parameters") or c.get("rope_scaling") or {}              # the new and the old way to write it
+        c |= check(f"{file}: rope_scaling", rope, lambda rope: isinstance(rope, dict), "a dict")
+        c["rope_type"] = c.get("rope_type") or c.get("type")                        # likewise
+        for name, values in SUPPORTED.items():
+            check(f"{file}: {name}", c.get(name), lambda value: value in values, " or ".join(map(str, values)))
+
+        def number(name, kind=int):
+            """A field that must be a number above 0."""
+            expected = "a whole number above 0" if kind is int else "a number above 0"
+            return check(f"{file}: {name}", c.get(name), lambda n: type(n) in (int, kind) and 0 < n < math.inf, expected)
+
+        heads = number("num_attention_heads")
+        defaults = {"num_key_value_heads": heads, "head_dim": number("hidden_size") // heads, "rope_theta": 10000.0}
+        c = defaults | {name: value for name, value in c.items() if value is not None}
+        scaling, eos = None, c.get("eos_token_id")
+        if c.get("rope_type") == "llama3":
+            scaling = {name: number(name, float) for name in (
+                "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+            check(f"{file}: low_freq_factor", scaling["low_freq_factor"], lambda low: low < scaling["high_freq_factor"],
+                  f"less than high_freq_factor, {scaling['high_freq_factor']}")
+        if generation.exists():
+            eos = read_json(generation).get("eos_token_id", eos)
         eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
-        if not all(isinstance(i, int) for i in eos):
-            raise TinyVLLMError(f"{folder}: eos_token_id is {eos!r:.60}, expected is a token id or a list of them")
-        config = cls(
-            hidden_size=hidden, intermediate_size=positive(c, "intermediate_size", file),
-            num_hidden_layers=positive(c, "num_hidden_layers", file), num_attention_heads=heads,
-            num_key_value_heads=positive(c, "num_key_value_heads", file, heads), head_dim=positive(c, "head_dim", file, hidden // heads),
-            vocab_size=positive(c, "vocab_size", file), max_position_embeddings=positive(c, "max_position_embeddings", file),
-            rms_norm_eps=positive(c, "rms_norm_eps", file, kinds=(int, float)), **read_rope(c, file),
-            tie_word_embeddings=bool(c.get("tie_word_embeddings")), eos_token_ids=frozenset(eos))
-        config.check_sizes(folder)
+        check(f"{folder}: eos_token_id", eos, lambda ids: all(is_int(i, 0) for i in ids), "a token id or a list of them")
+        config = cls(**{f.name: number(f.name, f.type) for f in fields(cls) if f.type in (int, float)}, rope_scaling=scaling,
+                     tie_word_embeddings=bool(c.get("tie_word_embeddings")), eos_token_ids=frozenset(eos))
+
+        kv_heads = config.num_key_value_heads                                       # from here on: what kernels.cu is written for
+        check(f"{file}: num_attention_heads", heads, lambda n: n in range(kv_heads, 16 * kv_heads + 1, kv_heads),
+              f"1 to 16 for each of num_key_value_heads, {kv_heads}")
+        check(f"{file}: head_dim", config.head_dim, lambda n: n in range(32, 257, 16), "32 to 256 in steps of 16")
+        for name in "hidden_size", "intermediate_size":
+            check(f"{file}: {name}", c[name], lambda n: n % 8 == 0, "a multiple of 8")
         return config
-
-    def check_sizes(self, folder):
-        """The sizes that kernels.cu is written for."""
-        group, rest = divmod(self.num_attention_heads, self.num_key_value_heads)
-        if rest or not 1 <= group <= 16:
-            raise TinyVLLMError(f"{folder}: {self.num_attention_heads} query heads on {self.num_key_value_heads} key/value heads, "
-                                "supported are 1 to 16 query heads for each")
-        if self.head_dim % 16 or not 32 <= self.head_dim <= 256:
-            raise TinyVLLMError(f"{folder}: head_dim is {self.head_dim}, supported are 32 to 256 in steps of 16")
-        if self.hidden_size % 8 or self.intermediate_size % 8:
-            raise TinyVLLMError(f"{folder}: hidden_size is {self.hidden_size} and intermediate_size {self.intermediate_size}, "
-                                "both must be multiples of 8")
-
-
-def llama_shape(D, F, L, H, K, h, factor, tied):
-    """The ModelConfig of a Llama 3.1 or 3.2."""
-    scaling = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-    return ModelConfig(D, F, L, H, K, h, 128256, 131072, 1e-5, 500000.0, scaling, tied, frozenset([128001, 128008, 128009]))
 
 
 SHAPES = {                              # for --load-format dummy: models that need no download
-    "llama-3.2-1b": llama_shape(2048, 8192, 16, 32, 8, 64, 32.0, True),
-    "llama-3.2-3b": llama_shape(3072, 8192, 28, 24, 8, 128, 32.0, True),
-    "llama-3.1-8b": llama_shape(4096, 14336, 32, 32, 8, 128, 8.0, False)}
+    name: ModelConfig(D, F, L, H, 8, h, 128256, 131072, 1e-5, 500000.0, {
+        "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
+        tied, frozenset([128001, 128008, 128009]))
+    for name, D, F, L, H, h, factor, tied in [("llama-3.2-1b", 2048, 8192, 16, 32, 64, 32.0, True),
+                                              ("llama-3.2-3b", 3072, 8192, 28, 24, 128, 32.0, True),
+                                              ("llama-3.1-8b", 4096, 14336, 32, 32, 128, 8.0, False)]}
 
 
 def read_json(path):
     """The dict in a JSON file."""
     try:
-        value = json.loads(path.read_text("utf-8"))
+        return check(path, json.loads(path.read_text("utf-8")), lambda value: isinstance(value, dict), "a JSON object: download it again")
     except FileNotFoundError:
-        raise TinyVLLMError(f"there is no {path.name} in {path.parent}: a model folder has config.json, tokenizer.json "
-                            "and *.safetensors") from None
-    except OSError as error:
-        raise TinyVLLMError(f"cannot read {path} ({error.strerror}): expected is a file that you may read") from None
-    except ValueError as error:
-        raise TinyVLLMError(f"{path} is not valid JSON ({error}): download it again") from None
-    if not isinstance(value, dict):
-        raise TinyVLLMError(f"{path} holds a {type(value).__name__}, expected is an object: download it again")
-    return value
-
-
-def positive(c, name, file, default=None, kinds=int):
-    """A number above 0 out of c, the dict in a JSON file. default: if it is absent or null. kinds: int, or (int, float)."""
-    value = default if c.get(name) is None else c[name]
-    if value is None:
-        raise TinyVLLMError(f"{file} has no {name}: is it complete?")
-    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
-        raise TinyVLLMError(f"{file}: {name} is {value!r:.60}, expected is a {'whole ' if kinds is int else ''}number above 0")
-    return value
-
-
-def read_rope(c, file):
-    """rope_theta and rope_scaling of a config.json, which newer versions of Transformers write as rope_parameters."""
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ("default", "llama3"):
-        raise TinyVLLMError(f"{file}: the rope type is {kind}, supported are default and llama3")
-    needed = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    scaling = {name: positive(rope, name, file, kinds=(int, float)) for name in needed} if kind == "llama3" else None
-    if scaling and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
-        raise TinyVLLMError(f"{file}: low_freq_factor is {scaling['low_freq_factor']}, expected is less than high_freq_factor, "
-                            f"{scaling['high_freq_factor']}")
-    return {"rope_theta": positive(c | rope, "rope_theta", file, 10000.0, (int, float)), "rope_scaling": scaling}
+        raise TinyVLLMError(f"no {path.name} in {path.parent}: a model folder has config.json, tokenizer.json and *.safetensors") from None
+    except (OSError, ValueError) as error:
+        raise TinyVLLMError(f"cannot read {path} ({error}): expected is valid JSON, in a file that you may read") from None
 
 
 @dataclass(frozen=True)
@@ -259,8 +238,7 @@ class Checkpoint:
     def __init__(self, folder):
         self.folder, index = folder, folder / "model.safetensors.index.json"
         weight_map = read_json(index).get("weight_map") if index.exists() else {"every tensor": "model.safetensors"}
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise TinyVLLMError(f"{index} has no weight_map from tensor names to file names: download it again")
+        check(f"{index}: weight_map", weight_map, lambda m: all(isinstance(name, str) for name in m.values()), "a dict {tensor: file}")
         self.tensors = {}                                           # name -> (dtype's name, shape, array on the file)
         for name in sorted(set(weight_map.values())):
             try:
@@ -285,33 +263,21 @@ class Checkpoint:
         if name not in self.tensors:
             raise TinyVLLMError(f"{self.folder}: the weights have no tensor {name}: are they of another model than config.json?")
         dtype, its_shape, array = self.tensors.pop(name)
-        if its_shape != shape:
-            raise TinyVLLMError(f"{self.folder}: {name} has the shape {its_shape}, expected by config.json is {shape}")
-        if dtype not in self.DTYPES:
-            raise TinyVLLMError(f"{self.folder}: {name} has the dtype {dtype}, supported are {', '.join(self.DTYPES)}")
+        check(f"{self.folder}: the shape of {name}", its_shape, lambda its: its == shape, f"{shape}, by config.json")
+        check(f"{self.folder}: the dtype of {name}", dtype, lambda dtype: dtype in self.DTYPES, ", ".join(self.DTYPES))
         return array
 
-    def check_all_taken(self):
-        """Raises TinyVLLMError if a tensor is left, such as a bias: without it the answers would be wrong."""
-        left = [name for name in self.tensors if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq")]
-        if left:
-            raise TinyVLLMError(f"{self.folder}: the weights have {len(left)} tensors that no Llama of this config.json has, {left[0]} for one: "
-                                "is it another architecture, or quantized?")
 
-
-class DummyCheckpoint:
+class DummyCheckpoint(Checkpoint):
     """Random weights instead of a checkpoint's, made on the device, the same each time: normal, as wide as a trained model's; norms 1."""
 
     def __init__(self, device):
-        self.xp, self.random = device.xp, device.xp.random.default_rng(0)
+        self.xp, self.random, self.tensors = device.xp, device.xp.random.default_rng(0), {}
 
     def take(self, name, *shape):
         if len(shape) == 1:
             return self.xp.ones(shape, BFLOAT16)
         return (0.02 * self.random.standard_normal(shape, np.float32)).astype(BFLOAT16)
-
-    def check_all_taken(self):
-        """There is nothing else."""
 
 
 def load_weights(checkpoint, config, device):
@@ -331,8 +297,7 @@ def load_weights(checkpoint, config, device):
         p = f"model.layers.{i}"
         return LayerWeights(
             input_norm=take(f"{p}.input_layernorm", D),
-            qkv=stack((f"{p}.self_attn.q_proj", q_rows, D), (f"{p}.self_attn.k_proj", kv_rows, D),
-                      (f"{p}.self_attn.v_proj", kv_rows, D)),
+            qkv=stack((f"{p}.self_attn.q_proj", q_rows, D), (f"{p}.self_attn.k_proj", kv_rows, D), (f"{p}.self_attn.v_proj", kv_rows, D)),
             o=take(f"{p}.self_attn.o_proj", D, q_rows),
             post_attention_norm=take(f"{p}.post_attention_layernorm", D),
             gate_up=stack((f"{p}.mlp.gate_proj", F, D), (f"{p}.mlp.up_proj", F, D)),
@@ -341,7 +306,11 @@ def load_weights(checkpoint, config, device):
     embed = take("model.embed_tokens", V, D)
     weights = Weights(embed, [layer(i) for i in range(c.num_hidden_layers)], take("model.norm", D),
                       embed if c.tie_word_embeddings else take("lm_head", V, D))
-    checkpoint.check_all_taken()
+    # A tensor that is left, such as a bias: without it the answers would be wrong.
+    left = [name for name in checkpoint.tensors if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq")]
+    if left:
+        raise TinyVLLMError(f"{checkpoint.folder}: the weights have {len(left)} tensors that no Llama of this config.json has, {left[0]} for "
+                            "one: is it another architecture, or quantized?")
     return weights
 
 
@@ -361,45 +330,32 @@ def load_weights(checkpoint, config, device):
 # ======================================================================================================================
 KERNEL_TYPES = {"bf16": BFLOAT16, "float": np.dtype(np.float32), "int": np.dtype(np.int32),
                 "long long": np.dtype(np.int64), "u64": np.dtype(np.uint64)}
-
-
 MAX_GRID = 65535                        # blocks in y and in z
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """One kernel as kernels.cu declares it, and `launch(grid, block, values)`, which starts it."""
-    name: str
-    threads: int                # a block
-    parameters: tuple           # of (name, dtype, is_pointer)
-    array_type: type            # cupy.ndarray or numpy.ndarray
-    launch: object
-
-    def __call__(self, grid, *args):
-        """grid: blocks in x, y and z (1 to 3 ints). args: arrays (None is a null pointer) and numbers."""
-        if len(args) != len(self.parameters):
-            raise TypeError(f"{self.name} takes {len(self.parameters)} arguments, got {len(args)}")
-        if min(grid) < 1 or max(grid[1:], default=1) > MAX_GRID:    # CuPy would make one block of none
-            raise ValueError(f"{self.name}: grid {grid} must be at least 1, and at most {MAX_GRID} in y and z")
-        values = [self.check(arg, *parameter) for arg, parameter in zip(args, self.parameters)]
-        self.launch((*grid, 1, 1)[:3], (self.threads, 1, 1), values)
-
-    def check(self, arg, name, dtype, is_pointer):
+def checked_launch(name, threads, parameters, array_type, launch):
+    """kernels.NAME. threads: of a block; parameters: a list of (name, dtype, is_pointer); launch(grid, block, values) starts the kernel."""
+    def check(arg, parameter, dtype, is_pointer):
         """The argument, ready for launch. A kernel sees bare addresses: nothing after this would notice a wrong type."""
         if not is_pointer:
             return dtype.type(arg)
         if arg is None:
             return np.uint64(0)
-        if not isinstance(arg, self.array_type):
-            raise TypeError(f"{self.name}: {name} must be an array of this device, got {type(arg)}")
-        if arg.dtype != dtype or not arg.flags.c_contiguous:
-            raise TypeError(f"{self.name}: {name} must be contiguous {dtype}, got {arg.dtype}, "
-                            f"shape {arg.shape}, strides {arg.strides}")
+        assert isinstance(arg, array_type), f"{name}: {parameter} must be an array of this device, got {type(arg)}"
+        assert arg.dtype == dtype and arg.flags.c_contiguous, f"{name}: {parameter} must be contiguous {dtype}, got {arg.dtype}, {arg.strides}"
         return arg
+
+    def start(grid, *args):
+        """grid: blocks in x, y and z (1 to 3 ints). args: arrays (None is a null pointer) and numbers."""
+        assert len(args) == len(parameters), f"{name} takes {len(parameters)} arguments, got {len(args)}"
+        # CuPy would make one block of none.
+        assert min(grid) >= 1 and max(grid[1:], default=1) <= MAX_GRID, f"{name}: grid {grid} is beyond 1 to {MAX_GRID}"
+        launch((*grid, 1, 1)[:3], (threads, 1, 1), [check(arg, *parameter) for arg, parameter in zip(args, parameters)])
+    return start
 
 
 class Kernels:
-    """What compile() returns: kernels.NAME(grid, *args), and the file's constants, such as kernels.QUERY_TILE."""
+    """What compile() returns: kernels.NAME(grid, *args), and the file's constants, such as kernels.ATTENTION_ROWS."""
 
     def __init__(self, source, array_type, get_launch):
         """get_launch: name -> a function (grid, block, values) that starts this kernel."""
@@ -407,8 +363,8 @@ class Kernels:
             setattr(self, name, int(number))
         for threads, name, parameters in kernel_declarations(source):
             threads = int(threads) if threads.isdigit() else getattr(self, threads)
-            parameters = tuple(parse_parameter(p) for p in parameters.split(","))
-            setattr(self, name, Kernel(name, threads, parameters, array_type, get_launch(name)))
+            parameters = [parse_parameter(p) for p in parameters.split(",")]
+            setattr(self, name, checked_launch(name, threads, parameters, array_type, get_launch(name)))
 
 
 def kernel_declarations(source):
@@ -436,8 +392,8 @@ def open_cublas(cupy):
     library, handle = ctypes.CDLL(path), ctypes.c_void_p()
     status = library.cublasCreate_v2(ctypes.byref(handle))
     assert status == 0, f"cuBLAS answers {status} to cublasCreate"
-    library.cublasSetStream_v2.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     number, pointer = ctypes.c_int, ctypes.c_void_p
+    library.cublasSetStream_v2.argtypes = [pointer, pointer]
     library.cublasGemmEx.argtypes = [pointer, *[number] * 5, pointer, pointer, number, number, pointer, number, number, pointer,
                                      pointer, number, number, number, number]
     return library.cublasGemmEx, library.cublasSetStream_v2, handle
@@ -454,8 +410,8 @@ class CudaDevice:
         properties = runtime.getDeviceProperties(number)
         self.name = properties["name"].decode()
         if properties["major"] < 8:
-            raise TinyVLLMError(f"{self.name} has compute capability {properties['major']}.{properties['minor']}, needed is 8.0 "
-                                f"or newer (RTX 30 series, A100, ...), for bfloat16: use --device cpu or another GPU")
+            raise TinyVLLMError(f"{self.name} has compute capability {properties['major']}.{properties['minor']}, needed is 8.0 or newer, for "
+                                "bfloat16 (RTX 30 series, A100, ...): use --device cpu or another GPU")
         self.gemm, self.set_stream, self.cublas = open_cublas(cupy)
         self.graph_pool, self.graph_stream = cupy.cuda.MemoryPool(), cupy.cuda.Stream()
         self.multiprocessors = properties["multiProcessorCount"]
@@ -534,13 +490,12 @@ class CudaDevice:
         try:
             return Kernels(source, self.xp.ndarray, module.get_function)
         except self.xp.cuda.compiler.CompileException as error:
-            raise TinyVLLMError(f"kernels do not compile for this model: {first_error(str(error))}") from None
+            raise TinyVLLMError(f"kernels do not compile for this model: {first_line(error, 'error')}") from None
 
 
 class CpuDevice:
     """No GPU: NumPy, and the kernels in the simulator. Slow, but the very same kernels."""
-    FLAGS = ["-O3", "-march=native", "-std=c++17", "-fno-strict-aliasing", "-shared", "-fPIC",
-             "-fvisibility=hidden", "-pthread", "-w"]
+    FLAGS = ["-O3", "-march=native", "-std=c++17", "-fno-strict-aliasing", "-shared", "-fPIC", "-fvisibility=hidden", "-pthread", "-w"]
     SANITIZE = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     warned = False
 
@@ -587,7 +542,6 @@ class CpuDevice:
         return function(), function
 
     def linear(self, x, w):
-        """x [T, in] @ w [out, in] transposed -> [T, out]; bf16, accumulated in float32."""
         # NumPy multiplies bfloat16 element by element, without BLAS. A weight is converted once and must not change after.
         if id(w) not in self.float32_weights:
             self.float32_weights[id(w)] = w.astype(np.float32)
@@ -600,60 +554,40 @@ class CpuDevice:
         exports = "".join(f"SIMULATOR_EXPORT({name})\n" for _, name, _ in kernel_declarations(source))
         wrapper = f'#include "simulator.h"\n#include "{path}"\n{exports}'
         flags = self.flags + [f"-D{name}={value}" for name, value in defines.items()]
-        library = ctypes.CDLL(self.build(wrapper, flags, source))
-        library.simulator_error.restype = ctypes.c_char_p
-        kernels = Kernels(source, np.ndarray, lambda name: self.get_launch(library, name))
-        kernels.simulator_shuffle = library.simulator_shuffle    # for tests: threads in another order, see simulator.h
-        return kernels
-
-    def build(self, wrapper, flags, source):
-        """Path of the shared library, compiled if the cache does not have it."""
         # What the compiler says of itself, and of what "native" means on this machine.
         version = subprocess.run([self.compiler, "-march=native", "-E", "-v", "-"], input="", capture_output=True, text=True).stderr
         parts = [(FOLDER / "simulator.h").read_text(), source, wrapper, version, *flags]
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinyvllm"
-        path = cache / (hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32] + ".so")
-        if path.exists():
-            return str(path)
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            new = f"{folder}/kernels.so"
-            result = subprocess.run([self.compiler, *flags, f"-I{FOLDER}", "-x", "c++", "-", "-o", new],
-                                    input=wrapper, capture_output=True, text=True)
-            if result.returncode:
-                raise TinyVLLMError(f"kernels do not compile for this model: {first_error(result.stderr)}")
-            os.replace(new, path)           # at once: another process sees all of the file or none of it
-        return str(path)
+        binary = cache / (hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32] + ".so")
+        if not binary.exists():
+            cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cache) as folder:
+                command = [self.compiler, *flags, f"-I{FOLDER}", "-x", "c++", "-", "-o", f"{folder}/kernels.so"]
+                result = subprocess.run(command, input=wrapper, capture_output=True, text=True)
+                if result.returncode:
+                    raise TinyVLLMError(f"kernels do not compile for this model: {first_line(result.stderr or 'no reason given', 'error')}")
+                os.replace(f"{folder}/kernels.so", binary)          # at once: another process sees all of the file or none of it
+        library = ctypes.CDLL(str(binary))
+        library.simulator_error.restype = ctypes.c_char_p
+        kernels = Kernels(source, np.ndarray, lambda name: self.get_launch(library, getattr(library, f"{name}_launch")))
+        kernels.simulator_shuffle = library.simulator_shuffle       # for tests: threads in another order, see simulator.h
+        return kernels
 
-    def get_launch(self, library, name):
-        """A function (grid, block, values) that runs the kernel; values as Kernel.check made them."""
-        entry = getattr(library, f"{name}_launch")
-        three = ctypes.c_uint * 3
-
+    def get_launch(self, library, entry):
+        """A function (grid, block, values) that runs the kernel behind `entry`; values as checked_launch gives them."""
         def launch(grid, block, values):
-            # As cuLaunchKernel wants it: an array of pointers, each to an argument's value, here 8 bytes apart.
-            slots = np.zeros(len(values), np.uint64)
-            for slot, value in zip(slots.reshape(-1, 1), values):
-                if isinstance(value, np.ndarray):
-                    slot[0] = value.ctypes.data
-                else:
-                    slot.view(value.dtype)[0] = value
-            first = slots.ctypes.data
-            pointers = (ctypes.c_void_p * len(values))(*range(first, first + 8 * len(values), 8))
-            if entry(three(*grid), three(*block), pointers):
+            # As cuLaunchKernel wants it: an array of pointers, each to an argument's value. The 0-d arrays hold these values.
+            slots = [np.array(value.ctypes.data if isinstance(value, np.ndarray) else value) for value in values]
+            pointers = (ctypes.c_void_p * len(slots))(*(slot.ctypes.data for slot in slots))
+            if entry((ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(*block), pointers):
                 raise TinyVLLMError(library.simulator_error().decode())
         return launch
 
 
-def first_error(text):
-    """The line of a compiler's output that says what is wrong: the first with "error" in it, else the first."""
-    lines = text.strip().splitlines() or ["the compiler does not say why"]
-    return next((line for line in lines if "error" in line), lines[0]).strip()
-
-
-def first_line(error):
-    """The first line of an exception's text."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+def first_line(error, word=""):
+    """The first line of an error's text that has this word in it, else the first of all; the error's type if it has no text."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return next((line for line in lines if word in line), lines[0]).strip()
 
 
 def open_device(name="auto"):
@@ -664,11 +598,11 @@ def open_device(name="auto"):
         import cupy
         cupy.cuda.runtime.getDeviceCount()          # raises where there is no driver or no GPU
     except Exception as error:                      # CuPy has many kinds, an import that half works included
+        problem = f"no NVIDIA GPU can be used ({first_line(error)})"
         if name == "cuda":
-            raise TinyVLLMError(f"no NVIDIA GPU can be used ({first_line(error)}): check nvidia-smi and `pip install cupy-cuda12x`, "
-                                f"or use --device cpu") from None
+            raise TinyVLLMError(f"{problem}: check nvidia-smi and `pip install cupy-cuda12x`, or use --device cpu") from None
         if not isinstance(error, ModuleNotFoundError):
-            print(f"tiny-vLLM: CuPy is here, but no GPU can be used ({first_line(error)})", file=sys.stderr)
+            print(f"tiny-vLLM: CuPy is here, but {problem}", file=sys.stderr)
         return CpuDevice()
     return CudaDevice()
 
@@ -776,25 +710,15 @@ class SamplingParams:
     logprobs: int | None = None         # report the log-probability of each token, and of so many best ones
 
     def __post_init__(self):
-        def check(name, good, expected):
-            value = getattr(self, name)
-            try:
-                if good(value):
-                    return
-            except TypeError:
-                pass
-            raise TinyVLLMError(f"{name} is {value!r}, expected is {expected}")
-
-        def is_int(value, least, most=math.inf):
-            return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and least <= value <= most
-
-        check("temperature", lambda t: 0 <= t <= np.finfo(np.float32).max, "0 (greedy) or more")
-        check("top_k", lambda k: is_int(k, -1), "a whole number of 1 or more, or 0 for all")
-        check("top_p", lambda p: 0 < p <= 1, "more than 0 and at most 1")
-        check("seed", lambda seed: seed is None or is_int(seed, 0, 2**64 - 1), "a whole number from 0 to 2^64 - 1")
-        check("max_tokens", lambda n: n is None or is_int(n, 1), "a whole number of 1 or more")
-        check("stop_token_ids", lambda ids: not isinstance(ids, str) and all(is_int(i, 0) for i in ids), "a list of token ids")
-        check("logprobs", lambda n: n is None or is_int(n, 0), "a whole number of 0 or more")
+        def want(name, good, expected):
+            check(name, getattr(self, name), good, expected)
+        want("temperature", lambda t: 0 <= t <= np.finfo(np.float32).max, "0 (greedy) or more")
+        want("top_k", lambda k: is_int(k, -1), "a whole number of 1 or more, or 0 for all")
+        want("top_p", lambda p: 0 < p <= 1, "more than 0 and at most 1")
+        want("seed", lambda seed: seed is None or is_int(seed, 0, 2**64 - 1), "a whole number from 0 to 2^64 - 1")
+        want("max_tokens", lambda n: n is None or is_int(n), "a whole number of 1 or more")
+        want("stop_token_ids", lambda ids: not isinstance(ids, str) and all(is_int(i, 0) for i in ids), "a list of token ids")
+        want("logprobs", lambda n: n is None or is_int(n, 0), "a whole number of 0 or more")
 
 
 @dataclass
@@ -807,7 +731,7 @@ class RequestOutput:
                                         # "abort": given up by the caller
     error: str | None = None            # why the request was refused
     logprobs: list | None = None        # for each token a dict {token id: log-probability}: the token's and the best ones'
-    delta: str = ""                     # in LLM.stream: the text that is new
+    delta: str = ""                     # the text that is new since LLM.run or .stream last gave this output
     num_cached_tokens: int = 0          # that did not have to be computed: their pages were there
     num_preemptions: int = 0
     arrival_time: float = 0.0           # seconds of time.perf_counter()
@@ -1058,7 +982,9 @@ class Model:
         c = config
         self.config, self.weights, self.device, self.buffer = c, weights, device, step_buffer
         self.graph_sizes, self.graphs = () if enforce_eager else GRAPH_SIZES, {}       # size -> what device.record returned
-        self.kernels = compile_kernels(config, device, block_size)
+        self.kernels = device.compile({                                                 # with this model's sizes as constants
+            "HIDDEN": c.hidden_size, "NUM_HEADS": c.num_attention_heads, "NUM_KV_HEADS": c.num_key_value_heads, "HEAD_DIM": c.head_dim,
+            "FFN": c.intermediate_size, "VOCAB": c.vocab_size, "BLOCK_SIZE": block_size, "RMS_EPS": f"{c.rms_norm_eps:e}f"})
         # Keys are cache[l, 0], values cache[l, 1] of layer l. Within a page each head's tokens are consecutive.
         self.kv_cache = device.empty((c.num_hidden_layers, 2, num_blocks, c.num_key_value_heads, block_size, c.head_dim))
         angles = np.arange(max_model_len)[:, None] * rope_frequencies(c)
@@ -1089,11 +1015,12 @@ class Model:
         c, w, kernels, linear = self.config, self.weights, self.kernels, self.device.linear
         T, S, R = len(b.token_ids), len(b.context_lens), len(b.last_tokens)
         D, F, heads_size = c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim
-        tiles, K = cdiv(b.max_query_len, kernels.QUERY_TILE), c.num_key_value_heads
+        H, K = c.num_attention_heads, c.num_key_value_heads
         # Two blocks of attention for each multiprocessor keep the memory busy: where there are fewer, split the contexts (by 32
         # at most: merging reads them all). By the batch's size alone, not by its contexts: a CUDA graph keeps its grids.
+        tiles = cdiv(b.max_query_len * H // K, kernels.ATTENTION_ROWS)
         splits = max(1, min(32, 2 * self.device.multiprocessors // (tiles * K * S)))
-        partial = self.device.empty((T, c.num_attention_heads, splits, c.head_dim + 2), np.float32) if splits > 1 else None
+        partial = self.device.empty((T, H, splits, c.head_dim + 2), np.float32) if splits > 1 else None
         x, attention, activation = (self.device.empty((T, size)) for size in (D, heads_size, F))
 
         residual = self.device.empty((T, D))
@@ -1104,10 +1031,8 @@ class Model:
             kernels.rms_norm((T,), x, residual, added, layer.input_norm)
             qkv = linear(x, layer.qkv)                                                  # [T, (H + 2K) h]
             kernels.rope_and_cache((T,), qkv, self.cos_sin, b.positions, b.slot_mapping, k_cache, v_cache)
-            kernels.paged_attention((tiles * splits, K, S), attention, qkv, k_cache, v_cache, b.block_tables, b.cu_blocks,
-                                    b.cu_seqlens, b.context_lens, c.head_dim ** -0.5, partial, splits)
-            if splits > 1:
-                kernels.merge_splits((T, c.num_attention_heads), attention, partial, splits)
+            kernels.paged_attention((tiles, K * splits, S), attention, qkv, k_cache, v_cache, b.block_tables, b.cu_blocks,
+                                    b.cu_seqlens, b.context_lens, c.head_dim ** -0.5, partial)
             added = linear(attention, layer.o)                                          # [T, D]
 
             # x = norm(residual += added);  residual += silu(x @ gate) * (x @ up) @ down
@@ -1127,14 +1052,6 @@ class Model:
         tokens, logprobs = self.buffer.sampled
         kernels.sample((R,), tokens, logprobs.view(np.float32), logits, b.temperatures, b.top_ks, b.top_ps, b.seeds, b.lengths)
         return logits
-
-
-def compile_kernels(config, device, block_size):
-    """kernels.cu with this model's sizes as constants."""
-    c = config
-    return device.compile({
-        "HIDDEN": c.hidden_size, "NUM_HEADS": c.num_attention_heads, "NUM_KV_HEADS": c.num_key_value_heads, "HEAD_DIM": c.head_dim,
-        "FFN": c.intermediate_size, "VOCAB": c.vocab_size, "BLOCK_SIZE": block_size, "RMS_EPS": f"{c.rms_norm_eps:e}f"})
 
 
 # ======================================================================================================================
@@ -1163,20 +1080,16 @@ def kv_bytes_per_token(config):
     return 2 * BYTES * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
 
 
-def activation_bytes(config, max_num_batched_tokens, max_num_seqs, max_model_len):
-    """Bytes that a step needs beside weights and cache: the arrays of forward() at their largest, twice, since the allocator
-    keeps old ones; the CUDA graphs', and logits for each of these; the table of angles; and 256 MB for cuBLAS and the kernels."""
-    c = config
+def kv_cache_blocks(config, memory, utilization, block_size, max_num_batched_tokens, max_num_seqs, max_model_len):
+    """How many pages of KV cache fit into `memory`, (free, total) bytes, of which `utilization` (0 to 1) may be used. max_model_len:
+    tokens that must fit; None: one page's worth."""
+    c, (free, total), weights = config, memory, weight_bytes(config)
+    # A step needs the arrays of forward() at their largest, twice, since the allocator keeps old ones; the CUDA graphs', and logits for
+    # each of these; the table of angles; and 256 MB for cuBLAS and the kernels.
     a_token = 4 * c.hidden_size + c.qkv_size + c.num_attention_heads * c.head_dim + 3 * c.intermediate_size
     tokens, rows = 2 * max_num_batched_tokens + GRAPH_SIZES[-1], 2 * max_num_seqs + sum(GRAPH_SIZES)
-    return BYTES * (tokens * a_token + rows * c.vocab_size) + 4 * max_model_len * c.head_dim + 2**28
-
-
-def kv_cache_blocks(config, memory, utilization, block_size, limits, max_model_len):
-    """How many pages of KV cache fit into `memory`, (free, total) bytes, of which `utilization` (0 to 1) may be used. limits:
-    (max_num_batched_tokens, max_num_seqs). max_model_len: tokens that must fit; None: one page's worth."""
-    (free, total), weights = memory, weight_bytes(config)
-    activations = activation_bytes(config, *limits, max_model_len or config.max_position_embeddings)
+    angles = 4 * c.head_dim * (max_model_len or c.max_position_embeddings)
+    activations = BYTES * (tokens * a_token + rows * c.vocab_size) + angles + 2**28
     left = free - (1 - utilization) * total - weights - activations
     block_bytes = block_size * kv_bytes_per_token(config)
     needed = cdiv(max_model_len or 1, block_size) * block_bytes
@@ -1323,14 +1236,7 @@ class Engine:
 # with an error, so that the others of its list go on.
 # ======================================================================================================================
 class LLM:
-    """A model, ready to answer.
-
-        llm = LLM("parrot")
-        for output in llm.generate(["Hello,", "The answer is"], SamplingParams(max_tokens=20)):
-            print(output.text, output.finish_reason)
-        for output in llm.stream(llm.tokenizer.chat([{"role": "user", "content": "What is a KV cache?"}])):
-            print(output.delta, end="", flush=True)
-    """
+    """A model, ready to answer: LLM("parrot").generate(["Once upon a time"], SamplingParams(max_tokens=20))[0].text"""
 
     def __init__(self, model=None, *, device="auto", max_model_len=None, gpu_memory_utilization=0.9, block_size=16,
                  max_num_batched_tokens=4096, max_num_seqs=256, num_blocks=None, enforce_eager=False, overlap=True,
@@ -1338,11 +1244,13 @@ class LLM:
         """model: a folder or a Hugging Face id; None: see find_model. max_model_len: tokens of prompt and answer together;
         default: the model's limit. num_blocks: pages of the KV cache; default: as many as the memory share holds.
         enforce_eager: launch every kernel by itself rather than by CUDA graphs. overlap: see Engine. prefix_caching: keep pages for
-        requests that begin alike. load_format: "auto", or
-        "dummy": random weights, for which `model` may also be one of SHAPES."""
-        check_options(gpu_memory_utilization, block_size, {
-            "--max-model-len": max_model_len, "max_num_batched_tokens": max_num_batched_tokens, "max_num_seqs": max_num_seqs,
-            "num_blocks": num_blocks})
+        requests that begin alike. load_format: "dummy" is random weights, for which `model` may also be one of SHAPES."""
+        check("--gpu-memory-utilization", gpu_memory_utilization, lambda share: 0 < share <= 1, "more than 0 and at most 1")
+        check("--block-size", block_size, lambda n: n in (8, 16, 32, 64, 128), "8, 16, 32, 64 or 128")
+        for name, value in {"--max-model-len": max_model_len, "num_blocks": num_blocks}.items():
+            check(name, value, lambda n: n is None or is_int(n), "a whole number of 1 or more")
+        for name, value in {"max_num_batched_tokens": max_num_batched_tokens, "max_num_seqs": max_num_seqs}.items():
+            check(name, value, lambda n: is_int(n, 1, MAX_GRID), f"a whole number from 1 to {MAX_GRID}, the most blocks of a grid in y and z")
         if load_format == "dummy" and model in SHAPES:
             folder, config = FOLDER / "parrot", SHAPES[model]                           # Parrot's tokenizer: any would do
         else:
@@ -1350,15 +1258,13 @@ class LLM:
             config = ModelConfig.from_folder(folder)
         self.config, self.tokenizer, self.device = config, Tokenizer(folder), open_device(device)
         limit = max_model_len or config.max_position_embeddings
-        if limit > config.max_position_embeddings:
-            raise TinyVLLMError(f"--max-model-len is {max_model_len}, the model's limit is {config.max_position_embeddings}")
+        check("--max-model-len", limit, lambda n: n <= config.max_position_embeddings, f"at most the model's {config.max_position_embeddings}")
         fitting = kv_cache_blocks(config, self.device.memory(), gpu_memory_utilization, block_size,
-                                  (max_num_batched_tokens, max_num_seqs), max_model_len)
+                                  max_num_batched_tokens, max_num_seqs, max_model_len)
         if num_blocks is None:
             num_blocks = min(fitting, max_num_seqs * cdiv(limit, block_size))           # more could never be used
         if num_blocks > fitting or (max_model_len and max_model_len > num_blocks * block_size):
-            raise TinyVLLMError(f"num_blocks is {num_blocks}: memory holds {fitting}, and a context of {limit} tokens needs "
-                                f"{cdiv(limit, block_size)}")
+            raise TinyVLLMError(f"num_blocks is {num_blocks}: memory holds {fitting}, {limit} tokens need {cdiv(limit, block_size)}")
         # A sequence that fits the pool alone always gets through, so this is the one limit that requests are held against.
         self.max_model_len = min(limit, num_blocks * block_size)
         if self.max_model_len < limit:
@@ -1380,11 +1286,8 @@ class LLM:
         outputs = self.submit([prompts] if alone else prompts, sampling_params)
         if alone and outputs[0].error:
             raise TinyVLLMError(outputs[0].error)
-        bar = progress_bar(len(outputs))
-        for output in self.run(outputs):
-            if output.finish_reason:
-                bar.update()
-        bar.close()
+        for _ in self.finished(outputs):
+            pass
         return outputs
 
     def stream(self, prompt, sampling_params=None):
@@ -1392,27 +1295,21 @@ class LLM:
         [output] = self.submit([prompt], sampling_params)
         if output.error:
             raise TinyVLLMError(output.error)
-        shown = 0
-        with contextlib.closing(self.run([output])) as outputs:         # if this generator is closed, so is that one, at once
-            for output in outputs:
-                output.delta, shown = output.text[shown:], len(output.text)
-                yield output
+        yield from self.run([output])
 
     def submit(self, prompts, sampling_params=None):
         """Queues prompts and returns their RequestOutputs, for run()."""
         if not isinstance(sampling_params, (list, tuple)):
             sampling_params = [sampling_params or SamplingParams()] * len(prompts)
         if len(sampling_params) != len(prompts) or not all(isinstance(params, SamplingParams) for params in sampling_params):
-            raise TinyVLLMError(f"{len(sampling_params)} sampling_params for {len(prompts)} prompts: expected is a SamplingParams for "
-                                "all, or one for each")
+            raise TinyVLLMError(f"{len(sampling_params)} sampling_params for {len(prompts)} prompts: expected is a SamplingParams, or one each")
         return [self.add_request(prompt, params) for prompt, params in zip(prompts, sampling_params)]
 
     def add_request(self, prompt, params):
         """Queues one prompt; an output with an error if it can never be answered."""
         output = RequestOutput([], arrival_time=time.perf_counter(), logprobs=None if params.logprobs is None else [])
         try:
-            if not isinstance(prompt, (str, list, tuple, np.ndarray)):
-                raise TinyVLLMError(f"the prompt is a {type(prompt).__name__}, expected is a text or a list of token ids")
+            check("the prompt", prompt, lambda prompt: isinstance(prompt, (str, list, tuple, np.ndarray)), "a text or a list of token ids")
             if len(prompt) == 0:
                 raise TinyVLLMError("the prompt is empty: expected at least one token")
             output.prompt_token_ids = ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
@@ -1435,16 +1332,27 @@ class LLM:
         stepped in between), and once when it is final. If the caller stops early (an exception, Ctrl-C, a closed generator),
         the requests are given up and their pages freed."""
         unseen = {id(output): output for output in outputs if not output.finish_reason}      # not yet yielded as final
+        shown = dict.fromkeys(unseen, 0)                                                     # characters of each that were
         try:
             while unseen:
                 ended = [output for output in unseen.values() if output.finish_reason]       # by another caller's steps
                 for output in ended or [s.output for s in self.engine.step()]:
                     if id(output) in unseen:
+                        output.delta, shown[id(output)] = output.text[shown[id(output)]:], len(output.text)
                         if output.finish_reason:
                             del unseen[id(output)]
                         yield output
         finally:
             self.abort(outputs)
+
+    def finished(self, outputs, bar=True):
+        """run(), but yields each when it is final. bar: count them on stderr, if they are several and somebody watches."""
+        from tqdm import tqdm
+        with tqdm(total=len(outputs), unit="answer", disable=not bar or len(outputs) < 2 or not sys.stderr.isatty()) as count:
+            for output in self.run(outputs):
+                if output.finish_reason:
+                    count.update()
+                    yield output
 
     def abort(self, outputs):
         """Gives up requests that still run or wait, and frees their pages."""
@@ -1453,25 +1361,6 @@ class LLM:
             if id(sequence.output) in mine:
                 sequence.output.finish_reason = "abort"
                 scheduler.remove(sequence)
-
-
-def check_options(gpu_memory_utilization, block_size, counts):
-    """Raises TinyVLLMError for engine options that make no sense. counts: {name: a number of 1 or more, or None}."""
-    if not 0 < gpu_memory_utilization <= 1:
-        raise TinyVLLMError(f"--gpu-memory-utilization is {gpu_memory_utilization}, expected is more than 0 and at most 1")
-    for name, value in counts.items():
-        if value is not None and not (isinstance(value, int) and value >= 1):
-            raise TinyVLLMError(f"{name} is {value!r}, expected is a whole number of 1 or more")
-        if value is not None and name in ("max_num_batched_tokens", "max_num_seqs") and value > MAX_GRID:
-            raise TinyVLLMError(f"{name} is {value}, expected is at most {MAX_GRID}: a CUDA grid has no more blocks in y and z")
-    if block_size not in (8, 16, 32, 64, 128):
-        raise TinyVLLMError(f"--block-size is {block_size}, expected is 8, 16, 32, 64 or 128")
-
-
-def progress_bar(total):
-    """A bar on stderr that counts answers; silent unless there are several and somebody watches."""
-    from tqdm import tqdm
-    return tqdm(total=total, unit="answer", disable=total < 2 or not sys.stderr.isatty())
 
 
 # ======================================================================================================================
@@ -1545,41 +1434,28 @@ def prompt_ids(llm, text, args):
     return llm.tokenizer.chat([*system, {"role": "user", "content": text}])
 
 
-def answer_one(llm, text, args, params):
-    """Streams one answer to stdout; returns its output."""
-    for output in llm.stream(prompt_ids(llm, text, args), params):
-        print(output.delta, end="", flush=True)
-    print(flush=True)
-    return output
-
-
-def answer_many(llm, texts, args, params):
-    """Runs prompts together and prints each answer whole under its prompt, in input order, as soon as it can; returns the
-    outputs. A prompt that is refused is reported in its place, and the others go on."""
+def answer(llm, texts, args, params):
+    """Runs prompts together; returns their outputs. One alone is streamed; of several, each answer is printed whole under its prompt,
+    in input order, as soon as it can. A prompt that is refused is reported in its place, and the others go on."""
     def submit(text):
         try:
             return llm.add_request(prompt_ids(llm, text, args), params)
         except (TinyVLLMError, TokenizerError) as error:
             return RequestOutput([], finish_reason="error", error=str(error))
 
-    def show():
-        """Prints the final outputs at the head of the queue."""
-        while pending and pending[0][0].finish_reason:
-            output, text = pending.popleft()
-            if output.error:
-                print(f"tinyvllm: {text[:60]!r}: {output.error}", file=sys.stderr)
-            else:
-                print(f"> {text}\n{output.text}\n", flush=True)
-
-    outputs = [submit(text) for text in texts]
-    pending = deque(zip(outputs, texts))
-    bar = progress_bar(len(outputs) if not sys.stdout.isatty() else 0)
-    show()
-    for output in llm.run(outputs):
-        if output.finish_reason:
-            bar.update()
-            show()
-    bar.close()
+    outputs, alone = [submit(text) for text in texts], len(texts) == 1
+    finished = llm.finished(outputs, bar=not sys.stdout.isatty())
+    for text, output in zip(texts, outputs):
+        if output.error:
+            print(f"tinyvllm: {'' if alone else f'{text[:60]!r}: '}{output.error}", file=sys.stderr)
+        elif alone:
+            for _ in llm.run(outputs):
+                print(output.delta, end="", flush=True)
+            print(flush=True)
+        else:
+            while not output.finish_reason:
+                next(finished)
+            print(f"> {text}\n{output.text}\n", flush=True)
     return outputs
 
 
@@ -1587,11 +1463,11 @@ def statistics(llm, outputs):
     """One line: what came in, what went out, how fast."""
     done = [output for output in outputs if not output.error]
     prompt, new = sum(len(o.prompt_token_ids) for o in done), sum(len(o.token_ids) for o in done)
-    start, end = min(o.arrival_time for o in done), max(o.finish_time for o in done)
-    first = sorted(o.first_token_time - o.arrival_time for o in done)[len(done) // 2]
     cached = sum(o.num_cached_tokens for o in done)
-    line = (f"{prompt} prompt tokens{f' ({cached} cached)' if cached else ''}, {new} new tokens, {'median ' if len(done) > 1 else ''}time to first token {first:.3f} s, "
-            f"{new / (end - start):.1f} tokens/s")
+    seconds = max(o.finish_time for o in done) - min(o.arrival_time for o in done)
+    first = np.median([o.first_token_time - o.arrival_time for o in done])
+    line = (f"{prompt} prompt tokens{f' ({cached} cached)' if cached else ''}, {new} new tokens, {'median ' if len(done) > 1 else ''}"
+            f"time to first token {first:.3f} s, {new / seconds:.1f} tokens/s")
     stats, peak = llm.engine.stats, llm.device.memory_bandwidth
     if peak and stats.decode_seconds:
         rate = stats.decode_bytes / stats.decode_seconds
@@ -1616,7 +1492,7 @@ def run_command(args):
     if args.system and not args.raw and not llm.tokenizer.has_chat_template:
         raise TinyVLLMError("--system needs a chat format that is known, and this model has none: use --raw and write it into the prompt")
     with views.looking_inside(llm, args) if views else contextlib.nullcontext():
-        outputs = [answer_one(llm, texts[0], args, params)] if len(texts) == 1 else answer_many(llm, texts, args, params)
+        outputs = answer(llm, texts, args, params)
     if not all(output.error for output in outputs):
         print(f"tiny-vLLM: {statistics(llm, outputs)}", file=sys.stderr)
     return 2 if any(output.error for output in outputs) else 0
@@ -1634,20 +1510,19 @@ def main(argv=None):
         if args.bench:
             from bench import run_bench
         sys.exit(run_bench(args) if args.bench else run_command(args))
-    except (TinyVLLMError, TokenizerError) as error:
-        print(f"tinyvllm: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(130)
     except MemoryError as error:
         print(f"tinyvllm: out of memory ({first_line(error)}): lower --gpu-memory-utilization or --max-model-len", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:        # `| head` has seen enough, the disk is full, the cache folder is not ours
-        if not isinstance(error, BrokenPipeError):
+    except (TinyVLLMError, TokenizerError, OSError) as error:                   # an OSError: the disk is full, the cache folder is not ours
+        has_seen_enough = isinstance(error, BrokenPipeError)                    # `| head`
+        if not has_seen_enough:
             print(f"tinyvllm: {error}", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())          # leave nothing for Python to flush at exit
-        sys.exit(0 if isinstance(error, BrokenPipeError) else 2)
+        if isinstance(error, OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # leave nothing for Python to flush at exit
+        sys.exit(0 if has_seen_enough else 2)
 
 
 if __name__ == "__main__":
