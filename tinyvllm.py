@@ -738,6 +738,7 @@ class RequestOutput:
     arrival_time: float = 0.0           # seconds of time.perf_counter()
     first_token_time: float = 0.0
     finish_time: float = 0.0
+    account: dict | None = None         # where the time in between went, in seconds, if a views.Recorder has looked on
 
 
 class Sequence:
@@ -1160,11 +1161,18 @@ class Engine:
         """overlap: start a step before the tokens of the one before are read, so that the GPU never waits for Python."""
         self.model, self.scheduler, self.overlap, self.stats = model, scheduler, overlap, Stats()
         self.in_flight = deque()            # of (batch, logits, get_tokens, when it was launched): steps whose tokens are not read
+        self.observers = []                 # of whoever looks inside (views.py)
+
+    def tell(self, event, what=None):
+        """Tells the observers what begins or has ended just now."""
+        for observer in self.observers:
+            observer.told(event, what)
 
     def step(self):
         """Starts a step and returns the sequences that got a token: from this one or, with overlap, from the one before. Call it
         while there is work."""
         try:
+            self.tell("schedule")
             scheduled = self.scheduler.schedule()
             if scheduled:
                 self.launch(scheduled)
@@ -1181,6 +1189,7 @@ class Engine:
     def launch(self, scheduled):
         """Starts a step. Its tokens are not known, but that they will come is, so the next step can be planned."""
         start = time.perf_counter()
+        self.tell("launch", scheduled)
         batch = Batch.build(scheduled, self.scheduler.allocator.block_size, *self.model.tiling)
         logits, get_tokens = self.model.launch(batch)
         for sequence, count in scheduled:
@@ -1189,13 +1198,16 @@ class Engine:
         for row, sequence in enumerate(batch.sampled):
             sequence.token_ids.append(~row)                                     # the next step finds it on the device, in this row
         self.in_flight.append((batch, logits, get_tokens, start))
+        self.tell("launched")
 
     def finish(self):
         """Waits for the oldest step in flight and gives its tokens to their sequences, which are returned. A sequence that ended, or was
         given up, while the step was under way has no use for its token."""
         batch, logits, get_tokens, start = self.in_flight[0]
+        self.tell("wait")
         tokens, logprobs = (array.tolist() for array in get_tokens())
         self.in_flight.popleft()
+        self.tell("read")
         self.stats.add(batch, start, self.model.config)
         sampled = []
         for row, (sequence, position) in enumerate(zip(batch.sampled, batch.lengths.tolist())):
@@ -1206,6 +1218,7 @@ class Engine:
                     sequence.output.logprobs.append(best | {token: logprobs[row]})      # the token may be none of the best
                 self.append(sequence, position, token)
                 sampled.append(sequence)
+        self.tell("done", sampled)
         return sampled
 
     def append(self, sequence, position, token):
@@ -1405,6 +1418,11 @@ def parse_arguments(argv):
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: a GPU if there is one, else the simulator")
     add("--load-format", choices=["auto", "dummy"], default="auto",
         help=f"dummy: random weights, for a --model that may also be one of {', '.join(SHAPES)}")
+    add("--num-blocks", type=int, metavar="N", help="pages of the KV cache (default: as many as the memory holds)")
+    add("--max-num-batched-tokens", type=int, default=4096, metavar="N", help="token budget of a step (default: 4096)")
+    add("--watch", action="store_true", help="a live view of pages, requests and steps, on stderr")
+    add("--trace", metavar="FILE", help="write what happened and when: FILE.html is a page to look at, FILE.json opens in Perfetto")
+    add("--stats", action="store_true", help="a table of where each request's time went, on stderr")
     add("--bench", nargs="?", const="all", metavar="ROW", help="measure speed on a GPU, against what the card could do: all rows of a table, or one")
     add("--json", metavar="FILE", help="where --bench writes its figures")
     add("--version", action="version", version=f"tiny-vLLM {__version__}")
@@ -1413,15 +1431,16 @@ def parse_arguments(argv):
         raise TinyVLLMError(f"{message} (--help shows the options and examples)")
     parser.error = error
     args = parser.parse_args(argv)
-    if bool(args.prompts) == bool(args.bench) or args.json and not args.bench:
-        error("expected are prompts, or --bench (and with it --json)")
+    if bool(args.prompts) == bool(args.bench) or args.json and not args.bench or args.bench and (args.watch or args.trace or args.stats):
+        error("expected are prompts (and with them --watch, --trace, --stats), or --bench (and with it --json)")
     return args
 
 
 def open_llm(args):
     """The engine that the options ask for."""
     return LLM(args.model, device=args.device, max_model_len=args.max_model_len, gpu_memory_utilization=args.gpu_memory_utilization,
-               block_size=args.block_size, prefix_caching=not args.no_prefix_caching, load_format=args.load_format)
+               block_size=args.block_size, prefix_caching=not args.no_prefix_caching, load_format=args.load_format,
+               num_blocks=args.num_blocks, max_num_batched_tokens=args.max_num_batched_tokens)
 
 
 def prompt_ids(llm, text, args):
@@ -1483,10 +1502,16 @@ def run_command(args):
         texts += filter(str.strip, sys.stdin.read().splitlines()) if prompt == "-" else [prompt]
     if not texts:
         raise TinyVLLMError("there is no prompt: expected at least one line of text on stdin")
+    views = None
+    if args.watch or args.trace or args.stats:
+        import views
+        if args.trace:
+            views.check_trace_path(args.trace)
     llm = open_llm(args)
     if args.system and not args.raw and not llm.tokenizer.has_chat_template:
         raise TinyVLLMError("--system needs a chat format that is known, and this model has none: use --raw and write it into the prompt")
-    outputs = answer(llm, texts, args, params)
+    with views.looking_inside(llm, args) if views else contextlib.nullcontext():
+        outputs = answer(llm, texts, args, params)
     if not all(output.error for output in outputs):
         print(f"tiny-vLLM: {statistics(llm, outputs)}", file=sys.stderr)
     return 2 if any(output.error for output in outputs) else 0
@@ -1500,8 +1525,8 @@ def main(argv=None):
             stream.reconfigure(errors=errors)
     try:
         args = parse_arguments(argv)
+        sys.modules.setdefault("tinyvllm", sys.modules[__name__])           # bench and views import this very module, no second copy
         if args.bench:
-            sys.modules.setdefault("tinyvllm", sys.modules[__name__])       # the bench imports this very module, no second copy
             from bench import run_bench
         sys.exit(run_bench(args) if args.bench else run_command(args))
     except KeyboardInterrupt:
