@@ -5,27 +5,22 @@
 //     SIMULATOR_EXPORT(rms_norm)    // int rms_norm_launch(grid, block, args), args as cuLaunchKernel takes them
 //
 // A thread becomes a fibre: a call of the kernel on a stack of its own, which can be left in the middle and gone on
-// with later. To leave it: push the registers that a function must preserve, load another stack's pointer, pop what
-// was pushed there, return. Nothing else interrupts a fibre: it runs until it has to wait for others, or returns.
-//
-// A barrier is such a wait. A thread in __syncthreads() notes that it is there and goes back to its core, which runs
-// the next one, warp after warp, until none can run. If all that have not returned wait at the barrier, it opens, and
-// the next round begins. A warp's collectives (shuffle, vote, mma) are made of a smaller barrier, for 32 lanes. One
-// core runs a whole block in this way, so in a block nothing happens at the same time. Blocks spread over the cores.
+// with later. Nothing interrupts a fibre: it runs until it has to wait for others, or returns. In __syncthreads() it
+// notes that it is there and goes back to its core, which runs the next one, warp after warp, until none can run. If all
+// that have not returned wait at the barrier, it opens. A warp's collectives (shuffle, vote, mma) are made of a smaller
+// barrier, for 32 lanes. One core runs a whole block in this way; blocks spread over the cores.
 //
 // Where a GPU would hang or compute nonsense, this is strict:
-//   - All threads of a block must wait at the same __syncthreads(); those that have returned count as there, as on a
-//     GPU. All lanes of a collective's mask must come to it. Errors name kernel, block, thread and line.
+//   - All threads of a block that have not returned must wait at the same __syncthreads(), all lanes of a collective's
+//     mask must come to it. Errors name kernel, block, thread and line.
 //   - cp.async copies at the wait and not before, so that a forgotten wait reads old data.
 //   - simulator_shuffle(seed) runs threads in random order, a new one after each barrier, and fills shared memory with
 //     NaNs before each block: a result that depends on the seed lacks a barrier or an initialisation.
 //   - Built with -fsanitize=address,undefined, it finds accesses outside of shared and global arrays.
 // Not here: waiting in a loop for another thread, dynamic shared memory, arithmetic in bf16.
 // To look into a kernel, print from it, or stop in it with gdb (built by a compiler that is told not to optimise):
-//     if (blockIdx.x == 0 && threadIdx.x < 4) printf("%d: %f\n", threadIdx.x, scale);
 //     printf '#!/bin/sh\nexec g++ "$@" -O0 -g\n' > debug-g++; chmod +x debug-g++
 //     CXX=./debug-g++ gdb -ex 'set breakpoint pending on' -ex 'break rms_norm if threadIdx.x == 3' --args python ...
-#pragma once
 #define SIMULATOR
 #include <algorithm>
 #include <atomic>
@@ -54,8 +49,7 @@
 #define __global__
 #define __device__
 #define __launch_bounds__(...)
-struct uint3 { unsigned x, y, z; };
-static thread_local uint3 threadIdx, blockIdx, blockDim, gridDim;
+static thread_local struct uint3 { unsigned x, y, z; } threadIdx, blockIdx, blockDim, gridDim;
 
 inline unsigned __float_as_uint(float x) { return __builtin_bit_cast(unsigned, x); }
 inline float __uint_as_float(unsigned x) { return __builtin_bit_cast(float, x); }
@@ -70,7 +64,6 @@ inline __nv_bfloat16 __float2bfloat16(float x) {
 
 // Macros, because glibc has functions of these names. What is approximate on a GPU is exact here.
 #define rsqrtf(x) (1.0f / sqrtf(x))
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
 using std::max, std::min;
 
 // Real atomics, since other cores run other blocks. Each returns the value before. common_type_t: T comes from p alone.
@@ -82,7 +75,6 @@ using std::max, std::min;
         return old;                                                                                          \
     }
 SIMULATOR_ATOMIC(atomicAdd, old + x)
-SIMULATOR_ATOMIC(atomicMax, max(old, x))
 SIMULATOR_ATOMIC(atomicInc, old >= x ? 0 : old + 1)
 inline unsigned atomic_inc_acq_rel(unsigned* p, unsigned limit) { return atomicInc(p, limit); }
 
@@ -118,8 +110,7 @@ inline void prepare_stack(Fibre& fibre, void (*entry)()) {
 };
 
 // Called on one stack, returns on another: to where that one called it, or else to the beginning of entry(), see below.
-// A function may overwrite all registers but these six and rsp, so its caller has saved what it needs of the others.
-// It jumps, since CPUs predict that a ret goes to where the latest call came from.
+// It keeps the registers that a function must keep, and jumps: of a ret, CPUs expect that it goes back to the latest call.
 __attribute__((naked, noinline, noipa)) static void save_and_load(void*** save, void** load) {    // in rdi and rsi
     asm("pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"
         "movq %rsp, (%rdi)\n movq %rsi, %rsp\n"
@@ -322,51 +313,24 @@ int launch(const char* name, void (*kernel)(Args...), const unsigned grid[3], co
 #define SIMULATOR_LINE int line = __builtin_LINE()
 inline void __syncthreads(SIMULATOR_LINE) { simulator::barrier(line); }
 inline void __syncwarp(unsigned mask = ~0u, SIMULATOR_LINE) { simulator::warp_barrier(mask, line, [] {}); }
-inline unsigned __ballot_sync(unsigned mask, int predicate, SIMULATOR_LINE) {
+inline int __any_sync(unsigned mask, int predicate, SIMULATOR_LINE) {
     return simulator::collective(mask, predicate, line, [=](int, auto of_lane) {
-        unsigned votes = 0;
-        for (int i = 0; i < 32; i++) votes |= unsigned(mask >> i & 1 && of_lane(i)) << i;
-        return votes;
+        for (int i = 0; i < 32; i++) if (mask >> i & 1 && of_lane(i)) return 1;
+        return 0;
     });
 }
-inline int __any_sync(unsigned mask, int p, SIMULATOR_LINE) { return __ballot_sync(mask, p, line) != 0; }
-inline int __all_sync(unsigned mask, int p, SIMULATOR_LINE) { return __ballot_sync(mask, p, line) == mask; }
-// A lane that would read beyond its group of `width` lanes gets its own value.
-#define SIMULATOR_SHUFFLE(name, formula)                                                                         \
-    template <class T> T name(unsigned mask, T value, int x, int width = 32, SIMULATOR_LINE) {                   \
-        int lane = simulator::block->current % 32, source = formula;                                             \
-        if ((source & -width) != (lane & -width)) source = lane;                                                 \
-        if (!(mask >> source & 1)) simulator::fail(line, "reads lane %d, not in its mask 0x%08x", source, mask); \
-        struct Shown { T value; int source; };                                                                   \
-        return simulator::collective(mask, Shown{value, source}, line,                                           \
-                                     [](int i, auto of_lane) { return of_lane(of_lane(i).source).value; });      \
-    }
-SIMULATOR_SHUFFLE(__shfl_sync, (lane & -width) | (x & (width - 1)))
-SIMULATOR_SHUFFLE(__shfl_up_sync, lane - x)
-SIMULATOR_SHUFFLE(__shfl_down_sync, lane + x)
-SIMULATOR_SHUFFLE(__shfl_xor_sync, lane ^ x)
+template <class T> T __shfl_xor_sync(unsigned mask, T value, int x, SIMULATOR_LINE) {
+    int source = simulator::block->current % 32 ^ x;
+    if (!(mask >> source & 1)) simulator::fail(line, "reads lane %d, not in its mask 0x%08x", source, mask);
+    return simulator::collective(mask, value, line, [x](int lane, auto of_lane) { return of_lane(lane ^ x); });
+}
 #undef assert
 #define assert(condition) ((condition) ? void() : simulator::fail(__LINE__, "assertion failed: %s", #condition))
 
 // ======== Wrapped PTX: what kernels.cu defines in inline assembly for a GPU ==========================================
-// D [16, 8] = A [16, 16] @ B [16, 8] + C [16, 8], over a warp: mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32.
-// With g = lane / 4 and i = lane % 4 * 2, a lane holds (two bf16 a register, the first one in the lower half):
-//   a[0] = A[g][i, i+1]   a[1] = A[g+8][i, i+1]   a[2] = A[g][i+8, i+9]   a[3] = A[g+8][i+8, i+9]
-//   b[0] = B[i, i+1][g]   b[1] = B[i+8, i+9][g]   c[0, 1], d[0, 1] = [g][i, i+1]   c[2, 3], d[2, 3] = [g+8][i, i+1]
-inline void mma_m16n8k16_bf16(float d[4], const uint32_t a[4], const uint32_t b[2], const float c[4], SIMULATOR_LINE) {
-    struct Fragments { float* d; const uint32_t *a, *b; const float* c; };
-    simulator::collective(~0u, Fragments{d, a, b, c}, line, [](int lane, auto of_lane) {
-        float sum[4];
-        for (int n = 0, g = lane / 4, i = lane % 4 * 2; n < 4; n++) {
-            sum[n] = of_lane(lane).c[n];
-            for (int k = 0; k < 16; k++)
-                sum[n] += simulator::half(of_lane(g * 4 + k % 8 / 2).a[k / 8 * 2 + n / 2], k) *    // A[g or g+8][k]
-                          simulator::half(of_lane((i + n % 2) * 4 + k % 8 / 2).b[k / 8], k);       // B[k][i or i+1]
-        }
-        std::copy(sum, sum + 4, of_lane(lane).d);
-        return 0;
-    });
-}
+// Fragments, as mma.sync.m16n8k16 has them. With g = lane / 4 and i = lane % 4 * 2, of A [16, 16] a lane holds, two bf16
+// a register, a[0] = A[g][i, i+1], a[1] = A[g+8][i, i+1], a[2] = A[g][i+8, i+9], a[3] = A[g+8][i+8, i+9]; and of every
+// eight columns of D, d[0, 1] = D[g][i, i+1] and d[2, 3] = D[g+8][i, i+1].
 
 // The fragment of A [16, 16] in shared memory; at(row, part) is where eight numbers of a row lie (see kernels.cu).
 template <class At> void load_shared(uint32_t (&a)[4], At at) {
@@ -382,15 +346,7 @@ void mma_shared(float (&d)[R][N][4], Step a, At at, SIMULATOR_LINE) {
     for (int step = 0; step < STEPS; step++) mine.a[step] = a(step);
     simulator::collective(~0u, mine, line, [&](int lane, auto of_lane) {
         if (lane) return 0;
-        float sums[16 * R][8 * N], b[8][8 * N];
-        auto copy = [&](bool to_lanes) {    // two numbers at a time
-            for (int i = 0; i < 64 * R * N; i++) {
-                int l = i % 32, up = i / 32 % 2, n = i / 64 % N, r = i / 64 / N;
-                float *its = of_lane(l).d[r][n] + 2 * up, *ours = &sums[16 * r + l / 4 + 8 * up][8 * n + l % 4 * 2];
-                to_lanes ? memcpy(its, ours, 8) : memcpy(ours, its, 8);
-            }
-        };
-        copy(false);
+        float sums[16 * R][8 * N] = {}, b[8][8 * N];
         for (int k = 0; k < 16 * STEPS; k++) {
             for (int n = 0; n < 8 * N && k % 8 == 0; n++) {    // the next eight rows of B, part by part
                 auto part = reinterpret_cast<const uint16_t*>(TRANSPOSED ? at(n, k / 8) : at(k + n % 8, n / 8));
@@ -404,7 +360,10 @@ void mma_shared(float (&d)[R][N][4], Step a, At at, SIMULATOR_LINE) {
                 for (int n = 0; n < 8 * N; n++) sums[row][n] += x * b[k % 8][n];
             }
         }
-        copy(true);
+        for (int i = 0; i < 128 * R * N; i++) {
+            int l = i % 32, e = i / 32 % 4, n = i / 128 % N, r = i / 128 / N;
+            of_lane(l).d[r][n][e] += sums[16 * r + l / 4 + e / 2 * 8][8 * n + l % 4 * 2 + e % 2];
+        }
         return 0;
     });
 }

@@ -609,42 +609,43 @@ extern "C" __global__ __launch_bounds__(THREADS) void row_sum(float* out, const 
     if (with_barrier) __syncthreads();
     if (threadIdx.x < 32) {
         sum = threadIdx.x < THREADS / 32 ? partial[threadIdx.x] : 0;
-        for (int delta = 16; delta; delta /= 2) sum += __shfl_down_sync(~0u, sum, delta);
+        for (int bit = 16; bit; bit /= 2) sum += __shfl_xor_sync(~0u, sum, bit);
         if (threadIdx.x == 0) out[blockIdx.x] = sum;
     }
 }
 
-// out [4, 32]: shuffles of 8 bytes in groups of 8 lanes;  votes [3]
+// out [32]: a shuffle of 8 bytes;  votes [32]
 extern "C" __global__ __launch_bounds__(32) void warp(long long* out, int* votes) {
     int lane = threadIdx.x;
     long long x = 1000000000000ll + lane;
-    out[lane] = __shfl_sync(~0u, x, lane + 3, 8);
-    out[32 + lane] = __shfl_up_sync(~0u, x, 3, 8);
-    out[64 + lane] = __shfl_down_sync(~0u, x, 3, 8);
-    out[96 + lane] = __shfl_xor_sync(~0u, x, 5, 8);
-    unsigned odd = __ballot_sync(~0u, lane % 2);
-    int any = lane < 16 ? __any_sync(0xffff, lane == 20) : __any_sync(0xffff0000, lane == 20);
-    if (lane == 31) votes[0] = odd, votes[1] = any, votes[2] = __popc(odd);
+    out[lane] = __shfl_xor_sync(~0u, x, 5);
+    votes[lane] = lane < 16 ? __any_sync(0xffff, lane == 20) : __any_sync(0xffff0000, lane == 20);
 }
 
-// count [1] += all threads; best [1] = the largest thread number; total [1] += 0.5 a thread
-extern "C" __global__ __launch_bounds__(THREADS) void atomics(int* count, u64* best, float* total) {
+// count [1] += all threads; turns [1] counts them from 0 to 999 again and again; total [1] += 0.5 a thread
+extern "C" __global__ __launch_bounds__(THREADS) void atomics(int* count, int* turns, float* total) {
     atomicAdd(count, 1);
-    atomicMax(best, blockIdx.x * THREADS + threadIdx.x);
+    atomicInc((unsigned*)turns, 999u);
     atomicAdd(total, 0.5f);
 }
 
-// d [16, 8] = a [16, 16] @ b [16, 8] + c [16, 8], through the fragments of the PTX manual
-extern "C" __global__ __launch_bounds__(32) void mma(float* d, const bf16* a, const bf16* b, const float* c) {
+// d [16, 16] = a [16, 32] @ b [32, 16] + d, or a @ b.T with b [16, 32], through the fragments of the PTX manual
+template <bool TRANSPOSED> __device__ void multiply(float* d, const bf16* a, const bf16* b) {
+    constexpr int COLUMNS = TRANSPOSED ? 32 : 16;
+    alignas(16) __shared__ bf16 tile[512];
+    for (int i = threadIdx.x; i < 512; i += 32) tile[i] = b[i];
+    __syncwarp();
     int g = threadIdx.x / 4, i = threadIdx.x % 4 * 2;
-    auto bits = [](bf16 x) { return __float_as_uint(__bfloat162float(x)); };
-    auto pair = [=](bf16 low, bf16 high) { return bits(low) >> 16 | bits(high); };
-    unsigned fa[4], fb[2];
-    for (int r = 0; r < 4; r++) fa[r] = *(const unsigned*)(a + (g + r % 2 * 8) * 16 + i + r / 2 * 8);
-    for (int r = 0; r < 2; r++) fb[r] = pair(b[(i + r * 8) * 8 + g], b[(i + r * 8 + 1) * 8 + g]);
-    float fc[4] = {c[g * 8 + i], c[g * 8 + i + 1], c[(g + 8) * 8 + i], c[(g + 8) * 8 + i + 1]};
-    mma_m16n8k16_bf16(fc, fa, fb, fc);
-    d[g * 8 + i] = fc[0], d[g * 8 + i + 1] = fc[1], d[(g + 8) * 8 + i] = fc[2], d[(g + 8) * 8 + i + 1] = fc[3];
+    unsigned fa[2][1][4];
+    float fd[1][2][4];
+    for (int r = 0; r < 8; r++) fa[r / 4][0][r % 4] = *(const unsigned*)(a + (g + r % 2 * 8) * 32 + i + r / 2 * 8);
+    for (int e = 0; e < 8; e++) fd[0][e / 4][e % 4] = d[(g + e % 4 / 2 * 8) * 16 + e / 4 * 8 + i + e % 2];
+    mma_shared<TRANSPOSED, COLUMNS / 8, 2>(fd, [&](int step) -> auto& { return fa[step]; },
+                                           [=](int row, int part) { return tile + row * COLUMNS + part * 8; });
+    for (int e = 0; e < 8; e++) d[(g + e % 4 / 2 * 8) * 16 + e / 4 * 8 + i + e % 2] = fd[0][e / 4][e % 4];
+}
+extern "C" __global__ __launch_bounds__(32) void mma(float* d, const bf16* a, const bf16* b, int transposed) {
+    if (transposed) multiply<true>(d, a, b); else multiply<false>(d, a, b);
 }
 
 // out [2, 128] = x [2, 128], one group a row. After the first wait, `groups` groups may still be under way.
@@ -676,7 +677,7 @@ extern "C" __global__ __launch_bounds__(64) void mistakes(float* x, int which) {
     if (which == 3 && mine) assert(x == nullptr);                                // ASSERT
     if (which == 4 && mine) shared[threadIdx.x + 24] = 1;                        // SHARED
     if (which == 5 && mine) x[threadIdx.x - 40 + 101] = 1;                       // GLOBAL
-    if (which == 6 && mine) x[0] = __shfl_sync(0xff00u << 16, 1u, 3);            // SOURCE
+    if (which == 6 && mine) x[0] = __shfl_xor_sync(0xff00u << 16, 1u, 11);        // SOURCE
     __syncthreads();                                                             // END
     if (which == 7 && blockIdx.x == 1 && threadIdx.x < 20) __syncwarp();         // EXITED
     x[threadIdx.x] = shared[threadIdx.x % 40];
@@ -723,27 +724,28 @@ def test_shuffling_finds_a_missing_barrier_or_initialisation(kernels):
 
 
 def test_warp_shuffles_and_votes(kernels):
-    out, votes = np.zeros((4, 32), np.int64), np.zeros(3, np.int32)
+    out, votes = np.zeros(32, np.int64), np.zeros(32, np.int32)
     kernels.warp((1,), out, votes)
     lane = np.arange(32)
-    group, inside = lane // 8 * 8, lane % 8
-    want = [group + (inside + 3) % 8, np.where(inside >= 3, lane - 3, lane), np.where(inside < 5, lane + 3, lane), lane ^ 5]
-    assert (out - 10**12 == want).all()
-    assert votes.tolist() == [np.int32(np.uint32(0xAAAAAAAA)), 1, 16]
+    assert (out - 10**12 == lane ^ 5).all()
+    assert (votes == (lane >= 16)).all()
 
 
 def test_atomics_across_cores(kernels):
-    count, best, total = np.zeros(1, np.int32), np.zeros(1, np.uint64), np.zeros(1, np.float32)
-    kernels.atomics((300,), count, best, total)
-    assert (count[0], best[0], total[0]) == (300 * 256, 300 * 256 - 1, 300 * 128)
+    count, turns, total = np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros(1, np.float32)
+    kernels.atomics((300,), count, turns, total)
+    assert (count[0], turns[0], total[0]) == (300 * 256, 300 * 256 % 1000, 300 * 128)
 
 
-def test_mma_fragments(kernels):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_mma_fragments(kernels, transposed):
     rng = RNG(0)
-    a, b = (rng.standard_normal(shape).astype(bfloat16) for shape in [(16, 16), (16, 8)])
-    c, d = rng.standard_normal((16, 8)).astype(np.float32), np.zeros((16, 8), np.float32)
-    kernels.mma((1,), d, a, b, c)
-    np.testing.assert_allclose(d, a.astype(np.float64) @ b.astype(np.float64) + c, rtol=1e-5, atol=1e-5)
+    a, b = (rng.standard_normal(shape).astype(bfloat16) for shape in [(16, 32), (16, 32) if transposed else (32, 16)])
+    c = rng.standard_normal((16, 16)).astype(np.float32)
+    d = c.copy()
+    kernels.mma((1,), d, a, b, int(transposed))
+    b = b.astype(np.float64)
+    np.testing.assert_allclose(d, a.astype(np.float64) @ (b.T if transposed else b) + c, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("groups, arrived", [(0, [True, True]), (1, [True, False])])
