@@ -1307,6 +1307,17 @@ def test_prefix_caching(parrot_tokenizer):
     llm.engine.scheduler.check_integrity()
 
 
+def test_shared_pages_stand_in_many_block_tables():
+    """Sequences that share pages have more entries in their block tables than there are pages, and more than a step's other data take."""
+    llm = LLM(PARROT, num_blocks=24, max_num_batched_tokens=8)
+    [prompt] = chats(llm, [text for text in TEXTS if text[0][0] == "Recite Jabberwocky."])
+    tokens = llm.generate(prompt, SamplingParams(max_tokens=200))[0].token_ids
+    tables = llm.engine.model.buffer.target.nbytes // 4
+    assert tables > 256 * 24
+    outputs = llm.generate([prompt + tokens[:-8]] * 6, SamplingParams(max_tokens=8))
+    assert all(output.token_ids == tokens[-8:] and output.num_cached_tokens > 100 for output in outputs)
+
+
 def test_join_while_others_run(parrot):
     """A request that arrives in the middle starts with the next step, whose tokens the one after it brings, and ends before a longer one
     that came first."""

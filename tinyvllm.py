@@ -954,10 +954,11 @@ class StepBuffer:
     arrives depends on T, S and R alone: a CUDA graph that was recorded for one batch finds the next of these sizes at the same addresses."""
     ARRAYS = [f.name for f in fields(Batch) if f.type is np.ndarray]
 
-    def __init__(self, device, max_tokens, max_seqs, num_blocks):
+    def __init__(self, device, max_tokens, max_seqs, max_blocks):
+        """max_blocks: entries of all block tables. Sequences share pages, so it may be more than there are."""
         # A token: slot 8, id 4, position 4, and up to a quarter of a tile (8). A sequence: seed 8, eight arrays of 4, of which two have
         # one entry more than S, and a tile that is not full.
-        num_bytes = 18 * max_tokens + 48 * (max_seqs + 1) + 4 * num_blocks
+        num_bytes = 18 * max_tokens + 48 * (max_seqs + 1) + 4 * max_blocks
         self.device, self.target = device, device.empty(num_bytes, np.uint8)
         self.sources = deque(device.pinned(num_bytes) for _ in range(2))    # two: the step before may still be copying from one
         self.sampled = device.empty((2, max_seqs), np.int32)                # of the latest step: tokens, bits of their log-probabilities
@@ -1289,7 +1290,8 @@ class LLM:
         if self.max_model_len < limit:
             print(f"tiny-vLLM: memory holds a context of {self.max_model_len} tokens, the model could have {limit}", file=sys.stderr)
         weights = load_weights(DummyCheckpoint(self.device) if load_format == "dummy" else Checkpoint(folder), config, self.device)
-        buffer = StepBuffer(self.device, max(max_num_batched_tokens, *GRAPH_SIZES), max(max_num_seqs, *GRAPH_SIZES), num_blocks)
+        buffer = StepBuffer(self.device, max(max_num_batched_tokens, *GRAPH_SIZES), max(max_num_seqs, *GRAPH_SIZES),
+                            max_num_seqs * cdiv(self.max_model_len, block_size))
         model = Model(config, weights, self.device, num_blocks, block_size, self.max_model_len, buffer, enforce_eager)
         scheduler = Scheduler(BlockAllocator(num_blocks, block_size, prefix_caching), max_num_batched_tokens, max_num_seqs)
         self.engine = Engine(model, scheduler, overlap)
