@@ -36,7 +36,7 @@ def bench_rows():
     rows = {"start": BenchRow("start", "new process to first token, kernels compiled before", []),
             "start-compiling": BenchRow("start", "the same, kernels not compiled before", [])}
     for batch, context in (1, 128), (1, 640), (1, 2048), (1, 16384), (8, 128), (64, 4000), (256, 1000):
-        rows[f"decode-{batch}-{context}"] = BenchRow("decode", f"a decode step, {batch} x context {context:,}", [(context, 1024)] * batch)
+        rows[f"decode-{batch}-{context}"] = BenchRow("decode", f"a decode step, {batch} x context {context:,}", [(context, 256)] * batch)
     for batch in 8, 32, 128, 256:
         rows[f"batch-{batch}"] = BenchRow("output", f"{batch} x (prompt 128, 256 new)", [(128, 256)] * batch)
     sampled = dict(temperature=0.8, top_p=0.95, top_k=50, seed=1)
@@ -102,13 +102,11 @@ def seconds_at_best(config, card, requests):
 
 def submit(llm, row):
     """Queues a row's requests, with random prompts: no two of them alike, in this row or another."""
-    ids = np.random.default_rng()
-    outputs = llm.submit([ids.integers(0, llm.config.vocab_size, prompt).tolist() for prompt, _ in row.requests],
-                         [SamplingParams(max_tokens=new, ignore_eos=True, **row.params) for _, new in row.requests])
-    for output in outputs:
-        if output.error:
-            raise TinyVLLMError(output.error)
-    return outputs
+    ids, longest = np.random.default_rng(), max(prompt + new for prompt, new in row.requests)
+    if longest > llm.max_model_len:
+        raise TinyVLLMError(f"it needs a context of {longest} tokens, this model has {llm.max_model_len}")
+    return llm.submit([ids.integers(0, llm.config.vocab_size, prompt).tolist() for prompt, _ in row.requests],
+                      [SamplingParams(max_tokens=new, ignore_eos=True, **row.params) for _, new in row.requests])
 
 
 def time_decode(llm, row, steps=64):
@@ -119,8 +117,10 @@ def time_decode(llm, row, steps=64):
     start = time.perf_counter()
     for _ in range(steps):
         llm.engine.step()
-    seconds = (time.perf_counter() - start) / steps
+    seconds, running = (time.perf_counter() - start) / steps, len(llm.engine.scheduler.running)
     llm.abort(outputs)
+    if running < len(outputs):
+        raise TinyVLLMError(f"only {running} of {len(outputs)} ran to the end: the cache does not hold them together")
     return seconds
 
 
@@ -139,12 +139,14 @@ def time_run(llm, row):
         return result
 
     model.launch, start = marked_launch, time.perf_counter()
-    outputs = submit(llm, row)
-    for _ in llm.run(outputs):
-        pass
+    try:
+        outputs = submit(llm, row)
+        for _ in llm.run(outputs):
+            pass
+    finally:
+        model.launch = launch
+        allocator.release(held)
     seconds = time.perf_counter() - start
-    model.launch = launch
-    allocator.release(held)
     first = [output.first_token_time - output.arrival_time for output in outputs]
     each = [(o.finish_time - o.first_token_time) / max(len(o.token_ids) - 1, 1) for o in outputs]
     figures = {"gpu_busy": sum(cuda.get_elapsed_time(*pair) for pair in marks) / 1e3 / seconds,
@@ -169,11 +171,14 @@ def time_shared_prefix(llm, row):
 def time_stall(llm, row):
     """(99th percentile of the seconds between two tokens of the row's requests while a long prompt comes in, seconds until that has its
     first token), with row.setup["budget"] tokens a step."""
-    running, scheduler = submit(llm, row), llm.engine.scheduler
-    default, scheduler.max_num_batched_tokens = scheduler.max_num_batched_tokens, row.setup["budget"]
+    long, scheduler = BenchRow("", "", [(row.setup["prompt"], 1)]), llm.engine.scheduler
+    default, budget = scheduler.max_num_batched_tokens, row.setup["budget"]
+    if budget > default or row.setup["prompt"] >= llm.max_model_len:
+        raise TinyVLLMError(f"it needs a budget of {budget} and a context of {row.setup['prompt'] + 1}, here are {default} and {llm.max_model_len}")
+    running, scheduler.max_num_batched_tokens = submit(llm, row), budget
     while not all(len(output.token_ids) > 4 for output in running):
         llm.engine.step()
-    [long] = submit(llm, BenchRow("", "", [(row.setup["prompt"], 1)]))
+    [long] = submit(llm, long)
     times = [time.perf_counter()]
     while not long.finish_reason:
         llm.engine.step()                                           # each brings every running request a token

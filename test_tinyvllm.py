@@ -1493,7 +1493,7 @@ def test_callers_that_step_for_one_another(parrot):
     parrot.engine.scheduler.check_integrity()
 
 
-@pytest.mark.parametrize("where", ["before the launch", "after the launch", "waiting"])
+@pytest.mark.parametrize("where", ["before the launch", "after the launch", "half booked", "waiting", "read"])
 def test_an_interrupted_step_can_be_repeated(parrot, monkeypatch, where):
     """Ctrl-C while one caller waits for its token: the other's request is unharmed."""
     prompts = chats(parrot, TEXTS[1:3])
@@ -1515,9 +1515,20 @@ def test_an_interrupted_step_can_be_repeated(parrot, monkeypatch, where):
             return wait()
         return interrupted_once
 
+    interrupts, originals = [KeyboardInterrupt], {"half booked": parrot.engine.scheduler.register_full_blocks, "read": parrot.engine.append}
+
+    def interrupt(*args):
+        if interrupts:
+            raise interrupts.pop()
+        return originals[where](*args)
+
     with monkeypatch.context() as patch:
         if where == "waiting":
             patch.setattr(parrot.device, "fetch", interrupted_fetch)
+        elif where == "half booked":
+            patch.setattr(parrot.engine.scheduler, "register_full_blocks", interrupt)
+        elif where == "read":
+            patch.setattr(parrot.engine, "append", interrupt)
         else:
             patch.setattr(parrot.engine.model, "launch", interrupted_launch)
         with pytest.raises(KeyboardInterrupt):
@@ -1657,7 +1668,7 @@ def test_bench_rows():
     rows = bench.bench_rows()
     mix = rows["mix"].requests
     assert len(mix) == 256 and [sum(column) for column in zip(*mix)] == [142_827, 133_966] and rows["mix-sampled"].requests == mix
-    assert rows["decode-64-4000"].requests == [(4000, 1024)] * 64 and rows["prefill-1-8192"].requests == [(8192, 1)]
+    assert rows["decode-64-4000"].requests == [(4000, 256)] * 64 and rows["prefill-1-8192"].requests == [(8192, 1)]
 
 
 def test_bench_wants_a_gpu_and_a_file_that_it_can_write(tmp_path):

@@ -733,7 +733,7 @@ class RequestOutput:
     error: str | None = None            # why the request was refused
     logprobs: list | None = None        # for each token a dict {token id: log-probability}: the token's and the best ones'
     delta: str = ""                     # the text that is new since LLM.run or .stream last gave this output
-    num_cached_tokens: int = 0          # that did not have to be computed: their pages were there
+    num_cached_tokens: int = 0          # whose pages were there on admission, and again after each preemption
     num_preemptions: int = 0
     arrival_time: float = 0.0           # seconds of time.perf_counter()
     first_token_time: float = 0.0
@@ -1185,6 +1185,8 @@ class Engine:
         except BaseException:               # Ctrl-C: the step may be computed again, from tokens that are known
             while self.in_flight:
                 self.finish()
+            for sequence in self.scheduler.running:
+                sequence.num_computed_tokens = min(sequence.num_computed_tokens, len(sequence.token_ids) - 1)
             raise
 
     def launch(self, scheduled):
@@ -1193,12 +1195,12 @@ class Engine:
         self.tell("launch", scheduled)
         batch = Batch.build(scheduled, self.scheduler.allocator.block_size, *self.model.tiling)
         logits, get_tokens = self.model.launch(batch)
+        self.in_flight.append((batch, logits, get_tokens, start))
         for sequence, count in scheduled:
             sequence.num_computed_tokens += count
             self.scheduler.register_full_blocks(sequence)
         for row, sequence in enumerate(batch.sampled):
             sequence.token_ids.append(~row)                                     # the next step finds it on the device, in this row
-        self.in_flight.append((batch, logits, get_tokens, start))
         self.tell("launched")
 
     def finish(self):
@@ -1207,18 +1209,19 @@ class Engine:
         batch, logits, get_tokens, start = self.in_flight[0]
         self.tell("wait")
         tokens, logprobs = (array.tolist() for array in get_tokens())
-        self.in_flight.popleft()
         self.tell("read")
-        self.stats.add(batch, start, self.model.config)
         sampled = []
         for row, (sequence, position) in enumerate(zip(batch.sampled, batch.lengths.tolist())):
-            if not sequence.output.finish_reason:
+            waits = position < len(sequence.token_ids) and sequence.token_ids[position] < 0         # not if an interrupted finish() came here
+            if waits and not sequence.output.finish_reason:
                 token, count = tokens[row], sequence.params.logprobs
                 if count is not None:
                     best = self.best_logprobs(logits[row], count) if count else {}
                     sequence.output.logprobs.append(best | {token: logprobs[row]})      # the token may be none of the best
                 self.append(sequence, position, token)
                 sampled.append(sequence)
+        self.in_flight.popleft()
+        self.stats.add(batch, start, self.model.config)
         self.tell("done", sampled)
         return sampled
 
@@ -1271,6 +1274,8 @@ class LLM:
             check(name, value, lambda n: n is None or is_int(n), "a whole number of 1 or more")
         for name, value in {"max_num_batched_tokens": max_num_batched_tokens, "max_num_seqs": max_num_seqs}.items():
             check(name, value, lambda n: is_int(n, 1, MAX_GRID), f"a whole number from 1 to {MAX_GRID}, the most blocks of a grid in y and z")
+        check("load_format", load_format, lambda format: format in ("auto", "dummy"), "auto or dummy")
+        model = model or os.environ.get("TINYVLLM_MODEL")
         if load_format == "dummy" and model in SHAPES:
             folder, config = FOLDER / "parrot", SHAPES[model]                           # Parrot's tokenizer: any would do
         else:
@@ -1380,7 +1385,7 @@ class LLM:
         mine, scheduler = {id(output) for output in outputs}, self.engine.scheduler
         for sequence in [*scheduler.running, *scheduler.waiting]:
             if id(sequence.output) in mine:
-                sequence.output.finish_reason = "abort"
+                sequence.output.finish_reason, sequence.output.finish_time = "abort", time.perf_counter()
                 scheduler.remove(sequence)
 
 
