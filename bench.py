@@ -4,7 +4,6 @@ First the card itself is measured: how fast it reads memory, how fast it multipl
 of its sequences, and it must multiply each token with all weights: the bytes over the one rate or the operations over the
 other, whichever takes longer, are its floor, and each row of the table shows how near to it the engine comes.
 """
-import contextlib
 import json
 import os
 import random
@@ -13,11 +12,13 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
 import tinyvllm
-from tinyvllm import BYTES, CpuDevice, DummyCheckpoint, SamplingParams, TinyVLLMError, cdiv, decode_weight_bytes, kv_bytes_per_token, weight_bytes
+from tinyvllm import (BYTES, CpuDevice, DummyCheckpoint, SamplingParams, TinyVLLMError, cdiv, check_writable, decode_weight_bytes, kv_bytes_per_token,
+                      weight_bytes)
 
 
 @dataclass
@@ -100,12 +101,17 @@ def seconds_at_best(config, card, requests):
     return prefill, sum(step(len(context), len(context), sum(context), sum(context)) for context in contexts)
 
 
+def random_prompt(llm, count):
+    """So many random token ids: no two prompts are alike, in this row or another."""
+    return np.random.default_rng().integers(0, llm.config.vocab_size, count).tolist()
+
+
 def submit(llm, row):
-    """Queues a row's requests, with random prompts: no two of them alike, in this row or another."""
-    ids, longest = np.random.default_rng(), max(prompt + new for prompt, new in row.requests)
+    """Queues a row's requests, with random prompts."""
+    longest = max(prompt + new for prompt, new in row.requests)
     if longest > llm.max_model_len:
         raise TinyVLLMError(f"it needs a context of {longest} tokens, this model has {llm.max_model_len}")
-    return llm.submit([ids.integers(0, llm.config.vocab_size, prompt).tolist() for prompt, _ in row.requests],
+    return llm.submit([random_prompt(llm, prompt) for prompt, _ in row.requests],
                       [SamplingParams(max_tokens=new, ignore_eos=True, **row.params) for _, new in row.requests])
 
 
@@ -158,11 +164,10 @@ def time_run(llm, row):
 
 def time_shared_prefix(llm, row):
     """Seconds until the last of the row's requests has its first token. They begin alike, and that beginning has been computed before."""
-    ids, shared = np.random.default_rng(), row.setup["shared"]
-    draw = lambda count: ids.integers(0, llm.config.vocab_size, count).tolist()
-    prefix, one = draw(shared), SamplingParams(max_tokens=1, ignore_eos=True)
-    llm.generate(prefix + draw(1), one)
-    outputs = llm.submit([prefix + draw(prompt - shared) for prompt, _ in row.requests], one)
+    shared, one = row.setup["shared"], SamplingParams(max_tokens=1, ignore_eos=True)
+    prefix = random_prompt(llm, shared)
+    llm.generate(prefix + random_prompt(llm, 1), one)
+    outputs = llm.submit([prefix + random_prompt(llm, prompt - shared) for prompt, _ in row.requests], one)
     for _ in llm.run(outputs):
         pass
     return max(output.first_token_time - output.arrival_time for output in outputs)
@@ -245,30 +250,26 @@ def run_bench(args):
     rows = {name: row for name, row in bench_rows().items() if args.bench in ("all", name)}
     if not rows:
         raise TinyVLLMError(f"--bench has no row {args.bench}, known are {', '.join(bench_rows())}")
-    try:
-        report = open(args.json, "a") if args.json else contextlib.nullcontext()        # now: a bad path should not cost a run
-    except OSError as error:
-        raise TinyVLLMError(f"--json cannot write {args.json} ({error.strerror}): expected is a file that you may write") from None
-    with report:
-        if isinstance(tinyvllm.open_device(args.device), CpuDevice):
-            raise TinyVLLMError("--bench wants an NVIDIA GPU: in the simulator its figures would say nothing")
-        results = {}
-        for name, row in rows.items():                              # new processes first, while this one does not hold the card's memory
-            if row.kind == "start":
-                time_start(args, compiling=False)                   # now they are compiled
-                results[name] = {"value": time_start(args, compiling=name != "start"), "unit": "s"}
-        llm = tinyvllm.open_llm(args)
-        card = measure_card(llm)
-        print(f"{card['name']}: reads {card['bytes_per_second'] / 1e9:,.0f} GB/s, multiplies {card['operations_per_second'] / 1e12:,.0f} TFLOP/s in "
-              f"bf16; {args.model or 'default model'} has {weight_bytes(llm.config) / 1e9:.2f} GB of weights\n\n"
-              f"{'row':<18} {'':<47} {'measured':>10} {'':<8}{'at best':>10} {'share':>6}", flush=True)
-        for name, row in rows.items():
-            try:
-                results[name] = results.get(name) or measure(llm, row, card)
-                print_row(name, row, results[name])
-            except TinyVLLMError as error:
-                print(f"{name:<18} {row.what:<47} not measured: {error}", flush=True)
-        if args.json:
-            report.truncate(0)
-            json.dump({"card": card, "model": args.model, "rows": results}, report, indent=2)
+    if args.json:
+        check_writable("--json", args.json)
+    if isinstance(tinyvllm.open_device(args.device), CpuDevice):
+        raise TinyVLLMError("--bench wants an NVIDIA GPU: in the simulator its figures would say nothing")
+    results = {}
+    for name, row in rows.items():                              # new processes first, while this one does not hold the card's memory
+        if row.kind == "start":
+            time_start(args, compiling=False)                   # now they are compiled
+            results[name] = {"value": time_start(args, compiling=name != "start"), "unit": "s"}
+    llm = tinyvllm.open_llm(args)
+    card = measure_card(llm)
+    print(f"{card['name']}: reads {card['bytes_per_second'] / 1e9:,.0f} GB/s, multiplies {card['operations_per_second'] / 1e12:,.0f} TFLOP/s in "
+          f"bf16; {args.model or 'default model'} has {weight_bytes(llm.config) / 1e9:.2f} GB of weights\n\n"
+          f"{'row':<18} {'':<47} {'measured':>10} {'':<8}{'at best':>10} {'share':>6}", flush=True)
+    for name, row in rows.items():
+        try:
+            results[name] = results.get(name) or measure(llm, row, card)
+            print_row(name, row, results[name])
+        except TinyVLLMError as error:
+            print(f"{name:<18} {row.what:<47} not measured: {error}", flush=True)
+    if args.json:
+        Path(args.json).write_text(json.dumps({"card": card, "model": args.model, "rows": results}, indent=2), "utf-8")
     return 0

@@ -63,6 +63,17 @@ def check(name, value, good, expected):
     raise TinyVLLMError(f"{name} is {value!r:.60}, expected is {expected}")
 
 
+def check_writable(option, path):
+    """Raises TinyVLLMError if a file cannot be written there: better now than after a run. Leaves none."""
+    is_new = not os.path.exists(path)
+    try:
+        open(path, "a").close()
+    except OSError as error:
+        raise TinyVLLMError(f"{option} cannot write {path} ({error.strerror}): expected is a file that you may write") from None
+    if is_new:
+        os.remove(path)
+
+
 def is_int(value, least=1, most=math.inf):
     """Whether it is a whole number from `least` to `most`."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and least <= value <= most
@@ -85,9 +96,9 @@ HUB_MODEL = "meta-llama/Llama-3.2-1B-Instruct"
 
 
 def find_model(name=None, load_format="auto"):
-    """The folder of a model. name: a folder or a Hugging Face id. None: $TINYVLLM_MODEL, else Llama-3.2-1B-Instruct if it
-    was downloaded before, else Parrot, which comes with this project."""
-    name = os.path.expanduser(name or os.environ.get("TINYVLLM_MODEL", ""))
+    """The folder of a model. name: a folder or a Hugging Face id. None: Llama-3.2-1B-Instruct if it was downloaded before, else
+    Parrot, which comes with this project."""
+    name = os.path.expanduser(name or "")
     if not name:
         folder = download(HUB_MODEL, local_files_only=True)
         if folder and (folder / "config.json").exists() and any(folder.glob("model*.safetensors")):
@@ -881,7 +892,6 @@ class Batch:
     """A step's tokens, and all that the kernels must know about them. The arrays are the host's or, after StepBuffer.upload,
     the device's. Those of 8 bytes an entry come first, so that all are aligned; that of unforeseeable size comes last."""
     sampled: list                       # R of the S sequences: those of which nothing remains after this step
-    max_query_len: int                  # tokens that a sequence brings at most
     slot_mapping: np.ndarray            # [T] int64: where each token's key and value go; -1: nowhere
     seeds: np.ndarray                   # [R] uint64
     token_ids: np.ndarray               # [T] int32
@@ -914,7 +924,7 @@ class Batch:
         sampled = [scheduled[row][0] for row in rows]
         params = [s.params for s in sampled]
         return cls(
-            sampled=sampled, max_query_len=int(counts.max()), slot_mapping=blocks.astype(np.int64) * block_size + positions % block_size,
+            sampled=sampled, slot_mapping=blocks.astype(np.int64) * block_size + positions % block_size,
             seeds=np.array([s.seed for s in sampled], np.uint64), token_ids=np.array(token_ids, ints), positions=positions,
             cu_seqlens=cu_seqlens, context_lens=starts + counts, last_tokens=cu_seqlens[1:][rows] - 1,
             lengths=lengths[rows], temperatures=np.array([p.temperature for p in params], floats),
@@ -924,7 +934,7 @@ class Batch:
     @property
     def is_decode(self):
         """Whether every sequence brings one token and gets one: T = S = R."""
-        return self.max_query_len == 1 and len(self.sampled) == len(self.context_lens)
+        return len(self.token_ids) == len(self.context_lens) == len(self.sampled)
 
     def padded(self, size):
         """A batch of decodes with rows added, up to `size`: sequences of one token that write to no slot and see no key."""
@@ -1149,7 +1159,7 @@ class Stats:
         when those of the step before were read; Python is in it, and the recording of a new CUDA graph: a short run shows less than the
         card does."""
         now = time.perf_counter()
-        if batch.max_query_len == 1:
+        if len(batch.token_ids) == len(batch.context_lens):
             self.decode_bytes += decode_weight_bytes(config) + kv_bytes_per_token(config) * int(batch.context_lens.sum())
             self.decode_seconds += now - max(start, self.last_time)
         self.last_time = now
@@ -1264,7 +1274,7 @@ class LLM:
     def __init__(self, model=None, *, device="auto", max_model_len=None, gpu_memory_utilization=0.9, block_size=16,
                  max_num_batched_tokens=4096, max_num_seqs=256, num_blocks=None, enforce_eager=False, overlap=True,
                  prefix_caching=True, load_format="auto"):
-        """model: a folder or a Hugging Face id; None: see find_model. max_model_len: tokens of prompt and answer together;
+        """model: a folder or a Hugging Face id; None: $TINYVLLM_MODEL, or see find_model. max_model_len: tokens of prompt and answer together;
         default: the model's limit. num_blocks: pages of the KV cache; default: as many as the memory share holds.
         enforce_eager: launch every kernel by itself rather than by CUDA graphs. overlap: see Engine. prefix_caching: keep pages for
         requests that begin alike. load_format: "dummy" is random weights, for which `model` may also be one of SHAPES."""

@@ -20,7 +20,7 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinyvllm import CpuDevice, TinyVLLMError, cdiv
+from tinyvllm import CpuDevice, TinyVLLMError, cdiv, check_writable
 
 PARTS = {"queued": "waiting for pages and a place in a step",
          "prefill": "steps that computed a piece of its prompt",
@@ -248,16 +248,10 @@ def account_table(requests):
 
 
 def check_trace_path(path):
-    """Raises TinyVLLMError if a trace cannot be written there. Leaves no file."""
+    """Raises TinyVLLMError if a trace cannot be written there."""
     if not path.endswith((".json", ".html")):
         raise TinyVLLMError(f"--trace is {path}, expected is a file that ends in .json or .html")
-    is_new = not os.path.exists(path)
-    try:
-        open(path, "a").close()
-    except OSError as error:
-        raise TinyVLLMError(f"--trace cannot write {path} ({error.strerror}): expected is a file that you may write") from None
-    if is_new:
-        os.remove(path)
+    check_writable("--trace", path)
 
 
 def chrome_trace(recorder):
