@@ -1275,13 +1275,15 @@ SOME = [text for text in TEXTS if 300 < len(text[1]) < 700][::9]
 
 @pytest.mark.parametrize("options", [
     {"max_num_batched_tokens": 1}, {"max_num_batched_tokens": 7}, {"max_num_batched_tokens": 33}, {"max_num_seqs": 2},
-    {"block_size": 8}, {"block_size": 64}, {"enforce_eager": True}, {"overlap": False}], ids=lambda options: "-".join(f"{name}-{value}" for name, value in options.items()))
+    {"block_size": 8}, {"block_size": 64}, {"enforce_eager": True}, {"overlap": False}, {"enable_chunked_prefill": False, "max_num_batched_tokens": 300},
+    {"static_batching": True, "max_num_seqs": 2}], ids=lambda options: "-".join(f"{name}-{value}" for name, value in options.items()))
 def test_recitation_with_odd_limits(options):
-    """Chunks of any size, pages of any size, few sequences at once, the plain loop."""
+    """Chunks of any size or none, pages of any size, few sequences at once, static batches, the plain loop."""
     recite(LLM(PARROT, **options), SOME)
 
 
-@pytest.mark.parametrize("options", [{}, {"overlap": False}, {"prefix_caching": False}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"overlap": False}, {"prefix_caching": False},
+                                     {"enable_chunked_prefill": False, "max_num_batched_tokens": 300, "static_batching": True}], ids=str)
 def test_preempted_and_resumed(options):
     """A pool for a fraction of the load: sequences are preempted, computed again where their pages are gone, and say the same."""
     outputs = recite(LLM(PARROT, num_blocks=28, **options), SOME)
@@ -1369,8 +1371,9 @@ def test_scheduler_random_events(seed, overlap):
     sequence's end is seen one step late."""
     rng = RNG(seed)
     block_size, num_blocks, budget, max_seqs = int(rng.choice([1, 4, 16])), int(rng.integers(8, 60)), int(rng.integers(1, 70)), int(rng.integers(1, 12))
-    scheduler = Scheduler(BlockAllocator(num_blocks, block_size), budget, max_seqs)
-    limit, live, in_flight = num_blocks * block_size, [], []
+    chunked, static = seed % 3 != 1, seed % 3 == 2
+    scheduler = Scheduler(BlockAllocator(num_blocks, block_size), budget, max_seqs, chunked, static)
+    limit, live, in_flight = min(num_blocks * block_size, math.inf if chunked else budget), [], []
     memory = {}                                     # (page, offset) -> the text up to this token, on which its key and value depend
 
     def arrive():
@@ -1380,7 +1383,10 @@ def test_scheduler_random_events(seed, overlap):
         scheduler.waiting.append(live[-1])
 
     def step():
+        idle, waited = not scheduler.running, len(scheduler.waiting)
         scheduled = scheduler.schedule()
+        assert idle or not static or len(scheduler.waiting) >= waited       # a static batch gets no newcomer
+        assert chunked or all(count == sequence.remaining for sequence, count in scheduled)
         assert scheduled or not live or in_flight
         assert all(count >= 1 for _, count in scheduled) and sum(count for _, count in scheduled) <= budget
         assert len({id(s) for s, _ in scheduled}) == len(scheduled) and len(scheduler.running) <= min(max_seqs, budget)
@@ -1421,6 +1427,37 @@ def test_scheduler_random_events(seed, overlap):
             break
         step()
     assert not live and len(scheduler.allocator.free) == num_blocks
+
+
+def test_static_batching_and_whole_prompts():
+    """What each step computes for four prompts of 6 tokens that get 1, 2, 3 and 1 new ones, two at a time and 8 tokens a step."""
+    def steps(**options):
+        scheduler, plan = Scheduler(BlockAllocator(99, 4), 8, 2, **options), []
+        for number, new in enumerate([1, 2, 3, 1]):
+            scheduler.waiting.append(Sequence(SamplingParams(), RequestOutput([number] * 6), None, 6 + new))
+        while scheduler.waiting or scheduler.running:
+            plan.append([])
+            for sequence, count in scheduler.schedule():
+                plan[-1].append(count)
+                sequence.num_computed_tokens += count
+                if not sequence.remaining:
+                    sequence.token_ids.append(1)
+                    if sequence.is_full:
+                        scheduler.remove(sequence)
+        return plan
+    assert steps() == [[6, 2], [4, 4], [1, 2], [1, 6], [1]]
+    assert steps(chunked_prefill=False) == [[6], [6], [1, 6], [1, 6], [1]]
+    assert steps(static_batching=True) == [[6, 2], [4], [1], [6, 2], [1, 4], [1]]
+
+
+def test_switches_reach_the_engine():
+    """Each option that turns one idea off does."""
+    def state(*options):
+        engine = tinyvllm.open_llm(tinyvllm.parse_arguments(["--model", str(PARROT), *options, "Hi"])).engine
+        scheduler = engine.scheduler
+        return [scheduler.allocator.prefix_caching, scheduler.chunked_prefill, bool(engine.model.graph_sizes), engine.overlap, not scheduler.static_batching]
+    switches = ["--no-prefix-caching", "--no-chunked-prefill", "--no-cuda-graphs", "--no-overlap", "--static-batching"]
+    assert all(state()) and [state(switch).index(False) for switch in switches] == [0, 1, 2, 3, 4] and not any(state(*switches))
 
 
 def test_a_newcomer_leaves_a_page_for_each_that_runs():
@@ -2107,6 +2144,9 @@ def test_files_that_are_missing_or_broken(name, content, parts, tmp_path):
     (["--bench", "mix", "Hi"], ["prompts", "--bench"]),
     (["--json", "figures.json", "Hi"], ["prompts", "--json"]),
     (["--bench", "mix", "--watch"], ["prompts", "--watch", "--bench"]),
+    (["--no-chunked-prefill", "--max-num-batched-tokens", "20", "Recite The Raven by Edgar Allan Poe, all of it, from the start."],
+     ["the limit is 20", "--no-chunked-prefill"]),
+    (["--no-chunked-prefill", "--max-num-batched-tokens", "40", "--max-model-len", "41", "Hi"], ["at most --max-num-batched-tokens, 40"]),
     (["--num-blocks", "0", "Hi"], ["num_blocks is 0", "1 or more"]),
     (["--max-num-batched-tokens", "0", "Hi"], ["max_num_batched_tokens is 0", "from 1 to"]),
     (["--load-format", "dummy", "--model", "llama-9", "Hi"], ["llama-9", "llama-3.2-1b, llama-3.2-3b, llama-3.1-8b"]),

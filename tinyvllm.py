@@ -778,9 +778,11 @@ class Sequence:
 class Scheduler:
     """Decides which tokens run in the next step, and gives them their pages."""
 
-    def __init__(self, allocator, max_num_batched_tokens, max_num_seqs):
-        """max_num_batched_tokens: the token budget of a step. max_num_seqs: how many sequences may run at once."""
-        self.allocator, self.max_num_batched_tokens, self.max_num_seqs = allocator, max_num_batched_tokens, max_num_seqs
+    def __init__(self, allocator, max_num_batched_tokens, max_num_seqs, chunked_prefill=True, static_batching=False):
+        """max_num_batched_tokens: the token budget of a step. max_num_seqs: how many sequences may run at once. Without chunked_prefill a
+        prompt runs in one step. static_batching: a batch is admitted together, and the next one when all of it is done."""
+        self.allocator, self.max_num_batched_tokens, self.max_num_seqs = allocator, max_num_batched_tokens, min(max_num_seqs, max_num_batched_tokens)
+        self.chunked_prefill, self.static_batching = chunked_prefill, static_batching
         self.waiting, self.running = deque(), []
 
     def schedule(self):
@@ -799,8 +801,9 @@ class Scheduler:
                 budget -= 1
         # 2. New ones, in order of arrival, while there are pages for all the tokens they have, and one to spare for each
         #    sequence that runs: else these would soon preempt the newcomer, and its prefill would be for nothing.
-        planned = sum(s.remaining for s in prefills)
-        while self.waiting and not self.waiting[0].is_full and planned < budget and len(self.running) < self.max_num_seqs:
+        planned, is_idle = sum(s.remaining for s in prefills), not self.running
+        while (self.waiting and not self.waiting[0].is_full and len(self.running) < self.max_num_seqs
+               and (is_idle if self.static_batching else planned < budget)):
             sequence = self.waiting[0]
             cached = self.allocator.find(sequence.token_ids)
             needed = cdiv(len(sequence.token_ids) + 1, self.allocator.block_size) - len(cached)     # + 1: the token that it will get
@@ -817,6 +820,8 @@ class Scheduler:
             planned += sequence.remaining
         for sequence in prefills:
             chunk = min(sequence.remaining, budget)
+            if chunk < sequence.remaining and not self.chunked_prefill:
+                break                                                   # until there is a step in which it fits whole
             if chunk:
                 scheduled.append((sequence, chunk))
                 budget -= chunk
@@ -1273,11 +1278,12 @@ class LLM:
 
     def __init__(self, model=None, *, device="auto", max_model_len=None, gpu_memory_utilization=0.9, block_size=16,
                  max_num_batched_tokens=4096, max_num_seqs=256, num_blocks=None, enforce_eager=False, overlap=True,
-                 prefix_caching=True, load_format="auto"):
+                 prefix_caching=True, enable_chunked_prefill=True, static_batching=False, load_format="auto"):
         """model: a folder or a Hugging Face id; None: $TINYVLLM_MODEL, or see find_model. max_model_len: tokens of prompt and answer together;
         default: the model's limit. num_blocks: pages of the KV cache; default: as many as the memory share holds.
         enforce_eager: launch every kernel by itself rather than by CUDA graphs. overlap: see Engine. prefix_caching: keep pages for
-        requests that begin alike. load_format: "dummy" is random weights, for which `model` may also be one of SHAPES."""
+        requests that begin alike. enable_chunked_prefill, static_batching: see Scheduler. load_format: "dummy" is random weights, for which
+        `model` may also be one of SHAPES."""
         check("--gpu-memory-utilization", gpu_memory_utilization, lambda share: 0 < share <= 1, "more than 0 and at most 1")
         check("--block-size", block_size, lambda n: n in (8, 16, 32, 64, 128), "8, 16, 32, 64 or 128")
         for name, value in {"--max-model-len": max_model_len, "num_blocks": num_blocks}.items():
@@ -1300,15 +1306,19 @@ class LLM:
             num_blocks = min(fitting, max_num_seqs * cdiv(limit, block_size))           # more could never be used
         if num_blocks > fitting or (max_model_len and max_model_len > num_blocks * block_size):
             raise TinyVLLMError(f"num_blocks is {num_blocks}: memory holds {fitting}, {limit} tokens need {cdiv(limit, block_size)}")
-        # A sequence that fits the pool alone always gets through, so this is the one limit that requests are held against.
-        self.max_model_len = min(limit, num_blocks * block_size)
+        whole = math.inf if enable_chunked_prefill else max_num_batched_tokens          # tokens of the longest prompt that a step can compute
+        check("--max-model-len", max_model_len or 1, lambda n: n <= whole, f"at most --max-num-batched-tokens, {whole}, without chunked prefill")
+        # A sequence that fits the pool (and a step) alone always gets through, so this is the one limit that requests are held against.
+        self.max_model_len = min(limit, num_blocks * block_size, whole)
         if self.max_model_len < limit:
-            print(f"tiny-vLLM: memory holds a context of {self.max_model_len} tokens, the model could have {limit}", file=sys.stderr)
+            holds = "a step without chunked prefill" if self.max_model_len == whole else "memory"
+            print(f"tiny-vLLM: {holds} holds a context of {self.max_model_len} tokens, the model could have {limit}", file=sys.stderr)
         weights = load_weights(DummyCheckpoint(self.device) if load_format == "dummy" else Checkpoint(folder), config, self.device)
         buffer = StepBuffer(self.device, max(max_num_batched_tokens, *GRAPH_SIZES), max(max_num_seqs, *GRAPH_SIZES),
                             max_num_seqs * cdiv(self.max_model_len, block_size))
         model = Model(config, weights, self.device, num_blocks, block_size, self.max_model_len, buffer, enforce_eager)
-        scheduler = Scheduler(BlockAllocator(num_blocks, block_size, prefix_caching), max_num_batched_tokens, max_num_seqs)
+        allocator = BlockAllocator(num_blocks, block_size, prefix_caching)
+        scheduler = Scheduler(allocator, max_num_batched_tokens, max_num_seqs, enable_chunked_prefill, static_batching)
         self.engine = Engine(model, scheduler, overlap)
 
     def generate(self, prompts, sampling_params=None):
@@ -1355,7 +1365,7 @@ class LLM:
             if len(ids) >= self.max_model_len:
                 raise TinyVLLMError(
                     f"the prompt has {len(ids)} tokens, and with one new token the limit is {self.max_model_len} (the model's is "
-                    f"{self.config.max_position_embeddings}; see --max-model-len, --gpu-memory-utilization)")
+                    f"{self.config.max_position_embeddings}; see --max-model-len, --gpu-memory-utilization, --no-chunked-prefill)")
         except (TinyVLLMError, TokenizerError) as error:
             output.finish_reason, output.error = "error", str(error)
             return output
@@ -1432,6 +1442,10 @@ def parse_arguments(argv):
     add("--gpu-memory-utilization", type=float, default=0.9, metavar="X", help="share of the GPU's memory to use (default: 0.9)")
     add("--block-size", type=int, default=16, metavar="N", help="tokens a page of the KV cache (default: 16)")
     add("--no-prefix-caching", action="store_true", help="compute every prompt whole, even if an earlier one began with the same tokens")
+    add("--no-chunked-prefill", action="store_true", help="compute a prompt in one step, or let it wait")
+    add("--no-cuda-graphs", action="store_true", help="launch every kernel by itself")
+    add("--no-overlap", action="store_true", help="read a step's tokens before the next one is launched")
+    add("--static-batching", action="store_true", help="admit a batch of requests together, and the next one when all of it is done")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: a GPU if there is one, else the simulator")
     add("--load-format", choices=["auto", "dummy"], default="auto",
         help=f"dummy: random weights, for a --model that may also be one of {', '.join(SHAPES)}")
@@ -1456,8 +1470,10 @@ def parse_arguments(argv):
 def open_llm(args):
     """The engine that the options ask for."""
     return LLM(args.model, device=args.device, max_model_len=args.max_model_len, gpu_memory_utilization=args.gpu_memory_utilization,
-               block_size=args.block_size, prefix_caching=not args.no_prefix_caching, load_format=args.load_format,
-               num_blocks=args.num_blocks, max_num_batched_tokens=args.max_num_batched_tokens)
+               block_size=args.block_size, load_format=args.load_format, num_blocks=args.num_blocks,
+               max_num_batched_tokens=args.max_num_batched_tokens, prefix_caching=not args.no_prefix_caching,
+               enable_chunked_prefill=not args.no_chunked_prefill, enforce_eager=args.no_cuda_graphs, overlap=not args.no_overlap,
+               static_batching=args.static_batching)
 
 
 def prompt_ids(llm, text, args):
