@@ -1724,6 +1724,34 @@ def test_bench_measures(tmp_path, row, unit):
     assert code == 0 and list(figures) == [row] and f"{value:,.{0 if unit == 'tokens/s' else 3}f} {unit}" in line and value > 0
 
 
+def test_bench_ablation(monkeypatch, tmp_path):
+    """The logic, in the simulator on a small load: each row has its ideas off while it runs and all on afterwards, and is run twice."""
+    rows, seen, submit = bench.bench_rows(), [], LLM.submit
+    for name, row in rows.items():
+        if name.startswith("ablation-"):
+            row.requests, row.setup = [(20, 2), (21, 3), (20, 5)], row.setup | {"prefixes": 1, "shared": 18, "seqs": 2, "budget": 16, "whole": 64}
+
+    def watched_submit(llm, prompts, params):
+        seen.append((llm.engine, [getattr(thing, name) == value for _, thing, name, value in bench.switches(llm.engine)], llm.engine.scheduler,
+                     llm.engine.scheduler.max_num_batched_tokens, submit(llm, prompts, params)))
+        return seen[-1][-1]
+    monkeypatch.setattr(LLM, "submit", watched_submit)
+    monkeypatch.setattr(bench, "bench_rows", lambda: rows)
+    monkeypatch.setattr(bench, "CpuDevice", ())
+    monkeypatch.setattr(bench, "measure_card", lambda llm: {"name": "a card", "bytes_per_second": 1e9, "operations_per_second": 1e9})
+    code, out, _ = run_main("--model", PARROT, "--bench", "ablation", "--json", tmp_path / "figures.json", "--max-num-batched-tokens", "64")
+    figures = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    wanted = [[idea in row.setup["off"] for idea, *_ in bench.switches(None)] for name, row in rows.items() if name in figures]
+    assert code == 0 and len(figures) == 7 and [off for _, off, *_ in seen] == [off for off in wanted for _ in range(2)]
+    for name, (_, off, _, budget, outputs) in zip([name for name in figures for _ in range(2)], seen):
+        assert budget == (64 if off[2] else 16) and [len(output.token_ids) for output in outputs] == [2, 3, 5], name
+        assert (outputs[-1].num_cached_tokens == 16) != off[3] and outputs[0].num_cached_tokens == 0
+        assert figures[name]["value"] > 0 < figures[name]["between_tokens_p99_ms"] and f"{figures[name]['between_tokens_p99_ms']:,.2f} ms" in out
+    engine, _, scheduler, *_ = seen[0]
+    assert not any(getattr(thing, name) == value for _, thing, name, value in bench.switches(engine))
+    assert (scheduler.max_num_batched_tokens, scheduler.max_num_seqs) == (64, 64)
+
+
 def test_dummy_weights_are_the_same_each_time(tmp_path):
     write_model(tmp_path)
     one, two = (LLM(tmp_path, load_format="dummy").generate([[1, 2, 3]], SamplingParams(max_tokens=5, logprobs=0, ignore_eos=True))[0] for _ in range(2))
