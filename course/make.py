@@ -128,21 +128,18 @@ def lines_of(name):
 
 
 def code(name, first, last=None):
-    """Lines of a source file: from the first that has `first` in it to the next that has `last`; default: to the end of what that begins."""
-    lines = (ROOT / name).read_text("utf-8").splitlines()
-    [start, *more] = [i for i, line in enumerate(lines) if first in line] or [None]
-    assert start is not None and not more, f"{name} has {len(more) + (start is not None)} lines with {first!r}, expected is one"
+    """Lines of a source file: from where the text `first` is to the next line that has `last`; default: all that is indented under it."""
+    text = (ROOT / name).read_text("utf-8")
+    assert text.count(first) == 1, f"{name} has {first!r} {text.count(first)} times, expected is once"
+    lines = text[text.rfind("\n", 0, text.index(first)) + 1:].splitlines()
     if last is None:
-        depth = len(lines[start]) - len(lines[start].lstrip())
-        inside = [not line.strip() or len(line) - len(line.lstrip()) > depth or line.strip() == "}" or line.lstrip().startswith("bf16")
-                  for line in lines[start + 1:]]
-        end = start + 1 + (inside + [False]).index(False)
+        depth = len(lines[0]) - len(lines[0].lstrip())
+        inside = [not line.strip() or len(line) - len(line.lstrip()) > depth for line in lines[1:]] + [False]
+        end = 1 + inside.index(False) + (lines[1 + inside.index(False)].strip() == "}")
     else:
-        end = next((i for i in range(start, len(lines)) if last in lines[i]), None)
-        assert end is not None, f"{name} has no {last!r} after {first!r}"
-        end += 1
-    text = textwrap.dedent("\n".join(lines[start:end])).strip("\n")
-    return f"\n```{'python' if name.endswith('.py') else 'cpp'}\n{text}\n```\n"
+        end = 1 + next(i for i, line in enumerate(lines) if last in line)
+    quoted = textwrap.dedent("\n".join(lines[:end])).strip("\n")
+    return f"\n```{'python' if name.endswith('.py') else 'cpp'}\n{quoted}\n```\n"
 
 
 # ======================================================================================================================
