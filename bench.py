@@ -106,18 +106,22 @@ def random_prompt(llm, count):
     return np.random.default_rng().integers(0, llm.config.vocab_size, count).tolist()
 
 
-def submit(llm, row):
-    """Queues a row's requests, with random prompts."""
+def random_prompts(llm, row):
+    """A random prompt for each of a row's requests."""
     longest = max(prompt + new for prompt, new in row.requests)
     if longest > llm.max_model_len:
         raise TinyVLLMError(f"it needs a context of {longest} tokens, this model has {llm.max_model_len}")
-    return llm.submit([random_prompt(llm, prompt) for prompt, _ in row.requests],
-                      [SamplingParams(max_tokens=new, ignore_eos=True, **row.params) for _, new in row.requests])
+    return [random_prompt(llm, prompt) for prompt, _ in row.requests]
+
+
+def submit(llm, row, prompts):
+    """Queues a row's requests."""
+    return llm.submit(prompts, [SamplingParams(max_tokens=new, ignore_eos=True, **row.params) for _, new in row.requests])
 
 
 def time_decode(llm, row, steps=64):
     """Seconds of a decode step, the mean of some, when every request has had its prompt read."""
-    outputs = submit(llm, row)
+    outputs = submit(llm, row, random_prompts(llm, row))
     while not all(len(output.token_ids) > 4 for output in outputs):
         llm.engine.step()
     start = time.perf_counter()
@@ -144,9 +148,10 @@ def time_run(llm, row):
         marks[-1][1].record()
         return result
 
+    prompts = random_prompts(llm, row)
     model.launch, start = marked_launch, time.perf_counter()
     try:
-        outputs = submit(llm, row)
+        outputs = submit(llm, row, prompts)
         for _ in llm.run(outputs):
             pass
     finally:
@@ -180,10 +185,10 @@ def time_stall(llm, row):
     default, budget = scheduler.max_num_batched_tokens, row.setup["budget"]
     if budget > default or row.setup["prompt"] >= llm.max_model_len:
         raise TinyVLLMError(f"it needs a budget of {budget} and a context of {row.setup['prompt'] + 1}, here are {default} and {llm.max_model_len}")
-    running, scheduler.max_num_batched_tokens = submit(llm, row), budget
+    running, scheduler.max_num_batched_tokens = submit(llm, row, random_prompts(llm, row)), budget
     while not all(len(output.token_ids) > 4 for output in running):
         llm.engine.step()
-    [long] = submit(llm, long)
+    [long] = submit(llm, long, random_prompts(llm, long))
     times = [time.perf_counter()]
     while not long.finish_reason:
         llm.engine.step()                                           # each brings every running request a token
