@@ -114,22 +114,22 @@ def random_prompt(llm, count):
     return np.random.default_rng().integers(0, llm.config.vocab_size, count).tolist()
 
 
-def forced(row):
-    """SamplingParams of a row's requests: as many new tokens as they shall have."""
-    return [SamplingParams(max_tokens=new, ignore_eos=True, **row.params) for _, new in row.requests]
-
-
-def submit(llm, row):
-    """Queues a row's requests, with random prompts."""
+def random_prompts(llm, row):
+    """A random prompt for each of a row's requests."""
     longest = max(prompt + new for prompt, new in row.requests)
     if longest > llm.max_model_len:
         raise TinyVLLMError(f"it needs a context of {longest} tokens, this model has {llm.max_model_len}")
-    return llm.submit([random_prompt(llm, prompt) for prompt, _ in row.requests], forced(row))
+    return [random_prompt(llm, prompt) for prompt, _ in row.requests]
+
+
+def submit(llm, row, prompts):
+    """Queues a row's requests."""
+    return llm.submit(prompts, [SamplingParams(max_tokens=new, ignore_eos=True, **row.params) for _, new in row.requests])
 
 
 def time_decode(llm, row, steps=64):
     """Seconds of a decode step, the mean of some, when every request has had its prompt read."""
-    outputs = submit(llm, row)
+    outputs = submit(llm, row, random_prompts(llm, row))
     while not all(len(output.token_ids) > 4 for output in outputs):
         llm.engine.step()
     start = time.perf_counter()
@@ -156,9 +156,10 @@ def time_run(llm, row):
         marks[-1][1].record()
         return result
 
+    prompts = random_prompts(llm, row)
     model.launch, start = marked_launch, time.perf_counter()
     try:
-        outputs = submit(llm, row)
+        outputs = submit(llm, row, prompts)
         for _ in llm.run(outputs):
             pass
     finally:
@@ -193,10 +194,10 @@ def time_stall(llm, row):
     if budget > largest or row.setup["prompt"] >= llm.max_model_len:
         raise TinyVLLMError(f"it needs a budget of {budget} and a context of {row.setup['prompt'] + 1}, here are {largest} and {llm.max_model_len}")
     with switched((scheduler, "max_num_batched_tokens", budget)):
-        running = submit(llm, row)
+        running = submit(llm, row, random_prompts(llm, row))
         while not all(len(output.token_ids) > 4 for output in running):
             llm.engine.step()
-        [long] = submit(llm, long)
+        [long] = submit(llm, long, random_prompts(llm, long))
         times = [time.perf_counter()]
         while not long.finish_reason:
             llm.engine.step()                                       # each brings every running request a token
@@ -233,11 +234,11 @@ def time_ablation(llm, row):
         raise TinyVLLMError(f"it needs {setup['whole']} tokens a step and {setup['seqs']} sequences, here are {scheduler.max_num_batched_tokens} "
                             f"and {scheduler.max_num_seqs}")
     prefixes = [random_prompt(llm, setup["shared"]) for _ in range(setup["prefixes"])]
-    prompts = [prefixes[i % len(prefixes)] + random_prompt(llm, prompt - setup["shared"]) for i, (prompt, _) in enumerate(row.requests)]
+    prompts = [prefixes[i % len(prefixes)] + prompt[setup["shared"]:] for i, prompt in enumerate(random_prompts(llm, row))]
     off = [switch for idea, *switch in switches(engine) if idea in setup["off"]]
     with switched((scheduler, "max_num_batched_tokens", setup["whole" if whole else "budget"]), (scheduler, "max_num_seqs", setup["seqs"]), *off):
         start, last, gaps = time.perf_counter(), {}, []
-        for output in llm.run(llm.submit(prompts, forced(row))):
+        for output in llm.run(submit(llm, row, prompts)):
             now = time.perf_counter()
             if id(output) in last:
                 gaps.append(now - last[id(output)])

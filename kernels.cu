@@ -1,13 +1,14 @@
 // tiny-vLLM: every GPU kernel of the engine.
 //
 // A step of the engine is matrix products, which cuBLAS does, and between them these kernels, in the order in which a
-// token meets them (the middle four in every layer, rms_norm twice and once more before the head):
+// token meets them (the second to the fourth in every layer):
 //
 //     gather_rows       token id -> its row of the embedding table
-//     rms_norm          add what the last product gave to the residual stream, normalise
 //     rope_and_cache    rotate queries and keys by their position, put keys and values into the paged KV cache
-//     paged_attention   each query looks at all the keys up to its own, wherever their pages lie
+//     paged_attention   each query looks at all the keys up to its own, wherever their pages lie;
+//                       decode_attention does the same where each sequence brings one query
 //     silu_mul          the gate of the feed-forward part
+//     rms_norm          the last norm, in front of the head; a layer's two norms are in rope_and_cache and silu_mul
 //     sample            logits -> the next token, on the GPU, so that 8 bytes a sequence go to the CPU and not V logits
 //
 // How to read it. Letters are sizes: T tokens in this step (a ragged batch: the new tokens of all sequences, one after
@@ -31,6 +32,7 @@
 constexpr int GROUP = NUM_HEADS / NUM_KV_HEADS;                   // G
 constexpr int QKV = (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM;    // a token's row of qkv: its queries, keys, values
 constexpr float INF = __builtin_bit_cast(float, 0x7f800000);      // NVRTC knows no INFINITY
+constexpr float LOG2_E = 1.44269504f;     // exp(x) = 2^(x log2(e)), and powers of 2 are what a GPU has
 
 static_assert(HIDDEN % 8 == 0 && FFN % 8 == 0, "hidden and ffn sizes must be multiples of 8 (16 bytes)");
 static_assert(HEAD_DIM % 16 == 0 && HEAD_DIM >= 32 && HEAD_DIM <= 256, "head_dim must be 32, 48, 64, ... or 256");
@@ -184,55 +186,45 @@ extern "C" __global__ __launch_bounds__(GATHER_THREADS) void gather_rows(
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// rms_norm: residual += x;  out = residual / sqrt(mean(residual^2) + eps) * weight
+// rms_norm: out = x / rms(x) * weight, with rms(x) = sqrt(mean(x^2) + eps)
 //
-// The addition is fused in because both are bound by memory: apart, the residual would make one more round trip.
-//   out [T, D], residual [T, D], x [T, D] or null (the first norm of a step: nothing to add yet), weight [D].
-//   Grid (T): one block owns one row. A thread owns every 256th group of eight columns and keeps them in registers
-//   between the sum of squares and the scaling, so the row is read once. Shared memory: block_reduce's.
+// In front of a product, this needs no kernel: the weight is in the matrix already (see load_weights), and 1 / rms(x) is
+// one factor for all of a token's results. So the kernel that takes the results up computes it from x and applies it.
+//   out [T, D], x [T, D], weight [D].
+//   Grid (T): one block owns one row, a thread every 256th group of eight columns. Shared memory: block_reduce's.
 // ---------------------------------------------------------------------------------------------------------------------
 constexpr int NORM_THREADS = 256;
 
-extern "C" __global__ __launch_bounds__(NORM_THREADS) void rms_norm(
-        bf16* out, bf16* residual, const bf16* x, const bf16* weight) {
-    constexpr int ROUNDS = (HIDDEN / 8 + NORM_THREADS - 1) / NORM_THREADS;
-    const size_t row = (size_t)blockIdx.x * HIDDEN;
-    Float8 mine[ROUNDS];
+// 1 / rms(x) of a row, for all threads of a block. Every thread must call it: it holds barriers.
+__device__ inline float inverse_rms(const bf16* x) {
     float squares = 0;
-    #pragma unroll
-    for (int r = 0; r < ROUNDS; ++r) {
-        const int i = 8 * (r * NORM_THREADS + threadIdx.x);
-        if (i >= HIDDEN) break;
-        mine[r] = to_float(vec8(residual + row + i));
-        if (x != nullptr) {
-            const Float8 add = to_float(vec8(x + row + i));
-            for (int j = 0; j < 8; ++j) mine[r].v[j] += add.v[j];
-            const Bf16x8 rounded = to_bf16(mine[r]);    // later layers see the rounded sum, so the norm must too
-            vec8(residual + row + i) = rounded;
-            mine[r] = to_float(rounded);
-        }
-        for (int j = 0; j < 8; ++j) squares += mine[r].v[j] * mine[r].v[j];
+    for (int i = 8 * threadIdx.x; i < HIDDEN; i += 8 * blockDim.x) {
+        const Float8 mine = to_float(vec8(x + i));
+        for (int j = 0; j < 8; ++j) squares += mine.v[j] * mine.v[j];
     }
-    // Every thread must come to this reduction, also one that owns no column: it holds barriers.
-    const float scale = rsqrtf(block_reduce(squares, Sum()) / HIDDEN + RMS_EPS);
-    #pragma unroll
-    for (int r = 0; r < ROUNDS; ++r) {
-        const int i = 8 * (r * NORM_THREADS + threadIdx.x);
-        if (i >= HIDDEN) break;
+    return rsqrtf(block_reduce(squares, Sum()) / HIDDEN + RMS_EPS);
+}
+
+extern "C" __global__ __launch_bounds__(NORM_THREADS) void rms_norm(bf16* out, const bf16* x, const bf16* weight) {
+    const size_t row = (size_t)blockIdx.x * HIDDEN;
+    const float factor = inverse_rms(x + row);
+    for (int i = 8 * threadIdx.x; i < HIDDEN; i += 8 * NORM_THREADS) {
+        Float8 mine = to_float(vec8(x + row + i));
         const Float8 w = to_float(vec8(weight + i));
-        for (int j = 0; j < 8; ++j) mine[r].v[j] *= scale * w.v[j];
-        vec8(out + row + i) = to_bf16(mine[r]);
+        for (int j = 0; j < 8; ++j) mine.v[j] *= factor * w.v[j];
+        vec8(out + row + i) = to_bf16(mine);
     }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// rope_and_cache: rotate q and k by their position; put k and v into the cache
+// rope_and_cache: normalise q, k and v, rotate q and k by their position, put k and v into the cache
 //
 // RoPE turns each pair of a head's numbers (a, b) by an angle that grows with the position: (a cos - b sin, b cos + a
 // sin). The dot product of a query and a key then depends on the distance of their positions alone.
 // Hazard: which numbers are a pair? In Hugging Face checkpoints, i and i + h/2; in Meta's own files, 2i and 2i + 1.
 // With the wrong choice text stays fluent for some twenty tokens and then decays, so nothing but a test will tell.
-//   qkv [T, (H + 2K) h]: q is rotated in place; k and v are only read.   positions [T].
+//   qkv [T, (H + 2K) h]: q is replaced; k and v are only read.   x [T, D]: what qkv is a product of, see rms_norm.
+//   positions [T].
 //   cos_sin [max_len, h]: of each position's h/2 angles, first the cosines, then the sines.
 //   slot_mapping [T]: slot = page * B + offset in the page; negative for a padding token, for which nothing is written.
 //   k_cache, v_cache [N, K, B, h]: within a page, the keys of one head are consecutive, as paged_attention reads them.
@@ -240,29 +232,30 @@ extern "C" __global__ __launch_bounds__(NORM_THREADS) void rms_norm(
 //   pairs: it reads both sides before it writes either, and no barrier is needed. (h/2 must be a multiple of 8: hence
 //   head_dim % 16 == 0.)
 // ---------------------------------------------------------------------------------------------------------------------
-constexpr int ROPE_THREADS = 128;
+constexpr int ROPE_THREADS = 256;
 
 extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
-        bf16* qkv, const float* cos_sin, const int* positions, const long long* slot_mapping,
+        bf16* qkv, const bf16* x, const float* cos_sin, const int* positions, const long long* slot_mapping,
         bf16* k_cache, bf16* v_cache) {
     constexpr int HALF = HEAD_DIM / 2, PARTS = HALF / 8;
     const int token = blockIdx.x;
     const long long slot = slot_mapping[token];
-    if (slot < 0) return;
     const float* cos = cos_sin + (size_t)positions[token] * HEAD_DIM;
     const float* sin = cos + HALF;
+    const float factor = inverse_rms(x + (size_t)token * HIDDEN);
 
     for (int item = threadIdx.x; item < QKV / 16; item += ROPE_THREADS) {
         const int head = item / PARTS, i = 8 * (item % PARTS);    // heads: first H of queries, K of keys, K of values
         bf16* target = qkv + (size_t)token * QKV + head * HEAD_DIM + i;
         Float8 a = to_float(vec8(target)), b = to_float(vec8(target + HALF));
-        if (head < NUM_HEADS + NUM_KV_HEADS) {
-            for (int j = 0; j < 8; ++j) {
-                const float c = cos[i + j], s = sin[i + j], a0 = a.v[j], b0 = b.v[j];
-                a.v[j] = a0 * c - b0 * s;
-                b.v[j] = b0 * c + a0 * s;
-            }
+        for (int j = 0; j < 8; ++j) {
+            const bool turns = head < NUM_HEADS + NUM_KV_HEADS;    // values do not
+            const float c = turns ? cos[i + j] : 1, s = turns ? sin[i + j] : 0;
+            const float a0 = a.v[j] * factor, b0 = b.v[j] * factor;
+            a.v[j] = a0 * c - b0 * s;
+            b.v[j] = b0 * c + a0 * s;
         }
+        if (slot < 0) break;
         if (head >= NUM_HEADS) {
             bf16* cache = head < NUM_HEADS + NUM_KV_HEADS ? k_cache : v_cache;
             const int kv_head = (head - NUM_HEADS) % NUM_KV_HEADS;
@@ -302,7 +295,8 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
 //   to fewer if there are few. Each leaves acc, m and l here, and the last one to end merges them.
 //   tiles [A, 2]: the work: a sequence, and the first of the rows of it that a block owns, ATTENTION_ROWS of them (twice
 //   as many if head_dim <= 128), or as many as there are. What sees the most keys should come first.
-//   Grid (A, K * splits); A * K is at most 1,024 if splits > 1.
+//   Grid (K * splits, A); A * K is at most 1,024 if splits > 1. A page's heads lie side by side, and so blocks that run
+//   together read side by side.
 //
 // Who owns what: of each 16 rows of scores and acc, lane i of a warp holds rows i / 4 and i / 4 + 8, and in these the
 // columns 2 (i % 4), +1 of every eight (as mma leaves them; the next mma wants probabilities as a factor just there).
@@ -335,8 +329,8 @@ __device__ inline void attend(
     constexpr unsigned FIT = (48 * 1024 / 16 - Q_ROWS * STRIDE) / TILE, SLOTS = FIT < 5 ? FIT : 5;    // of the ring
     constexpr unsigned KEYS = KEY_TILE / KEY_WARPS;       // of a warp in each tile
     constexpr bool KEEP_Q = ROW_TILES * PARTS <= 16;      // in registers
-    const unsigned kv_head = blockIdx.y % NUM_KV_HEADS, split = blockIdx.y / NUM_KV_HEADS;
-    const unsigned splits = gridDim.y / NUM_KV_HEADS, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const unsigned kv_head = blockIdx.x % NUM_KV_HEADS, split = blockIdx.x / NUM_KV_HEADS;
+    const unsigned splits = gridDim.x / NUM_KV_HEADS, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const unsigned warp_row = KEY_WARPS > 1 ? 0 : warp * 16 * ROW_TILES, warp_key = warp % KEY_WARPS * KEYS;
     // Of a row: its token * H + head, and how many keys it sees.
     const auto token_head = [=](unsigned row) {
@@ -517,7 +511,7 @@ __device__ inline void attend(
 
     // 7. The last of the splits to end merges them, always in the same order. The counter wraps around to 0.
     unsigned* before = reinterpret_cast<unsigned*>(memory);
-    unsigned* counter = &arrived[kv_head * gridDim.x + blockIdx.x];
+    unsigned* counter = &arrived[blockIdx.y * NUM_KV_HEADS + kv_head];
     __syncthreads();    // all threads have written their results before one says so, and warp 0 has read the others'
     if (threadIdx.x == 0) *before = atomic_inc_acq_rel(counter, used_splits - 1);
     __syncthreads();    // it is known who is last, and what the others wrote is seen, before anyone reads it
@@ -540,42 +534,73 @@ __device__ inline void attend(
     }
 }
 
-extern "C" __global__ __launch_bounds__(ATTENTION_THREADS) void paged_attention(
+template <bool DECODE>    // whether no tile has more than 16 rows
+__device__ inline void attend_tile(
         bf16* out, const bf16* qkv, const bf16* k_cache, const bf16* v_cache, const int* block_tables,
         const int* cu_blocks, const int* cu_seqlens, const int* context_lens, const int* tiles, float scale,
         float* partial) {
     constexpr int ROW_TILES = HEAD_DIM <= 128 ? 2 : 1, ROWS = 16 * ROW_TILES * WARPS;
     __shared__ Bf16x8 memory[48 * 1024 / 16];    // the static limit
-    const int sequence = tiles[2 * blockIdx.x], first_row = tiles[2 * blockIdx.x + 1];
+    const int sequence = tiles[2 * blockIdx.y], first_row = tiles[2 * blockIdx.y + 1];
     const int first_token = cu_seqlens[sequence], queries = cu_seqlens[sequence + 1] - first_token;
     const int first_seen = context_lens[sequence] - queries + 1, rows = min(queries * GROUP - first_row, ROWS);
     const int* block_table = block_tables + cu_blocks[sequence];
-    scale *= 1.44269504f;                        // log2(e): exp(x) = 2^(x log2(e)), and powers of 2 are what a GPU has
+    scale *= LOG2_E;
     if (rows <= 16)
         attend<1, KEY_TILE / 16>(memory, first_row, rows, first_token, first_seen, block_table, out, qkv, k_cache,
                                  v_cache, scale, partial);
-    else
+    else if constexpr (!DECODE)
         attend<ROW_TILES, 1>(memory, first_row, rows, first_token, first_seen, block_table, out, qkv, k_cache, v_cache,
                              scale, partial);
 }
 
+extern "C" __global__ __launch_bounds__(ATTENTION_THREADS) void paged_attention(
+        bf16* out, const bf16* qkv, const bf16* k_cache, const bf16* v_cache, const int* block_tables,
+        const int* cu_blocks, const int* cu_seqlens, const int* context_lens, const int* tiles, float scale,
+        float* partial) {
+    attend_tile<false>(out, qkv, k_cache, v_cache, block_tables, cu_blocks, cu_seqlens, context_lens, tiles, scale, partial);
+}
+
+// The same for a batch of single queries: it needs half the registers, so twice the blocks are on a multiprocessor at once
+// and keep twice as many copies under way.
+extern "C" __global__ __launch_bounds__(ATTENTION_THREADS, HEAD_DIM <= 128 ? 4 : 2) void decode_attention(
+        bf16* out, const bf16* qkv, const bf16* k_cache, const bf16* v_cache, const int* block_tables,
+        const int* cu_blocks, const int* cu_seqlens, const int* context_lens, const int* tiles, float scale,
+        float* partial) {
+    attend_tile<true>(out, qkv, k_cache, v_cache, block_tables, cu_blocks, cu_seqlens, context_lens, tiles, scale, partial);
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
-// silu_mul: out = silu(gate) * up, with silu(g) = g / (1 + exp(-g))
+// silu_mul: out = silu(gate) * up, with silu(g) = g / (1 + exp(-g)), of normalised gates and ups
 //
 //   out [T, F], gate_up [T, 2F]: a token's row holds its gates, then its ups (one matrix product makes both).
-//   Grid (ceil(F / (8 * SILU_THREADS)), T): a thread owns eight columns of one token.
+//   x [T, D]: what gate_up is a product of, see rms_norm.
+//   Grid (ceil(F / SILU_COLUMNS), T): a thread owns twice eight columns of one token. Shared memory: block_reduce's.
 // ---------------------------------------------------------------------------------------------------------------------
 constexpr int SILU_THREADS = 256;
+constexpr int SILU_COLUMNS = 4096;    // of a block
 
-extern "C" __global__ __launch_bounds__(SILU_THREADS) void silu_mul(bf16* out, const bf16* gate_up) {
-    const int i = 8 * (blockIdx.x * SILU_THREADS + threadIdx.x);
-    if (i >= FFN) return;
+extern "C" __global__ __launch_bounds__(SILU_THREADS) void silu_mul(bf16* out, const bf16* gate_up, const bf16* x) {
     const size_t token = blockIdx.y;
-    Float8 gate = to_float(vec8(gate_up + token * 2 * FFN + i));
-    const Float8 up = to_float(vec8(gate_up + token * 2 * FFN + FFN + i));
-    // For a very negative gate exp(-g) is inf, and g / inf is the right answer, 0.
-    for (int j = 0; j < 8; ++j) gate.v[j] = gate.v[j] / (1 + expf(-gate.v[j])) * up.v[j];
-    vec8(out + token * FFN + i) = to_bf16(gate);
+    const int first = blockIdx.x * SILU_COLUMNS + 8 * threadIdx.x;
+    Bf16x8 gates[2], ups[2];    // under way while the squares of x are summed up
+    for (int k = 0; k < 2; ++k) {
+        const int i = min(first + k * SILU_COLUMNS / 2, FFN - 8);
+        gates[k] = vec8(gate_up + token * 2 * FFN + i);
+        ups[k] = vec8(gate_up + token * 2 * FFN + FFN + i);
+    }
+    const float factor = inverse_rms(x + token * HIDDEN);
+    for (int k = 0; k < 2; ++k) {
+        const int i = first + k * SILU_COLUMNS / 2;
+        if (i >= FFN) break;
+        Float8 gate = to_float(gates[k]);
+        const Float8 up = to_float(ups[k]);
+        for (int j = 0; j < 8; ++j) {
+            const float g = gate.v[j] * factor;
+            gate.v[j] = g / (1 + expf(-g)) * (up.v[j] * factor);    // for a very negative g, g / inf is right: 0
+        }
+        vec8(out + token * FFN + i) = to_bf16(gate);
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -622,7 +647,7 @@ __device__ inline int key_of(float logit) { return ordered(logit) >> 16; }
 __device__ inline u64 candidate(float score, int token) { return (u64)ordered(score) << 32 | ~(unsigned)token; }
 
 // exp(-distance) as a multiple of 2^-40: 2^18 of them add up to 58 bits, and what is cut off is less than 1 in 10^12.
-__device__ inline u64 mass(float distance) { return (u64)(expf(-distance) * 0x1p40f); }
+__device__ inline u64 mass(float distance) { return (u64)(exp2_approx(-LOG2_E * distance) * 0x1p40f); }
 
 // A random-looking number for each z, one to one: a multiplication carries differences upwards, a shift brings them
 // down again, so every bit of z moves every bit of the result. (The factors are random odd numbers, tested for that.)
@@ -641,9 +666,14 @@ __device__ inline void for_each_logit(const bf16* logits, Body body) {
     const int head = min(VOCAB, (int)(8 - (size_t)logits / 2 % 8) % 8), tail = head + (VOCAB - head) / 8 * 8;
     const int first = threadIdx.x, last = tail + threadIdx.x;
     if (first < head) body(first, __bfloat162float(logits[first]));
-    for (int token = head + 8 * threadIdx.x; token < tail; token += 8 * SAMPLE_THREADS) {
-        const Float8 x = to_float(vec8(logits + token));
-        for (int j = 0; j < 8; ++j) body(token + j, x.v[j]);
+    constexpr int STEP = 8 * SAMPLE_THREADS;
+    for (int token = head + 8 * threadIdx.x; token < tail; token += 4 * STEP) {
+        Bf16x8 loaded[4];    // all four under way together: one after the other, each would take as long as all
+        for (int k = 0; k < 4; ++k) if (token + k * STEP < tail) loaded[k] = vec8(logits + token + k * STEP);
+        for (int k = 0; k < 4 && token + k * STEP < tail; ++k) {
+            const Float8 x = to_float(loaded[k]);
+            for (int j = 0; j < 8; ++j) body(token + k * STEP + j, x.v[j]);
+        }
     }
     if (last < VOCAB) body(last, __bfloat162float(logits[last]));
 }
@@ -701,10 +731,10 @@ extern "C" __global__ __launch_bounds__(SAMPLE_THREADS) void sample(
     const bf16* row = logits + (size_t)s * VOCAB;
 
     // 1. The greatest logit: greedy's choice, and the zero point of all exponents below, so that none can overflow.
-    u64 best = 0;
-    for_each_logit(row, [&](int t, float logit) { best = max(best, candidate(logit, t)); });
-    const int my_key = best >> 48;    // of this thread's greatest logit; 0 if it has none
-    best = block_reduce(best, Max());
+    float highest = -INF;
+    int at = 0;
+    for_each_logit(row, [&](int t, float logit) { if (logit > highest) highest = logit, at = t; });
+    u64 best = block_reduce(candidate(highest, at), Max());
     int chosen = ~(unsigned)best;
     const float greatest = __bfloat162float(row[chosen]);
 
@@ -722,7 +752,7 @@ extern "C" __global__ __launch_bounds__(SAMPLE_THREADS) void sample(
         if (0 < top_k[s] && top_k[s] < VOCAB) {
             // Every thread's greatest logit is at or above the least of these: so many logits, at least. The k-th greatest
             // is not below it, then, and most logits are: they need not be counted.
-            if (top_k[s] <= SAMPLE_THREADS) lowest = -block_reduce(-my_key, Max());
+            if (top_k[s] <= SAMPLE_THREADS) lowest = -block_reduce(-key_of(highest), Max());
             lowest = cutoff(scratch, row, lowest, [](float) { return (u64)1; }, [&](u64) { return (u64)top_k[s]; });
         }
         if (top_p[s] < 1)

@@ -90,7 +90,9 @@ def cdiv(a, b):
 # A model is a folder in the Hugging Face layout: config.json (its shape), *.safetensors (its weights, by name),
 # generation_config.json (the tokens that end an answer). Reading the weights is where the architecture is written down:
 # each tensor is taken by name with the shape it must have. q, k and v are multiplied by the same input, so their
-# matrices are stacked into one, and so are gate and up: two large products a layer instead of five smaller ones.
+# matrices are stacked into one, and so are gate and up: two large products a layer instead of five smaller ones. In front of each
+# stands an RMSNorm, x / rms(x) * g. Its weight g goes into the matrix: (x * g) @ W.T is x @ (W * g).T. What is left of the norm, one
+# number a token, is applied to the product's results, where these are used.
 # ======================================================================================================================
 HUB_MODEL = "meta-llama/Llama-3.2-1B-Instruct"
 
@@ -222,11 +224,9 @@ def read_json(path):
 @dataclass(frozen=True)
 class LayerWeights:
     """One layer's weights, on the device."""
-    input_norm: object                  # [D]
-    qkv: object                         # [(H + 2K) h, D]
+    qkv: object                         # [(H + 2K) h, D], times the weight of the norm before it
     o: object                           # [D, H h]
-    post_attention_norm: object         # [D]
-    gate_up: object                     # [2F, D]
+    gate_up: object                     # [2F, D], likewise
     down: object                        # [D, F]
 
 
@@ -301,18 +301,18 @@ def load_weights(checkpoint, config, device):
     def take(name, *shape):
         return device.to_device(checkpoint.take(name + ".weight", *shape)).astype(BFLOAT16, copy=False)
 
-    def stack(*parts):
-        """One matrix of several, below one another; each goes to the device by itself."""
-        return device.xp.concatenate([take(*part) for part in parts])
+    def stack(norm, *parts):
+        """One matrix of several, below one another, times the weight of the norm before it; each goes to the device by itself."""
+        g = take(norm, D).astype(np.float32)
+        return device.xp.concatenate([(take(*part).astype(np.float32) * g).astype(BFLOAT16) for part in parts])
 
     def layer(i):
         p = f"model.layers.{i}"
         return LayerWeights(
-            input_norm=take(f"{p}.input_layernorm", D),
-            qkv=stack((f"{p}.self_attn.q_proj", q_rows, D), (f"{p}.self_attn.k_proj", kv_rows, D), (f"{p}.self_attn.v_proj", kv_rows, D)),
+            qkv=stack(f"{p}.input_layernorm", (f"{p}.self_attn.q_proj", q_rows, D), (f"{p}.self_attn.k_proj", kv_rows, D),
+                      (f"{p}.self_attn.v_proj", kv_rows, D)),
             o=take(f"{p}.self_attn.o_proj", D, q_rows),
-            post_attention_norm=take(f"{p}.post_attention_layernorm", D),
-            gate_up=stack((f"{p}.mlp.gate_proj", F, D), (f"{p}.mlp.up_proj", F, D)),
+            gate_up=stack(f"{p}.post_attention_layernorm", (f"{p}.mlp.gate_proj", F, D), (f"{p}.mlp.up_proj", F, D)),
             down=take(f"{p}.mlp.down_proj", D, F))
 
     embed = take("model.embed_tokens", V, D)
@@ -382,7 +382,7 @@ class Kernels:
 def kernel_declarations(source):
     """(threads, name, parameters) of each `extern "C" __global__` kernel, as text."""
     code = re.sub(r"//[^\n]*|/\*.*?\*/", "", source, flags=re.S)
-    return re.findall(r'extern "C" __global__ __launch_bounds__\((\w+)\)\s*void (\w+)\(([^)]*)\)', code)
+    return re.findall(r'extern "C" __global__ __launch_bounds__\((\w+)[^)]*\)\s*void (\w+)\(([^)]*)\)', code)
 
 
 def parse_parameter(text):
@@ -461,14 +461,14 @@ class CudaDevice:
             return host.view(array.dtype).reshape(array.shape)
         return wait
 
-    def linear(self, x, w):
-        """x [T, in] @ w [out, in] transposed -> [T, out]; bf16, accumulated in float32."""
+    def linear(self, x, w, add_to=None):
+        """x [T, in] @ w [out, in] transposed -> [T, out]; bf16, accumulated in float32. add_to: added to what is there already."""
         # cuBLAS counts columns first: what is x [T, in] to us is in x T to it, and it gives out x T = w' x, our [T, out].
         (T, columns), rows = x.shape, len(w)
-        out = self.empty((T, rows))
+        out = self.empty((T, rows)) if add_to is None else add_to
         self.set_stream(self.cublas, self.xp.cuda.get_current_stream().ptr)
         status = self.gemm(self.cublas, 1, 0, rows, T, columns, ONE, w.data.ptr, CUDA_BF16, columns, x.data.ptr, CUDA_BF16, columns,
-                           ZERO, out.data.ptr, CUDA_BF16, rows, CUBLAS_COMPUTE_32F, -1)
+                           ZERO if add_to is None else ONE, out.data.ptr, CUDA_BF16, rows, CUBLAS_COMPUTE_32F, -1)
         assert status == 0, f"cuBLAS answers {status} to a product of {x.shape} and {w.shape}"
         return out
 
@@ -553,12 +553,16 @@ class CpuDevice:
     def record(self, function):
         return function(), function
 
-    def linear(self, x, w):
+    def linear(self, x, w, add_to=None):
         # NumPy multiplies bfloat16 element by element, without BLAS. A weight is converted once and must not change after.
         if id(w) not in self.float32_weights:
             self.float32_weights[id(w)] = w.astype(np.float32)
             weakref.finalize(w, self.float32_weights.pop, id(w))
-        return (x.astype(np.float32) @ self.float32_weights[id(w)].T).astype(BFLOAT16)
+        out = x.astype(np.float32) @ self.float32_weights[id(w)].T
+        if add_to is None:
+            return out.astype(BFLOAT16)
+        add_to[:] = out + add_to
+        return add_to
 
     def compile(self, defines, path=FOLDER / "kernels.cu"):
         """g++ compiles kernels.cu behind simulator.h into a shared library, once for each content, flags and machine."""
@@ -758,7 +762,7 @@ class Sequence:
     def __init__(self, params, output, decoder, max_len):
         """max_len: tokens of prompt and answer at which it ends, whatever comes."""
         self.params, self.output, self.decoder, self.max_len = params, output, decoder, max_len
-        self.token_ids = list(output.prompt_token_ids)
+        self.token_ids = int_array("i", output.prompt_token_ids)
         self.num_computed_tokens = 0
         self.block_table = int_array("i")
         self.num_registered_blocks = 0      # pages of it that others can find
@@ -917,7 +921,7 @@ class Batch:
         """The batch for a list of (sequence, number of tokens). group, tile_rows: see attention_tiles."""
         ints, floats = np.int32, np.float32
         counts, starts = np.array([(count, s.num_computed_tokens) for s, count in scheduled], ints).T
-        token_ids = [token for s, count in scheduled for token in s.token_ids[s.num_computed_tokens:s.num_computed_tokens + count]]
+        token_ids = np.frombuffer(b"".join([s.token_ids[s.num_computed_tokens:s.num_computed_tokens + count] for s, count in scheduled]), ints)
         cu_seqlens = np.cumsum([0, *counts], dtype=ints)
         positions = np.arange(len(token_ids), dtype=ints) + np.repeat(starts - cu_seqlens[:-1], counts)
         tables = [s.block_table for s, _ in scheduled]
@@ -930,7 +934,7 @@ class Batch:
         params = [s.params for s in sampled]
         return cls(
             sampled=sampled, slot_mapping=blocks.astype(np.int64) * block_size + positions % block_size,
-            seeds=np.array([s.seed for s in sampled], np.uint64), token_ids=np.array(token_ids, ints), positions=positions,
+            seeds=np.array([s.seed for s in sampled], np.uint64), token_ids=token_ids, positions=positions,
             cu_seqlens=cu_seqlens, context_lens=starts + counts, last_tokens=cu_seqlens[1:][rows] - 1,
             lengths=lengths[rows], temperatures=np.array([p.temperature for p in params], floats),
             top_ks=np.array([min(p.top_k, 2**31 - 1) for p in params], ints), top_ps=np.array([p.top_p for p in params], floats),
@@ -1056,32 +1060,29 @@ class Model:
         # at most: merging reads them all). By the batch's size alone, not by its contexts: a CUDA graph keeps its grids.
         splits = max(1, min(32, 2 * self.device.multiprocessors // (tiles * K)))
         partial = self.device.empty((T, H, splits, c.head_dim + 2), np.float32) if splits > 1 else None
-        x, attention, activation = (self.device.empty((T, size)) for size in (D, heads_size, F))
+        attend = kernels.decode_attention if T == len(b.context_lens) else kernels.paged_attention
+        residual, attention, activation = (self.device.empty((T, size)) for size in (D, heads_size, F))
 
-        residual = self.device.empty((T, D))
         kernels.gather_rows((T,), residual, w.embed, b.token_ids, self.buffer.sampled[0])       # the embedding
-        added = None                                                                    # what goes onto the residual next
         for layer, (k_cache, v_cache) in zip(w.layers, self.kv_cache):
-            # x = norm(residual += added);  residual += attention(x) @ o
-            kernels.rms_norm((T,), x, residual, added, layer.input_norm)
-            qkv = linear(x, layer.qkv)                                                  # [T, (H + 2K) h]
-            kernels.rope_and_cache((T,), qkv, self.cos_sin, b.positions, b.slot_mapping, k_cache, v_cache)
-            kernels.paged_attention((tiles, K * splits), attention, qkv, k_cache, v_cache, b.block_tables, b.cu_blocks,
-                                    b.cu_seqlens, b.context_lens, b.tiles, c.head_dim ** -0.5, partial)
-            added = linear(attention, layer.o)                                          # [T, D]
+            # residual += attention(norm(residual)) @ o. The norm: its weight is in qkv, the rest is done by rope_and_cache.
+            qkv = linear(residual, layer.qkv)                                           # [T, (H + 2K) h]
+            kernels.rope_and_cache((T,), qkv, residual, self.cos_sin, b.positions, b.slot_mapping, k_cache, v_cache)
+            attend((K * splits, tiles), attention, qkv, k_cache, v_cache, b.block_tables, b.cu_blocks, b.cu_seqlens,
+                   b.context_lens, b.tiles, c.head_dim ** -0.5, partial)
+            linear(attention, layer.o, add_to=residual)
 
-            # x = norm(residual += added);  residual += silu(x @ gate) * (x @ up) @ down
-            kernels.rms_norm((T,), x, residual, added, layer.post_attention_norm)
-            gate_up = linear(x, layer.gate_up)                                          # [T, 2F]
-            kernels.silu_mul((cdiv(F, 8 * kernels.SILU_THREADS), T), activation, gate_up)
-            added = linear(activation, layer.down)                                      # [T, D]
+            # residual += silu(norm(residual) @ gate) * (norm(residual) @ up) @ down. The norm: likewise.
+            gate_up = linear(residual, layer.gate_up)                                   # [T, 2F]
+            kernels.silu_mul((cdiv(F, kernels.SILU_COLUMNS), T), activation, gate_up, residual)
+            linear(activation, layer.down, add_to=residual)
 
         if R == 0:
             return None
-        kernels.rms_norm((T,), x, residual, added, w.norm)
-        last = self.device.empty((R, D))                                                # the head is large: only these rows need it
-        kernels.gather_rows((R,), last, x, b.last_tokens, None)
-        logits = linear(last, w.head)
+        last, x = self.device.empty((R, D)), self.device.empty((R, D))                  # the head is large: only these rows need it
+        kernels.gather_rows((R,), last, residual, b.last_tokens, None)
+        kernels.rms_norm((R,), x, last, w.norm)
+        logits = linear(x, w.head)
         # The noise depends on the request's seed and the token's position alone. (The logits may differ in their last bits from
         # batch to batch: how cuBLAS adds, and into how many parts attention splits, goes by the batch's size.)
         tokens, logprobs = self.buffer.sampled
@@ -1121,10 +1122,10 @@ def kv_cache_blocks(config, memory, utilization, block_size, max_num_batched_tok
     c, (free, total), weights = config, memory, weight_bytes(config)
     # A step needs the arrays of forward() at their largest, twice, since the allocator keeps old ones; the CUDA graphs', and logits for
     # each of these; the table of angles; and 256 MB for cuBLAS and the kernels.
-    a_token = 4 * c.hidden_size + c.qkv_size + c.num_attention_heads * c.head_dim + 3 * c.intermediate_size
+    a_token = c.hidden_size + c.qkv_size + c.num_attention_heads * c.head_dim + 3 * c.intermediate_size
     tokens, rows = 2 * max_num_batched_tokens + GRAPH_SIZES[-1], 2 * max_num_seqs + sum(GRAPH_SIZES)
     angles = 4 * c.head_dim * (max_model_len or c.max_position_embeddings)
-    activations = BYTES * (tokens * a_token + rows * c.vocab_size) + angles + 2**28
+    activations = BYTES * (tokens * a_token + rows * (c.vocab_size + 2 * c.hidden_size)) + angles + 2**28
     left = free - (1 - utilization) * total - weights - activations
     block_bytes = block_size * kv_bytes_per_token(config)
     needed = cdiv(max_model_len or 1, block_size) * block_bytes
@@ -1359,8 +1360,8 @@ class LLM:
             if len(prompt) == 0:
                 raise TinyVLLMError("the prompt is empty: expected at least one token")
             output.prompt_token_ids = ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-            wrong = [i for i in ids if not (isinstance(i, (int, np.integer)) and 0 <= i < self.config.vocab_size)]
-            if wrong:
+            if not all(issubclass(kind, (int, np.integer)) for kind in set(map(type, ids))) or min(ids) < 0 or max(ids) >= self.config.vocab_size:
+                wrong = [i for i in ids if not (isinstance(i, (int, np.integer)) and 0 <= i < self.config.vocab_size)]
                 raise TinyVLLMError(f"the prompt has the token id {wrong[0]!r}, the vocabulary has 0 to {self.config.vocab_size - 1}")
             if len(ids) >= self.max_model_len:
                 raise TinyVLLMError(
