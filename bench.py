@@ -60,12 +60,13 @@ def bench_rows():
     for budget in 512, 1024, 2048, 4096:
         rows[f"long-prompt-stall-{budget}"] = BenchRow(measure_stall, f"32 decode, 16,384 come in, {budget:,} a step: p99 a token",
                                                        [(128, 1024)] * 32, setup={"budget": budget, "prompt": 16384})
-    # Half of the mix, behind four system prompts of 1,024 tokens. 48 may run at once, so that some always wait.
-    load, ideas = [(1024 + prompt, new) for prompt, new in mix[:128]], [name for name, *_ in switches(None)]
+    # Half of the mix, behind four system prompts of 1,536 tokens, and every fourth with a document of 1,400. 48 may run at once: some always wait.
+    load = [(1536 + prompt + 1400 * (i % 4 == 0), new) for i, (prompt, new) in enumerate(mix[:128])]
+    ideas = [name for name, *_ in switches(None)]
     for name, off in {"all-on": [], **{f"no-{idea}": [idea] for idea in ideas}, "all-off": ideas}.items():
         what = "static batching" if off == ideas[-1:] else name.replace("-", " ").replace("cuda", "CUDA")
-        rows[f"ablation-{name}"] = BenchRow(measure_ablation, f"half of the mix behind 4 prefixes: {what}", load,
-                                            setup={"off": off, "prefixes": 4, "shared": 1024, "seqs": 48, "budget": 1024, "whole": 4096})
+        rows[f"ablation-{name}"] = BenchRow(measure_ablation, f"half of the mix, prefixes, documents: {what}", load,
+                                            setup={"off": off, "prefixes": 4, "shared": 1536, "seqs": 48, "budget": 512, "whole": 4096})
     return rows
 
 
@@ -226,8 +227,8 @@ def switched(*settings):
 
 def time_ablation(llm, row):
     """(seconds from the first arrival to the last token, the seconds between two tokens of a request, all of them), with the ideas
-    row.setup["off"] turned off. Prompts begin with one of a few prefixes, in turn. With chunks a step has row.setup["budget"] tokens, enough
-    for a while; without them it must hold the longest text that may have to be computed again."""
+    row.setup["off"] turned off. Prompts begin with one of a few prefixes, in turn. With chunks a step has row.setup["budget"] tokens; without
+    them it must hold the longest prompt, and the decodes beside it."""
     engine, scheduler, setup = llm.engine, llm.engine.scheduler, row.setup
     whole = "chunked-prefill" in setup["off"]
     if setup["whole"] > scheduler.max_num_batched_tokens or setup["seqs"] > scheduler.max_num_seqs:

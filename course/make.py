@@ -104,21 +104,55 @@ def bench_table(*names):
     return "\n".join([*lines, ""])
 
 
-def ablation_rows():
-    """The names of the ablation's rows that h200.json has."""
-    return [name for name in bench_rows() if name.startswith("ablation-") and name in ROWS]
+@lru_cache(maxsize=None)
+def predicted(name):
+    """(tokens a second, 99th percentile of the milliseconds between two tokens) of an ablation's row on a card that does nothing but read
+    and multiply at its rates: the scheduler runs for real, and each of its steps takes what chapter 1 says."""
+    row = bench_rows()[name]
+    setup, config, off = row.setup, LLAMA, row.setup["off"]
+    layers = decode_weight_bytes(config) / 2 - config.vocab_size * config.hidden_size
+    a_pair = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    scheduler = Scheduler(BlockAllocator(50_000, 16, "prefix-caching" not in off), setup["whole" if "chunked-prefill" in off else "budget"],
+                          setup["seqs"], "chunked-prefill" not in off, "continuous-batching" in off)
+    for i, (prompt, new) in enumerate(row.requests):
+        ids = [1000 + i % setup["prefixes"]] * setup["shared"] + [i] * (prompt - setup["shared"])
+        scheduler.waiting.append(Sequence(SamplingParams(), RequestOutput(ids), None, prompt + new))
+    gaps, seconds = [], 0.0
+    while scheduler.waiting or scheduler.running:
+        tokens = rows = pairs = read = 0
+        answering = []
+        for sequence, count in scheduler.schedule():
+            start = sequence.num_computed_tokens
+            sequence.num_computed_tokens += count
+            scheduler.register_full_blocks(sequence)
+            tokens, read, pairs = tokens + count, read + start + count, pairs + count * start + count * (count + 1) / 2
+            if not sequence.remaining:
+                rows += 1
+                answering += [start >= len(sequence.output.prompt_token_ids)]
+                sequence.token_ids.append(0)
+                if sequence.is_full:
+                    scheduler.remove(sequence)
+        num_bytes = decode_weight_bytes(config) + kv_bytes_per_token(config) * read
+        operations = 2 * (tokens * layers + rows * config.vocab_size * config.hidden_size) + a_pair * pairs
+        step = max(num_bytes / CARD["bytes_per_second"], operations / CARD["operations_per_second"])
+        seconds += step
+        gaps += [step] * sum(answering)
+    return sum(new for _, new in row.requests) / seconds, 1e3 * float(np.percentile(gaps, 99))
 
 
 def ablation_table():
-    """What each idea is worth."""
-    if not ablation_rows():
-        return "\n(`course/h200.json` was written by a run without these rows: the command below fills them in.)\n"
-    full = ROWS["ablation-all-on"]["value"]
-    lines = ["", "| row | | tokens/s | of all on | p99 between two tokens |", "| --- | --- | ---: | ---: | ---: |"]
-    for name in ablation_rows():
-        row = ROWS[name]
-        lines.append(f"| `{name}` | {bench_rows()[name].what.partition(': ')[2]} | {row['value']:,.0f} | {row['value'] / full:.0%} | "
-                     f"{row['between_tokens_p99_ms']:.2f} ms |")
+    """What each idea is worth: predicted, and, where h200.json has the rows, measured."""
+    lines = ["", "| row | predicted tokens/s | p99 between two tokens | measured tokens/s | of all on | p99 between two tokens |",
+             "| --- | ---: | ---: | ---: | ---: | ---: |"]
+    for name in [name for name in bench_rows() if name.startswith("ablation-")]:
+        rate, gap = predicted(name)
+        line = f"| {bench_rows()[name].what.partition(': ')[2]} | {rate:,.0f} | {gap:.2f} ms |"
+        if name in ROWS:
+            value = ROWS[name]["value"]
+            line += f" {value:,.0f} | {value / ROWS['ablation-all-on']['value']:.0%} | {ROWS[name]['between_tokens_p99_ms']:.2f} ms |"
+        else:
+            line += " | | |"
+        lines.append(line)
     return "\n".join([*lines, ""])
 
 
@@ -587,16 +621,19 @@ def draw_floor():
 
 
 def draw_ablation():
-    """Tokens a second with one idea off at a time."""
-    names = ablation_rows()
-    picture = Picture(760, 28 * max(len(names), 1) + 16, "What each idea is worth")
-    if not names:
-        picture.text(0, 20, "not measured yet: --bench ablation", "s")
+    """Tokens a second with one idea off at a time: predicted, and measured where h200.json has it."""
+    names = [name for name in bench_rows() if name.startswith("ablation-")]
+    picture, most = Picture(760, 40 * len(names) + 36, "What each idea is worth, in tokens a second"), max(predicted(name)[0] for name in names)
     for i, name in enumerate(names):
-        part = ROWS[name]["value"] / max(ROWS[n]["value"] for n in names)
-        picture.text(190, 20 + 28 * i, bench_rows()[name].what.partition(": ")[2], "e")
-        picture.rect(200, 6 + 28 * i, 460 * part, 20, hue(i + 1))
-        picture.text(206 + 460 * part, 20 + 28 * i, f"{ROWS[name]['value']:,.0f}", "s")
+        picture.text(150, 25 + 40 * i, bench_rows()[name].what.partition(": ")[2], "e")
+        for y, value, color in ((8, predicted(name)[0], None), (23, ROWS[name]["value"] if name in ROWS else 0, hue(1))):
+            if value:
+                picture.rect(160, y + 40 * i, 520 * value / most, 13, color, "" if color else "f")
+                picture.text(166 + 520 * value / most, y + 11 + 40 * i, f"{value:,.0f}", "s")
+    y = 40 * len(names) + 14
+    for x, color, text in ((160, None, "predicted by the roofline"), (380, hue(1), "measured")):
+        picture.rect(x, y, 12, 12, color, "" if color else "f")
+        picture.text(x + 18, y + 11, text)
     return picture
 
 
