@@ -666,14 +666,9 @@ __device__ inline void for_each_logit(const bf16* logits, Body body) {
     const int head = min(VOCAB, (int)(8 - (size_t)logits / 2 % 8) % 8), tail = head + (VOCAB - head) / 8 * 8;
     const int first = threadIdx.x, last = tail + threadIdx.x;
     if (first < head) body(first, __bfloat162float(logits[first]));
-    constexpr int STEP = 8 * SAMPLE_THREADS;
-    for (int token = head + 8 * threadIdx.x; token < tail; token += 4 * STEP) {
-        Bf16x8 loaded[4];    // all four under way together: one after the other, each would take as long as all
-        for (int k = 0; k < 4; ++k) if (token + k * STEP < tail) loaded[k] = vec8(logits + token + k * STEP);
-        for (int k = 0; k < 4 && token + k * STEP < tail; ++k) {
-            const Float8 x = to_float(loaded[k]);
-            for (int j = 0; j < 8; ++j) body(token + k * STEP + j, x.v[j]);
-        }
+    for (int token = head + 8 * threadIdx.x; token < tail; token += 8 * SAMPLE_THREADS) {
+        const Float8 x = to_float(vec8(logits + token));
+        for (int j = 0; j < 8; ++j) body(token + j, x.v[j]);
     }
     if (last < VOCAB) body(last, __bfloat162float(logits[last]));
 }
@@ -723,7 +718,7 @@ __device__ inline int cutoff(Scratch& shared, const bf16* logits, int lowest, We
     return prefix;
 }
 
-extern "C" __global__ __launch_bounds__(SAMPLE_THREADS) void sample(
+extern "C" __global__ __launch_bounds__(SAMPLE_THREADS, 2) void sample(
         int* token, float* logprob, const bf16* logits, const float* temperature, const int* top_k, const float* top_p,
         const u64* seed, const int* position) {
     __shared__ Scratch scratch;
