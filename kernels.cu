@@ -622,9 +622,8 @@ extern "C" __global__ __launch_bounds__(SILU_THREADS) void silu_mul(bf16* out, c
 // (An "exponential race": the runner of rate r arrives first with probability r / sum of rates.) In logarithms, that is
 // the greatest logit/T - log E, an argmax like greedy's, only with noise: "Gumbel noise" is what -log E is called.
 //
-// Whatever is summed here is summed in integers (probabilities as multiples of 2^-40 of the most probable token's): no
-// order of addition can change the result, so threads may add as they come and yet the same logits give the same bits
-// in any batch.
+// Histograms are summed in integers (probabilities as multiples of 2^-40 of the most probable token's): no order of addition
+// can change the result, so threads may add as they come and yet the same logits give the same bits.
 //   token [R].   logprob [R]: log-softmax of the logits as they are, before temperature and cuts.   logits [R, V].
 //   temperature [R].   top_k [R]: <= 0 or >= V is off.   top_p [R]: >= 1 is off.
 //   seed [R].   position [R]: of the new token in its text.
@@ -734,8 +733,8 @@ extern "C" __global__ __launch_bounds__(SAMPLE_THREADS, 2) void sample(
     const float greatest = __bfloat162float(row[chosen]);
 
     // 2. The softmax's denominator, for the log-probability.
-    u64 denominator = 0;
-    for_each_logit(row, [&](int, float logit) { denominator += mass(greatest - logit); });
+    float denominator = 0;
+    for_each_logit(row, [&](int, float logit) { denominator += exp2_approx(LOG2_E * (logit - greatest)); });
     denominator = block_reduce(denominator, Sum());
 
     const float tau = temperature[s];    // it and the cuts are the same for the whole block: no barrier is missed
@@ -772,7 +771,7 @@ extern "C" __global__ __launch_bounds__(SAMPLE_THREADS, 2) void sample(
     }
     if (threadIdx.x == 0) {
         token[s] = chosen;
-        logprob[s] = __bfloat162float(row[chosen]) - greatest - logf(denominator * 0x1p-40f);
+        logprob[s] = __bfloat162float(row[chosen]) - greatest - logf(denominator);
     }
 }
 
