@@ -597,7 +597,8 @@ extern "C" __global__ __launch_bounds__(SILU_THREADS) void silu_mul(bf16* out, c
         const Float8 up = to_float(ups[k]);
         for (int j = 0; j < 8; ++j) {
             const float g = gate.v[j] * factor;
-            gate.v[j] = g / (1 + expf(-g)) * (up.v[j] * factor);    // for a very negative g, g / inf is right: 0
+            // exp(-g) is 2^(-g log2(e)). For a very negative g it is inf, and g / inf is the right answer, 0.
+            gate.v[j] = g / (1 + exp2_approx(-LOG2_E * g)) * (up.v[j] * factor);
         }
         vec8(out + token * FFN + i) = to_bf16(gate);
     }
