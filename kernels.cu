@@ -597,7 +597,8 @@ extern "C" __global__ __launch_bounds__(SILU_THREADS) void silu_mul(bf16* out, c
         const Float8 up = to_float(ups[k]);
         for (int j = 0; j < 8; ++j) {
             const float g = gate.v[j] * factor;
-            gate.v[j] = g / (1 + expf(-g)) * (up.v[j] * factor);    // for a very negative g, g / inf is right: 0
+            // exp(-g) is 2^(-g log2(e)). For a very negative g it is inf, and g / inf is the right answer, 0.
+            gate.v[j] = g / (1 + exp2_approx(-LOG2_E * g)) * (up.v[j] * factor);
         }
         vec8(out + token * FFN + i) = to_bf16(gate);
     }
@@ -622,9 +623,8 @@ extern "C" __global__ __launch_bounds__(SILU_THREADS) void silu_mul(bf16* out, c
 // (An "exponential race": the runner of rate r arrives first with probability r / sum of rates.) In logarithms, that is
 // the greatest logit/T - log E, an argmax like greedy's, only with noise: "Gumbel noise" is what -log E is called.
 //
-// Whatever is summed here is summed in integers (probabilities as multiples of 2^-40 of the most probable token's): no
-// order of addition can change the result, so threads may add as they come and yet the same logits give the same bits
-// in any batch.
+// Histograms are summed in integers (probabilities as multiples of 2^-40 of the most probable token's): no order of addition
+// can change the result, so threads may add as they come and yet the same logits give the same bits.
 //   token [R].   logprob [R]: log-softmax of the logits as they are, before temperature and cuts.   logits [R, V].
 //   temperature [R].   top_k [R]: <= 0 or >= V is off.   top_p [R]: >= 1 is off.
 //   seed [R].   position [R]: of the new token in its text.
@@ -666,14 +666,9 @@ __device__ inline void for_each_logit(const bf16* logits, Body body) {
     const int head = min(VOCAB, (int)(8 - (size_t)logits / 2 % 8) % 8), tail = head + (VOCAB - head) / 8 * 8;
     const int first = threadIdx.x, last = tail + threadIdx.x;
     if (first < head) body(first, __bfloat162float(logits[first]));
-    constexpr int STEP = 8 * SAMPLE_THREADS;
-    for (int token = head + 8 * threadIdx.x; token < tail; token += 4 * STEP) {
-        Bf16x8 loaded[4];    // all four under way together: one after the other, each would take as long as all
-        for (int k = 0; k < 4; ++k) if (token + k * STEP < tail) loaded[k] = vec8(logits + token + k * STEP);
-        for (int k = 0; k < 4 && token + k * STEP < tail; ++k) {
-            const Float8 x = to_float(loaded[k]);
-            for (int j = 0; j < 8; ++j) body(token + k * STEP + j, x.v[j]);
-        }
+    for (int token = head + 8 * threadIdx.x; token < tail; token += 8 * SAMPLE_THREADS) {
+        const Float8 x = to_float(vec8(logits + token));
+        for (int j = 0; j < 8; ++j) body(token + j, x.v[j]);
     }
     if (last < VOCAB) body(last, __bfloat162float(logits[last]));
 }
@@ -723,7 +718,7 @@ __device__ inline int cutoff(Scratch& shared, const bf16* logits, int lowest, We
     return prefix;
 }
 
-extern "C" __global__ __launch_bounds__(SAMPLE_THREADS) void sample(
+extern "C" __global__ __launch_bounds__(SAMPLE_THREADS, 2) void sample(
         int* token, float* logprob, const bf16* logits, const float* temperature, const int* top_k, const float* top_p,
         const u64* seed, const int* position) {
     __shared__ Scratch scratch;
@@ -739,8 +734,8 @@ extern "C" __global__ __launch_bounds__(SAMPLE_THREADS) void sample(
     const float greatest = __bfloat162float(row[chosen]);
 
     // 2. The softmax's denominator, for the log-probability.
-    u64 denominator = 0;
-    for_each_logit(row, [&](int, float logit) { denominator += mass(greatest - logit); });
+    float denominator = 0;
+    for_each_logit(row, [&](int, float logit) { denominator += exp2_approx(LOG2_E * (logit - greatest)); });
     denominator = block_reduce(denominator, Sum());
 
     const float tau = temperature[s];    // it and the cuts are the same for the whole block: no barrier is missed
@@ -777,7 +772,7 @@ extern "C" __global__ __launch_bounds__(SAMPLE_THREADS) void sample(
     }
     if (threadIdx.x == 0) {
         token[s] = chosen;
-        logprob[s] = __bfloat162float(row[chosen]) - greatest - logf(denominator * 0x1p-40f);
+        logprob[s] = __bfloat162float(row[chosen]) - greatest - logf(denominator);
     }
 }
 
