@@ -37,7 +37,8 @@ MEASURED = json.loads((COURSE / "h200.json").read_text("utf-8"))
 CARD, ROWS = MEASURED["card"], MEASURED["rows"]
 COMMAND = ".venv/bin/python tinyvllm.py --bench --model llama-3.2-1b --load-format dummy --json course/h200.json"
 LLAMA = SHAPES["llama-3.2-1b"]
-MIX = bench_rows()["mix"].requests
+BENCH = bench_rows()
+MIX = BENCH["mix"].requests
 
 
 # ======================================================================================================================
@@ -100,16 +101,22 @@ def bench_table(*names):
         row = ROWS[name]
         digits, has_best = unit_digits(row), "best" in row
         best = f"{row['best']:,.{digits}f} | {row['share']:.0%}" if has_best else "|"
-        lines.append(f"| `{name}` | {bench_rows()[name].what} | {row['value']:,.{digits}f} {row['unit']} | {best} |")
+        lines.append(f"| `{name}` | {BENCH[name].what} | {row['value']:,.{digits}f} {row['unit']} | {best} |")
     return "\n".join([*lines, ""])
 
 
-@lru_cache(maxsize=None)
 def predicted(name):
     """(tokens a second, 99th percentile of the milliseconds between two tokens) of an ablation's row on a card that does nothing but read
     and multiply at its rates: the scheduler runs for real, and each of its steps takes what chapter 1 says."""
-    row = bench_rows()[name]
-    setup, config, off = row.setup, LLAMA, row.setup["off"]
+    off = BENCH[name].setup["off"]
+    return predicted_without(tuple(idea for idea in off if idea not in ("cuda-graphs", "overlap")))        # these are all the same to it
+
+
+@lru_cache(maxsize=None)
+def predicted_without(off):
+    """The same, without these ideas."""
+    row, config = BENCH["ablation-all-on"], LLAMA
+    setup = row.setup
     layers = decode_weight_bytes(config) / 2 - config.vocab_size * config.hidden_size
     a_pair = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
     scheduler = Scheduler(BlockAllocator(50_000, 16, "prefix-caching" not in off), setup["whole" if "chunked-prefill" in off else "budget"],
@@ -119,8 +126,7 @@ def predicted(name):
         scheduler.waiting.append(Sequence(SamplingParams(), RequestOutput(ids), None, prompt + new))
     gaps, seconds = [], 0.0
     while scheduler.waiting or scheduler.running:
-        tokens = rows = pairs = read = 0
-        answering = []
+        tokens = rows = pairs = read = decodes = 0
         for sequence, count in scheduler.schedule():
             start = sequence.num_computed_tokens
             sequence.num_computed_tokens += count
@@ -128,7 +134,7 @@ def predicted(name):
             tokens, read, pairs = tokens + count, read + start + count, pairs + count * start + count * (count + 1) / 2
             if not sequence.remaining:
                 rows += 1
-                answering += [start >= len(sequence.output.prompt_token_ids)]
+                decodes += start >= len(sequence.output.prompt_token_ids)
                 sequence.token_ids.append(0)
                 if sequence.is_full:
                     scheduler.remove(sequence)
@@ -136,19 +142,19 @@ def predicted(name):
         operations = 2 * (tokens * layers + rows * config.vocab_size * config.hidden_size) + a_pair * pairs
         step = max(num_bytes / CARD["bytes_per_second"], operations / CARD["operations_per_second"])
         seconds += step
-        gaps += [step] * sum(answering)
+        gaps += [step] * decodes
     return sum(new for _, new in row.requests) / seconds, 1e3 * float(np.percentile(gaps, 99))
 
 
 def ablation_table():
     """What each idea is worth: predicted, and, where h200.json has the rows, measured."""
-    names, is_measured = [name for name in bench_rows() if name.startswith("ablation-")], "ablation-all-on" in ROWS
+    names, is_measured = [name for name in BENCH if name.startswith("ablation-")], "ablation-all-on" in ROWS
     lines = ["", "| row | predicted tokens/s | p99 between two tokens |", "| --- | ---: | ---: |"]
     if is_measured:
         lines = ["", f"{lines[1]} measured tokens/s | of all on | p99 between two tokens |", f"{lines[2]} ---: | ---: | ---: |"]
     for name in names:
         rate, gap = predicted(name)
-        line = f"| {bench_rows()[name].what.partition(': ')[2]} | {rate:,.0f} | {gap:.2f} ms |"
+        line = f"| {BENCH[name].what.partition(': ')[2]} | {rate:,.0f} | {gap:.2f} ms |"
         if name in ROWS:
             value = ROWS[name]["value"]
             line += f" {value:,.0f} | {value / ROWS['ablation-all-on']['value']:.0%} | {ROWS[name]['between_tokens_p99_ms']:.2f} ms |"
@@ -337,7 +343,7 @@ def draw_roofline():
     picture.text(at(memory / arithmetic, memory)[0] + 8, at(1, memory)[1] + 40, f"the two meet at {crossing()} tokens")
     for name, row in ROWS.items():
         if name in ("decode-1-128", "decode-8-128", "batch-32", "batch-128"):
-            batch = len(bench_rows()[name].requests)
+            batch = len(BENCH[name].requests)
             value = row["value"] if row["unit"] == "ms" else 1e3 * row["time_per_output_token_p50"]
             x, y = at(batch, value)
             picture.rect(x - 4, y - 4, 8, 8, hue(1))
@@ -423,7 +429,7 @@ def draw_step_bytes():
     picture = Picture(760, 30 * len(names) + 60, "What a decode step reads, and how long it takes")
     longest = max(ROWS[name]["value"] for name in names)
     for i, name in enumerate(names):
-        y, requests = 10 + 30 * i, bench_rows()[name].requests
+        y, requests = 10 + 30 * i, BENCH[name].requests
         weights, best, measured = 1e3 * decode_weight_bytes(LLAMA) / CARD["bytes_per_second"], ROWS[name]["best"], ROWS[name]["value"]
         picture.text(175, y + 15, f"{len(requests)} x context {requests[0][0]:,}", "e")
         scale = 520 / longest
@@ -627,10 +633,10 @@ def draw_floor():
 
 def draw_ablation():
     """Tokens a second with one idea off at a time: predicted, and measured where h200.json has it."""
-    names = [name for name in bench_rows() if name.startswith("ablation-")]
+    names = [name for name in BENCH if name.startswith("ablation-")]
     picture, most = Picture(760, 40 * len(names) + 36, "What each idea is worth, in tokens a second"), max(predicted(name)[0] for name in names)
     for i, name in enumerate(names):
-        picture.text(150, 25 + 40 * i, bench_rows()[name].what.partition(": ")[2], "e")
+        picture.text(150, 25 + 40 * i, BENCH[name].what.partition(": ")[2], "e")
         for y, value, color in ((8, predicted(name)[0], None), (23, ROWS[name]["value"] if name in ROWS else 0, hue(1))):
             if value:
                 picture.rect(160, y + 40 * i, 520 * value / most, 13, color, "" if color else "f")
