@@ -224,7 +224,7 @@ extern "C" __global__ __launch_bounds__(NORM_THREADS) void rms_norm(bf16* out, c
 // Hazard: which numbers are a pair? In Hugging Face checkpoints, i and i + h/2; in Meta's own files, 2i and 2i + 1.
 // With the wrong choice text stays fluent for some twenty tokens and then decays, so nothing but a test will tell.
 //   qkv [T, (H + 2K) h]: q is replaced; k and v are only read.   x [T, D]: what qkv is a product of, see rms_norm.
-//   positions [T].
+//   positions [T].   query_scale: every query is multiplied with this too, see paged_attention.
 //   cos_sin [max_len, h]: of each position's h/2 angles, first the cosines, then the sines.
 //   slot_mapping [T]: slot = page * B + offset in the page; negative for a padding token, for which nothing is written.
 //   k_cache, v_cache [N, K, B, h]: within a page, the keys of one head are consecutive, as paged_attention reads them.
@@ -236,7 +236,7 @@ constexpr int ROPE_THREADS = 256;
 
 extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
         bf16* qkv, const bf16* x, const float* cos_sin, const int* positions, const long long* slot_mapping,
-        bf16* k_cache, bf16* v_cache) {
+        bf16* k_cache, bf16* v_cache, float query_scale) {
     constexpr int HALF = HEAD_DIM / 2, PARTS = HALF / 8;
     const int token = blockIdx.x;
     const long long slot = slot_mapping[token];
@@ -248,10 +248,11 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
         const int head = item / PARTS, i = 8 * (item % PARTS);    // heads: first H of queries, K of keys, K of values
         bf16* target = qkv + (size_t)token * QKV + head * HEAD_DIM + i;
         Float8 a = to_float(vec8(target)), b = to_float(vec8(target + HALF));
+        const bool turns = head < NUM_HEADS + NUM_KV_HEADS;    // values do not
+        const float times = head < NUM_HEADS ? factor * query_scale : factor;
         for (int j = 0; j < 8; ++j) {
-            const bool turns = head < NUM_HEADS + NUM_KV_HEADS;    // values do not
             const float c = turns ? cos[i + j] : 1, s = turns ? sin[i + j] : 0;
-            const float a0 = a.v[j] * factor, b0 = b.v[j] * factor;
+            const float a0 = a.v[j] * times, b0 = b.v[j] * times;
             a.v[j] = a0 * c - b0 * s;
             b.v[j] = b0 * c + a0 * s;
         }
@@ -269,8 +270,10 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// paged_attention: out = softmax(q . k * scale) v, over the keys at and before each query's position
+// paged_attention: out = softmax(q . k / sqrt(h)) v, over the keys at and before each query's position
 //
+// The queries that it gets are multiplied with log2(e) / sqrt(h) already, so exp(q . k / sqrt(h)) is 2^(q . k), and a power
+// of 2 is one instruction. Here, exp stands for that.
 // FlashAttention-2, with two twists.
 // - Paged: key number t of a sequence lies in page block_table[t / B], at offset t % B. Only the copy to shared memory
 //   knows this.
@@ -324,7 +327,7 @@ __device__ unsigned arrived[1024];       // of each block's rows: splits that ha
 template <int ROW_TILES, int KEY_WARPS>    // tiles of 16 rows that a warp owns; warps that share the keys of a tile
 __device__ inline void attend(
         Bf16x8* memory, unsigned first_row, unsigned rows, unsigned first_token, int first_seen, const int* block_table,
-        bf16* out, const bf16* qkv, const bf16* k_cache, const bf16* v_cache, float scale, float* partial) {
+        bf16* out, const bf16* qkv, const bf16* k_cache, const bf16* v_cache, float* partial) {
     constexpr unsigned Q_ROWS = 16 * ROW_TILES * (KEY_WARPS > 1 ? 1 : WARPS), TILE = KEY_TILE * STRIDE;
     constexpr unsigned FIT = (48 * 1024 / 16 - Q_ROWS * STRIDE) / TILE, SLOTS = FIT < 5 ? FIT : 5;    // of the ring
     constexpr unsigned KEYS = KEY_TILE / KEY_WARPS;       // of a warp in each tile
@@ -409,7 +412,7 @@ __device__ inline void attend(
         for (int step = 0; step < PARTS / 2; ++step) load_q(step);
     }
 
-    // m of the scores before `scale`; l of this lane's columns only, until the end.
+    // l is of this lane's columns only, until the end.
     float m[ROW_TILES][2], l[ROW_TILES][2] = {}, acc[ROW_TILES][PARTS][4] = {};
     for (int r = 0; r < ROW_TILES; ++r) m[r][0] = m[r][1] = -INF;
     for (unsigned tile = first_tile; tile < last_tile; ++tile) {
@@ -438,15 +441,14 @@ __device__ inline void attend(
                 for (int k = 1; k < 4; k *= 2) highest = max(highest, __shfl_xor_sync(0xffffffff, highest, k));
                 // Hazard: a row that has seen no key yet. Its maximum is -inf, and -inf - -inf would be NaN.
                 const float base = highest == -INF ? 0 : highest;
-                rescale[r][i] = exp2_approx((m[r][i] - base) * scale);
+                rescale[r][i] = exp2_approx(m[r][i] - base);
                 rises |= m[r][i] != highest;
                 m[r][i] = highest;
                 l[r][i] *= rescale[r][i];
                 #pragma unroll
                 for (int n = 0; n < KEYS / 8; ++n) {
-                    // Hazard: subtract, then scale. With both in one fma, huge scores would overflow by their rounding.
-                    const float p0 = exp2_approx((s[r][n][2 * i] - base) * scale);
-                    const float p1 = exp2_approx((s[r][n][2 * i + 1] - base) * scale);
+                    const float p0 = exp2_approx(s[r][n][2 * i] - base);
+                    const float p1 = exp2_approx(s[r][n][2 * i + 1] - base);
                     l[r][i] += p0 + p1;
                     p[n / 2][r][n % 2 * 2 + i] = pack_bf16x2(p0, p1);
                 }
@@ -480,8 +482,8 @@ __device__ inline void attend(
         for (int w = 1; w < KEY_WARPS && warp == 0; ++w)
             for (int i = 0; i < 2; ++i) {
                 const float highest = max(m[0][i], of_warp(w, i)), base = highest == -INF ? 0 : highest;
-                const float mine = exp2_approx((m[0][i] - base) * scale);
-                const float its = exp2_approx((of_warp(w, i) - base) * scale);
+                const float mine = exp2_approx(m[0][i] - base);
+                const float its = exp2_approx(of_warp(w, i) - base);
                 m[0][i] = highest;
                 l[0][i] = l[0][i] * mine + of_warp(w, 2 + i) * its;
                 for (int j = 2 * i; j < 4 * PARTS; j += j % 2 ? 3 : 1)
@@ -524,7 +526,7 @@ __device__ inline void attend(
         for (int i = 0; i < used_splits; ++i) highest = max(highest, found[i * (HEAD_DIM / 2 + 1) + HEAD_DIM / 2].v[0]);
         #pragma unroll 8
         for (int i = 0; i < used_splits; ++i, found += HEAD_DIM / 2 + 1) {
-            const float weight = highest == -INF ? 0 : exp2_approx((found[HEAD_DIM / 2].v[0] - highest) * scale);
+            const float weight = highest == -INF ? 0 : exp2_approx(found[HEAD_DIM / 2].v[0] - highest);
             sum += weight * found[HEAD_DIM / 2].v[1];
             x += weight * found[d].v[0];
             y += weight * found[d].v[1];
@@ -537,37 +539,33 @@ __device__ inline void attend(
 template <bool DECODE>    // whether no tile has more than 16 rows
 __device__ inline void attend_tile(
         bf16* out, const bf16* qkv, const bf16* k_cache, const bf16* v_cache, const int* block_tables,
-        const int* cu_blocks, const int* cu_seqlens, const int* context_lens, const int* tiles, float scale,
-        float* partial) {
+        const int* cu_blocks, const int* cu_seqlens, const int* context_lens, const int* tiles, float* partial) {
     constexpr int ROW_TILES = HEAD_DIM <= 128 ? 2 : 1, ROWS = 16 * ROW_TILES * WARPS;
     __shared__ Bf16x8 memory[48 * 1024 / 16];    // the static limit
     const int sequence = tiles[2 * blockIdx.y], first_row = tiles[2 * blockIdx.y + 1];
     const int first_token = cu_seqlens[sequence], queries = cu_seqlens[sequence + 1] - first_token;
     const int first_seen = context_lens[sequence] - queries + 1, rows = min(queries * GROUP - first_row, ROWS);
     const int* block_table = block_tables + cu_blocks[sequence];
-    scale *= LOG2_E;
     if (rows <= 16)
         attend<1, KEY_TILE / 16>(memory, first_row, rows, first_token, first_seen, block_table, out, qkv, k_cache,
-                                 v_cache, scale, partial);
+                                 v_cache, partial);
     else if constexpr (!DECODE)
         attend<ROW_TILES, 1>(memory, first_row, rows, first_token, first_seen, block_table, out, qkv, k_cache, v_cache,
-                             scale, partial);
+                             partial);
 }
 
 extern "C" __global__ __launch_bounds__(ATTENTION_THREADS) void paged_attention(
         bf16* out, const bf16* qkv, const bf16* k_cache, const bf16* v_cache, const int* block_tables,
-        const int* cu_blocks, const int* cu_seqlens, const int* context_lens, const int* tiles, float scale,
-        float* partial) {
-    attend_tile<false>(out, qkv, k_cache, v_cache, block_tables, cu_blocks, cu_seqlens, context_lens, tiles, scale, partial);
+        const int* cu_blocks, const int* cu_seqlens, const int* context_lens, const int* tiles, float* partial) {
+    attend_tile<false>(out, qkv, k_cache, v_cache, block_tables, cu_blocks, cu_seqlens, context_lens, tiles, partial);
 }
 
 // The same for a batch of single queries: it needs half the registers, so twice the blocks are on a multiprocessor at once
 // and keep twice as many copies under way.
 extern "C" __global__ __launch_bounds__(ATTENTION_THREADS, HEAD_DIM <= 128 ? 4 : 2) void decode_attention(
         bf16* out, const bf16* qkv, const bf16* k_cache, const bf16* v_cache, const int* block_tables,
-        const int* cu_blocks, const int* cu_seqlens, const int* context_lens, const int* tiles, float scale,
-        float* partial) {
-    attend_tile<true>(out, qkv, k_cache, v_cache, block_tables, cu_blocks, cu_seqlens, context_lens, tiles, scale, partial);
+        const int* cu_blocks, const int* cu_seqlens, const int* context_lens, const int* tiles, float* partial) {
+    attend_tile<true>(out, qkv, k_cache, v_cache, block_tables, cu_blocks, cu_seqlens, context_lens, tiles, partial);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

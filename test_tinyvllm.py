@@ -314,9 +314,9 @@ def test_rope_and_cache(model, T):
     cos, sin = np.split(np.float64(table[positions])[:, None], 2, -1)
     q, k, v = np.split(qkv.reshape(T, H + 2 * K, h) * inverse_rms_twin(x)[..., None], [H, H + K], 1)
     launch(model, "rope_and_cache", (T,),
-           qkv, x, table, positions, slots, caches[0], caches[1])
+           qkv, x, table, positions, slots, caches[0], caches[1], np.float32(0.3))
     used = slots >= 0
-    close(qkv.reshape(T, H + 2 * K, h)[used, :H], rope_twin(q, cos, sin)[used])
+    close(qkv.reshape(T, H + 2 * K, h)[used, :H], 0.3 * rope_twin(q, cos, sin)[used])
     pages, offsets = slots[used] // B, slots[used] % B
     close(caches[0][pages, :, offsets], rope_twin(k, cos, sin)[used])
     close(caches[1][pages, :, offsets], v[used])
@@ -325,9 +325,9 @@ def test_rope_and_cache(model, T):
 
 
 # paged_attention
-def attention_twin(q, keys, values, scale):    # one query at position p of one head: q [h], keys and values [p + 1, h]
-    scores = np.float64(keys) @ np.float64(q) * scale
-    p = np.exp(scores - scores.max())
+def attention_twin(q, keys, values):    # one query at position p of one head: q [h], times log2(e) / sqrt(h); keys and values [p + 1, h]
+    scores = np.float64(keys) @ np.float64(q)
+    p = np.exp2(scores - scores.max())
     return p / p.sum() @ np.float64(values)
 
 
@@ -351,7 +351,7 @@ def check_attention(model, batch, scale=1.0, splits=1):
             caches[0, tables[s, t // B], :, t % B] = keys[s][t]
             caches[1, tables[s, t // B], :, t % B] = values[s][t]
     qkv = poison(T, H + 2 * K, h)
-    qkv[:, :H] = randn(rng, T, H, h, scale=scale)
+    qkv[:, :H] = randn(rng, T, H, h, scale=scale * np.log2(np.e) / np.sqrt(h))
     out = poison(T + 1, H, h)
     partial = poison(T, H, splits, h + 2, dtype=np.float32)
     cu = ints(np.cumsum([0] + [q for q, _ in batch]))
@@ -360,7 +360,7 @@ def check_attention(model, batch, scale=1.0, splits=1):
     tiles = ints([(s, row) for s, (q, _) in enumerate(batch) for row in range(0, q * H // K, tile_rows)]).ravel()
     def attend(k_cache, v_cache):
         launch(model, name, (K * splits, len(tiles) // 2), out, qkv, k_cache, v_cache, tables, ints(range(0, S * max_blocks + 1, max_blocks)), cu,
-               ints([c for _, c in batch]), tiles, np.float32(h ** -0.5), partial)
+               ints([c for _, c in batch]), tiles, partial)
     attend(np.full_like(caches[0], NAN), np.full_like(caches[1], NAN))    # leaves NaN in shared memory for the next launch
     out[...] = NAN
     attend(*caches)
@@ -376,7 +376,7 @@ def check_attention(model, batch, scale=1.0, splits=1):
             p = c - queries + i
             for head in range(H if p >= 0 else 0):
                 kv = head // (H // K)
-                want[cu[s] + i, head] = attention_twin(qkv[cu[s] + i, head], keys[s][:p + 1, kv], values[s][:p + 1, kv], h ** -0.5)
+                want[cu[s] + i, head] = attention_twin(qkv[cu[s] + i, head], keys[s][:p + 1, kv], values[s][:p + 1, kv])
     close(out[:T], want, floor=4e-3)
     assert np.isnan(np.float32(out[T])).all()
 
@@ -411,11 +411,11 @@ def test_offsets_need_64_bits():
     qkv = randn(rng, T, H + 2 * K, h)
     x, slots = randn(rng, T, BASE["HIDDEN"]), np.int64(page) * B + np.arange(T)
     v = (qkv[:, -1] * inverse_rms_twin(x)).astype(bfloat16)
-    launch(BASE, "rope_and_cache", (T,), qkv, x, rope_table(T, h), ints(range(T)), slots, np.empty_like(cache), cache)
+    launch(BASE, "rope_and_cache", (T,), qkv, x, rope_table(T, h), ints(range(T)), slots, np.empty_like(cache), cache, np.float32(1))
     close(cache[page, 0, :T], v)
     out = poison(T, H, h)
-    launch(BASE, "paged_attention", (K, 1), out, qkv, cache, cache, ints([page]), ints([0, 1]), ints([0, T]), ints([T]), ints([0, 0]), np.float32(1 / 8), None)
-    close(out[-1], [attention_twin(q, v, v, 1 / 8) for q in qkv[-1, :H]], floor=4e-3)
+    launch(BASE, "paged_attention", (K, 1), out, qkv, cache, cache, ints([page]), ints([0, 1]), ints([0, T]), ints([T]), ints([0, 0]), None)
+    close(out[-1], [attention_twin(q, v, v) for q in qkv[-1, :H]], floor=4e-3)
     table, row, one = np.empty((2 ** 31 // 144 + 2, 144), bfloat16), randn(rng, 144), poison(1, 144)
     table[-1] = row
     launch(BASE, "gather_rows", (1,), one, table, ints([len(table) - 1]), None)

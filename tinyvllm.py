@@ -1061,15 +1061,16 @@ class Model:
         splits = max(1, min(32, 2 * self.device.multiprocessors // (tiles * K)))
         partial = self.device.empty((T, H, splits, c.head_dim + 2), np.float32) if splits > 1 else None
         attend = kernels.decode_attention if T == len(b.context_lens) else kernels.paged_attention
+        query_scale = math.log2(math.e) / math.sqrt(c.head_dim)                         # see paged_attention
         residual, attention, activation = (self.device.empty((T, size)) for size in (D, heads_size, F))
 
         kernels.gather_rows((T,), residual, w.embed, b.token_ids, self.buffer.sampled[0])       # the embedding
         for layer, (k_cache, v_cache) in zip(w.layers, self.kv_cache):
             # residual += attention(norm(residual)) @ o. The norm: its weight is in qkv, the rest is done by rope_and_cache.
             qkv = linear(residual, layer.qkv)                                           # [T, (H + 2K) h]
-            kernels.rope_and_cache((T,), qkv, residual, self.cos_sin, b.positions, b.slot_mapping, k_cache, v_cache)
+            kernels.rope_and_cache((T,), qkv, residual, self.cos_sin, b.positions, b.slot_mapping, k_cache, v_cache, query_scale)
             attend((K * splits, tiles), attention, qkv, k_cache, v_cache, b.block_tables, b.cu_blocks, b.cu_seqlens,
-                   b.context_lens, b.tiles, c.head_dim ** -0.5, partial)
+                   b.context_lens, b.tiles, partial)
             linear(attention, layer.o, add_to=residual)
 
             # residual += silu(norm(residual) @ gate) * (norm(residual) @ up) @ down. The norm: likewise.
