@@ -18,6 +18,7 @@ import tinyvllm
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT / "course"))
+import exercises                                            # noqa: E402
 import make                                                 # noqa: E402
 
 SOURCES = ["tinyvllm.py", "bench.py", "views.py", "tokenizer.py", "kernels.cu", "simulator.h", *[f.name for f in ROOT.glob("*.cu") if f.name != "kernels.cu"]]
@@ -27,11 +28,6 @@ CHAPTERS = sorted(path.name for path in (ROOT / "course").glob("*.md"))
 PAGES = {"README.md": (ROOT / "README.md").read_text("utf-8")} | {f"course/{name}": (ROOT / "course" / name).read_text("utf-8") for name in CHAPTERS}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
 HEADINGS = ["It fails", "The idea", "The code", "The test", "The price", "What vLLM does", "Break it"]
-
-
-def blocks(text):
-    """(language, code) of each fenced block."""
-    return FENCE.findall(text)
 
 
 def prose(text, foreign=True):
@@ -65,13 +61,6 @@ def is_quoted(code):
     return any(f"\n{text}\n" in f"\n{source}" for text in indented for source in TEXT.values())
 
 
-def bad_exercise(code):
-    """What is wrong with an exercise: its file is named in the first line, and has the lines that are to go just once."""
-    first, *lines = code.splitlines()
-    old = "".join(line[1:] + "\n" for line in lines if line[0] in "- ")
-    return [] if first[:2] == "# " and first[2:] in TEXT and TEXT[first[2:]].count(old) == 1 else [f"exercise: {code}"]
-
-
 def bad_command(line):
     """What is wrong with a command line of ours."""
     words = shlex.split(line.split(" < ")[0])
@@ -93,16 +82,16 @@ def wrong_code(pages):
     """Blocks that are no lines of the source, no example, no exercise, no command of ours and nothing that Parrot says."""
     wrong = []
     for page, text in pages.items():
-        for language, code in blocks(text):
-            if language == "diff":
-                wrong += bad_exercise(code)
-            elif language == "sh" or code.startswith((".venv", "./run.sh", "python3 -m venv")):
+        wrong += [f"{page}: exercise {old!r}" for name, old, _, tests in exercises.exercises(text) if TEXT.get(name, "").count(old) != 1 or not tests]
+        wrong += [f"{page}: an exercise names no file"] if len(list(exercises.exercises(text))) != text.count("```diff") else []
+        for language, code in FENCE.findall(text):
+            if language == "sh" or code.startswith((".venv", "./run.sh", "python3 -m venv")):
                 lines = code.replace("\\\n", " ").splitlines()
                 wrong += [problem for line in lines for part in line.split(" && ") for problem in bad_command(part)]
             elif language == "" and not is_quoted(code):
                 said = (ROOT / "parrot" / "texts.json").read_text("utf-8")
                 wrong += [] if " ".join(code.split()) in said else [f"{page}: {code}"]
-            elif language and not code.startswith(">>> ") and page != "README.md" and not is_quoted(code):
+            elif language not in ("", "diff") and not code.startswith(">>> ") and page != "README.md" and not is_quoted(code):
                 wrong.append(f"{page}: {code}")
     return wrong
 
@@ -113,6 +102,7 @@ def test_code_is_quoted():
     for page, old, new in [("course/10-memory.md", "self.waiting.appendleft(sequence)", "self.waiting.append(sequence)"),
                            ("course/05-kernels.md", "(size_t)blockIdx.x * HIDDEN;\n    for", "blockIdx.x * HIDDEN;\n    for"),
                            ("course/10-memory.md", "-                victim = self.running[-1]", "-                victim = self.running[-2]"),
+                           ("course/10-memory.md", "# tinyvllm.py\n-", "-"), ("course/10-memory.md", "`test_scheduler_random_events` fails", "It fails"),
                            ("course/00-run-it.md", "./run.sh --trace run.html", "./run.sh --traces run.html"),
                            ("course/00-run-it.md", "-k test_forward_equals_numpy\n", "-k test_forward_is_numpy\n"),
                            ("README.md", "A KV cache keeps the key", "A KV cache keeps a key")]:
