@@ -21,7 +21,8 @@ sys.path.insert(0, str(ROOT / "course"))
 import exercises                                            # noqa: E402
 import make                                                 # noqa: E402
 
-SOURCES = ["tinyvllm.py", "bench.py", "views.py", "tokenizer.py", "kernels.cu", "simulator.h", *[f.name for f in ROOT.glob("*.cu") if f.name != "kernels.cu"]]
+SOURCES = ["tinyvllm.py", "bench.py", "views.py", "tokenizer.py", "simulator.h", *sorted(path.name for path in ROOT.glob("*.cu"))]
+CUDA = "\n".join(path.read_text("utf-8") for path in ROOT.glob("*.cu"))
 TEXT = {name: (ROOT / name).read_text("utf-8") for name in SOURCES}
 TESTS = "\n".join(path.read_text("utf-8") for path in ROOT.glob("test_*.py"))
 CHAPTERS = sorted(path.name for path in (ROOT / "course").glob("*.md"))
@@ -102,7 +103,8 @@ def test_code_is_quoted():
     for page, old, new in [("course/10-memory.md", "self.waiting.appendleft(sequence)", "self.waiting.append(sequence)"),
                            ("course/05-kernels.md", "(size_t)blockIdx.x * HIDDEN;\n    for", "blockIdx.x * HIDDEN;\n    for"),
                            ("course/10-memory.md", "-                victim = self.running[-1]", "-                victim = self.running[-2]"),
-                           ("course/10-memory.md", "# tinyvllm.py\n-", "-"), ("course/10-memory.md", "`test_scheduler_random_events` fails", "It fails"),
+                           ("course/10-memory.md", "# tinyvllm.py\n-", "-"),
+                           ("course/10-memory.md", "`test_scheduler_random_events` fails", "It fails"),
                            ("course/00-run-it.md", "./run.sh --trace run.html", "./run.sh --traces run.html"),
                            ("course/00-run-it.md", "-k test_forward_equals_numpy\n", "-k test_forward_is_numpy\n"),
                            ("README.md", "A KV cache keeps the key", "A KV cache keeps a key")]:
@@ -149,8 +151,8 @@ def has_attribute(path):
 
 def missing_names(pages):
     """Tests, options, functions, classes and files in backticks that do not exist. Of other engines, only tests are ours."""
-    functions = set(re.findall(r"\bdef (\w+)\(", "\n".join(TEXT.values()) + TESTS)) | set(re.findall(r"[ *&](\w+)\([^;{]*\) ?\{", TEXT["kernels.cu"]))
-    functions |= set(re.findall(r"void (\w+)\(", TEXT["kernels.cu"])) | {"__syncthreads"}
+    functions = set(re.findall(r"\bdef (\w+)\(", "\n".join(TEXT.values()) + TESTS)) | set(re.findall(r"[ *&](\w+)\([^;{]*\) ?\{", CUDA))
+    functions |= set(re.findall(r"void (\w+)\(", CUDA)) | {"__syncthreads"}
     missing = []
     for page, text in pages.items():
         names = re.findall(r"`([^`\n]+)`", prose(text, foreign=False))
@@ -171,7 +173,8 @@ def test_named_things_exist():
     """Tests, options, functions and files that the text names; in the dictionary, all of our column."""
     assert missing_names(PAGES) == []
     for page, old, new in [("course/07-pages.md", "`test_scheduler_random_events` fails", "`test_scheduler_random_event` fails"),
-                           ("course/07-pages.md", "`--block-size` lets", "`--block-sizes` lets"), ("course/04-forward.md", "`numpy_llama()`", "`numpy_lama()`"),
+                           ("course/07-pages.md", "`--block-size` lets", "`--block-sizes` lets"),
+                           ("course/04-forward.md", "`numpy_llama()`", "`numpy_lama()`"),
                            ("course/04-forward.md", "`forward()`", "`forwards()`"), ("course/05-kernels.md", "`simulator.h`", "`simulators.h`"),
                            ("course/15-real-engines.md", "| `Scheduler.preempt` |", "| `Scheduler.evict` |"),
                            ("course/15-real-engines.md", "| `--no-overlap` |", "| `--not-overlap` |")]:
@@ -218,7 +221,8 @@ def wrong_shape(pages):
 
 def test_every_chapter_is_whole():
     assert wrong_shape(PAGES) == []
-    for old, new in [("## The price", "## What it costs"), ("](08-attention.md)", "](09-batching.md)"), ("*How long will this answer be?*", ""), ("That one line", "TODO")]:
+    for old, new in [("## The price", "## What it costs"), ("](08-attention.md)", "](09-batching.md)"), ("*How long will this answer be?*", ""),
+                     ("That one line", "TODO")]:
         assert wrong_shape(changed("course/07-pages.md", old, new)), old
 
 

@@ -1456,7 +1456,8 @@ def parse_arguments(argv):
     add("--watch", action="store_true", help="a live view of pages, requests and steps, on stderr")
     add("--trace", metavar="FILE", help="write what happened and when: FILE.html is a page to look at, FILE.json opens in Perfetto")
     add("--stats", action="store_true", help="a table of where each request's time went, on stderr")
-    add("--bench", nargs="?", const="all", metavar="ROW", help="measure speed on a GPU, against what the card could do: all rows of a table, one, or a group such as ablation")
+    add("--bench", nargs="?", const="all", metavar="ROW",
+        help="measure speed on a GPU, against what the card could do: all rows of a table, one, or a group, such as ablation")
     add("--json", metavar="FILE", help="where --bench writes its figures")
     add("--version", action="version", version=f"tiny-vLLM {__version__}")
 

@@ -191,6 +191,11 @@ STYLE = """text{font:13px system-ui,sans-serif;fill:#24292f}.s{font-size:11px;fi
 @media(prefers-color-scheme:dark){text{fill:#e6edf3}.s{fill:#9da7b1}.d{fill:#10131a}.f{fill:#3a424e}.k{fill:#e6edf3}.r{stroke:#fb923c}}"""
 
 
+def attribute(name, value):
+    """ name="value", or nothing."""
+    return f' {name}="{value}"' if value else ""
+
+
 class Picture:
     """An SVG that reads well on light and on dark."""
 
@@ -198,19 +203,19 @@ class Picture:
         self.width, self.height, self.title, self.parts = width, height, title, []
 
     def rect(self, x, y, width, height, fill=None, kind="", more=""):
-        color = f' fill="{fill}"' if fill else ""
-        self.parts.append(f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}"{color}{kind and f" class={chr(34)}{kind}{chr(34)}"}{more}/>')
+        color = attribute("fill", fill) + attribute("class", kind)
+        self.parts.append(f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}"{color}{more}/>')
 
     def text(self, x, y, text, kind=""):
-        self.parts.append(f'<text x="{x:g}" y="{y:g}"{kind and f" class={chr(34)}{kind}{chr(34)}"}>{html.escape(str(text), quote=False)}</text>')
+        self.parts.append(f'<text x="{x:g}" y="{y:g}"{attribute("class", kind)}>{html.escape(str(text), quote=False)}</text>')
 
     def line(self, points, kind="l", width=1, more=""):
         points = " ".join(f"{x:g},{y:g}" for x, y in points)
         self.parts.append(f'<polyline points="{points}" class="{kind}" stroke-width="{width}"{more}/>')
 
-    def cell(self, x, y, width, height, fill, text="", kind="t d", opacity=1):
+    def cell(self, x, y, width, height, fill, text="", kind="t d"):
         """A box with a text in its middle."""
-        self.rect(x, y, width, height, fill, "" if fill else "f", f' rx="2"{f" opacity={chr(34)}{opacity}{chr(34)}" if opacity != 1 else ""}')
+        self.rect(x, y, width, height, fill, "" if fill else "f", ' rx="2"')
         if text != "":
             self.text(x + width / 2, y + height / 2 + 4, text, kind)
 
@@ -609,7 +614,8 @@ def draw_sampling():
         nucleus = int(np.searchsorted(np.cumsum(p), 0.8) + 1)
         picture.text(left, 16, f"temperature {temperature:g}", "b")
         for i, value in enumerate(p):
-            picture.rect(left + 23 * i, 150 - 150 * value, 20, max(150 * value, 1), hue(3 if i < min(nucleus, 4) else 2 if i < nucleus else 1 if i < 4 else 10))
+            color = 3 if i < min(nucleus, 4) else 2 if i < nucleus else 1 if i < 4 else 10
+            picture.rect(left + 23 * i, 150 - 150 * value, 20, max(150 * value, 1), hue(color))
         picture.line([(left + 92 - 1.5, 30), (left + 92 - 1.5, 156)], "l", 1, ' stroke-dasharray="3 3"')
         picture.line([(left + 23 * nucleus - 1.5, 40), (left + 23 * nucleus - 1.5, 156)], "r", 2)
         picture.text(left, 172, f"top_p 0.8 keeps {nucleus} (red line)", "s")
