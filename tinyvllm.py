@@ -888,7 +888,7 @@ class Scheduler:
 # Steps in which every sequence decodes are run as CUDA graphs, one for each of a few batch sizes; a batch is padded to
 # the next of these with rows that compute nothing anyone reads (vLLM: cudagraph_capture_sizes; enforce_eager is without).
 # ======================================================================================================================
-GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 
 
 @dataclass
