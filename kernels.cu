@@ -168,11 +168,10 @@ __device__ inline unsigned atomic_inc_acq_rel(unsigned* p, unsigned limit) {
 // ---------------------------------------------------------------------------------------------------------------------
 // gather_rows: out[r] = table[rows[r]]
 //
-// The embedding lookup at the start of a step; at its end, it picks each sequence's last row, the only one that the
-// head needs. A step is launched before the CPU has read the tokens that the one before sampled. Such a token is
+// The embedding lookup. A step is launched before the CPU has read the tokens that the one before sampled. Such a token is
 // written ~i in rows: number i of these, still on the GPU.
-//   out [R, D], table [*, D], rows [R], sampled [*]: by the step before; null if no row is negative.
-//   Grid (R): one block copies one row, a thread 16 bytes of it at a time.
+//   out [T, D], table [V, D], rows [T], sampled [*]: by the step before; null if no row is negative.
+//   Grid (T): one block copies one row, a thread 16 bytes of it at a time.
 // ---------------------------------------------------------------------------------------------------------------------
 constexpr int GATHER_THREADS = 128;
 
@@ -186,12 +185,13 @@ extern "C" __global__ __launch_bounds__(GATHER_THREADS) void gather_rows(
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// rms_norm: out = x / rms(x) * weight, with rms(x) = sqrt(mean(x^2) + eps)
+// rms_norm: out[r] = x / rms(x) * weight, with x = residual[rows[r]] and rms(x) = sqrt(mean(x^2) + eps)
 //
-// In front of a product, this needs no kernel: the weight is in the matrix already (see load_weights), and 1 / rms(x) is
-// one factor for all of a token's results. So the kernel that takes the results up computes it from x and applies it.
-//   out [T, D], x [T, D], weight [D].
-//   Grid (T): one block owns one row, a thread every 256th group of eight columns. Shared memory: block_reduce's.
+// In front of the head, which is large: only the rows that are sampled go through it. The two norms of a layer need no
+// kernel: their weight is in the matrix behind them already (see load_weights), and 1 / rms(x) is one factor for all of a
+// token's products, so the kernel that takes these up computes it from x and applies it.
+//   out [R, D], residual [T, D], rows [R], weight [D].
+//   Grid (R): one block owns one row, a thread every 256th group of eight columns. Shared memory: block_reduce's.
 // ---------------------------------------------------------------------------------------------------------------------
 constexpr int NORM_THREADS = 256;
 
@@ -205,14 +205,16 @@ __device__ inline float inverse_rms(const bf16* x) {
     return rsqrtf(block_reduce(squares, Sum()) / HIDDEN + RMS_EPS);
 }
 
-extern "C" __global__ __launch_bounds__(NORM_THREADS) void rms_norm(bf16* out, const bf16* x, const bf16* weight) {
-    const size_t row = (size_t)blockIdx.x * HIDDEN;
-    const float factor = inverse_rms(x + row);
+extern "C" __global__ __launch_bounds__(NORM_THREADS) void rms_norm(
+        bf16* out, const bf16* residual, const int* rows, const bf16* weight) {
+    const bf16* x = residual + (size_t)rows[blockIdx.x] * HIDDEN;
+    bf16* target = out + (size_t)blockIdx.x * HIDDEN;
+    const float factor = inverse_rms(x);
     for (int i = 8 * threadIdx.x; i < HIDDEN; i += 8 * NORM_THREADS) {
-        Float8 mine = to_float(vec8(x + row + i));
+        Float8 mine = to_float(vec8(x + i));
         const Float8 w = to_float(vec8(weight + i));
         for (int j = 0; j < 8; ++j) mine.v[j] *= factor * w.v[j];
-        vec8(out + row + i) = to_bf16(mine);
+        vec8(target + i) = to_bf16(mine);
     }
 }
 

@@ -280,11 +280,11 @@ def inverse_rms_twin(x): return (rms_norm_twin(x) / np.float64(x))[:, :1]    # x
 @pytest.mark.parametrize("scale", [1.0, 1e-4, 1e4])
 def test_rms_norm(model, scale):
     rng, hidden = RNG(2), model["HIDDEN"]
-    x, weight = randn(rng, 3, hidden, scale=scale), randn(rng, hidden)
-    x[1] = 0    # a row of zeros: only eps keeps it from 0 / 0
+    residual, weight, rows = randn(rng, 5, hidden, scale=scale), randn(rng, hidden), ints([4, 1, 1])
+    residual[1] = 0    # a row of zeros: only eps keeps it from 0 / 0
     out = poison(4, hidden)
-    launch(model, "rms_norm", (3,), out, x, weight)
-    close(out[:-1], rms_norm_twin(x, weight))
+    launch(model, "rms_norm", (3,), out, residual, rows, weight)
+    close(out[:-1], rms_norm_twin(residual[rows], weight))
     assert np.isnan(np.float32(out[-1])).all()
 
 

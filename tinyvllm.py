@@ -893,7 +893,7 @@ class Scheduler:
 # Steps in which every sequence decodes are run as CUDA graphs, one for each of a few batch sizes; a batch is padded to
 # the next of these with rows that compute nothing anyone reads (vLLM: cudagraph_capture_sizes; enforce_eager is without).
 # ======================================================================================================================
-GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 
 
 @dataclass
@@ -1080,9 +1080,8 @@ class Model:
 
         if R == 0:
             return None
-        last, x = self.device.empty((R, D)), self.device.empty((R, D))                  # the head is large: only these rows need it
-        kernels.gather_rows((R,), last, residual, b.last_tokens, None)
-        kernels.rms_norm((R,), x, last, w.norm)
+        x = self.device.empty((R, D))
+        kernels.rms_norm((R,), x, residual, b.last_tokens, w.norm)                      # the head is large: only these rows need it
         logits = linear(x, w.head)
         # The noise depends on the request's seed and the token's position alone. (The logits may differ in their last bits from
         # batch to batch: how cuBLAS adds, and into how many parts attention splits, goes by the batch's size.)
@@ -1126,7 +1125,7 @@ def kv_cache_blocks(config, memory, utilization, block_size, max_num_batched_tok
     a_token = c.hidden_size + c.qkv_size + c.num_attention_heads * c.head_dim + 3 * c.intermediate_size
     tokens, rows = 2 * max_num_batched_tokens + GRAPH_SIZES[-1], 2 * max_num_seqs + sum(GRAPH_SIZES)
     angles = 4 * c.head_dim * (max_model_len or c.max_position_embeddings)
-    activations = BYTES * (tokens * a_token + rows * (c.vocab_size + 2 * c.hidden_size)) + angles + 2**28
+    activations = BYTES * (tokens * a_token + rows * (c.vocab_size + c.hidden_size)) + angles + 2**28
     left = free - (1 - utilization) * total - weights - activations
     block_bytes = block_size * kv_bytes_per_token(config)
     needed = cdiv(max_model_len or 1, block_size) * block_bytes
