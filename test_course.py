@@ -231,6 +231,7 @@ def test_every_chapter_is_whole():
 # ---------------------------------------------------------------------------------------------------------------------
 def test_make_finds_nothing_to_change(monkeypatch):
     """Pictures, figures, tables and quoted code are what course/make.py makes of the source and of h200.json."""
+    assert set(make.ROWS) <= set(make.BENCH) and f"--model {make.MEASURED['model']} " in make.COMMAND
     stale = [path.name for path, content in make.made().items() if path.read_text("utf-8") != content]
     assert stale == [], "run: python course/make.py"
     monkeypatch.setitem(make.ROWS, "mix", make.ROWS["mix"] | {"value": 1.0, "share": 0.5})

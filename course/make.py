@@ -162,6 +162,11 @@ def ablation_table():
     return "\n".join([*lines, ""])
 
 
+def command():
+    """What wrote h200.json."""
+    return f"\n```sh\n{COMMAND}\n```\n"
+
+
 def lines_of(name):
     """How many lines a file has."""
     return f"{len((ROOT / name).read_text('utf-8').splitlines()):,}"
@@ -576,7 +581,7 @@ def draw_chunks():
                     base -= max(height, 1.5)
             picture.text(30 * x + 12, base - 3, sum(count for count, _ in step.values()), "s t")
         y += 142
-    picture.text(0, 292, "Orange: prefill; green: decode. A column's height is about how long the step takes: the others wait for it.", "s")
+    picture.text(0, 292, "Orange: prefill tokens of the step; green: decode. While a high column is computed, everybody waits for it.", "s")
     return picture
 
 
