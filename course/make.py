@@ -7,6 +7,7 @@ a test runs this again and finds nothing to change. The pictures (*.svg) are dra
 the allocator alone, and from h200.json. That file is what `python tinyvllm.py --bench --model llama-3.2-1b --load-format dummy --json
 course/h200.json` wrote on an NVIDIA H200: to have all of it for another card, run that there, and then this.
 """
+import ast
 import contextlib
 import html
 import io
@@ -170,6 +171,12 @@ def command():
 def lines_of(name):
     """How many lines a file has."""
     return f"{len((ROOT / name).read_text('utf-8').splitlines()):,}"
+
+
+def length(name, function):
+    """How many lines a function has."""
+    [node] = [node for node in ast.walk(ast.parse((ROOT / name).read_text("utf-8"))) if isinstance(node, ast.FunctionDef) and node.name == function]
+    return node.end_lineno - node.lineno + 1
 
 
 def code(name, first, last=None):
