@@ -288,6 +288,21 @@ def test_rms_norm(model, scale):
     assert np.isnan(np.float32(out[-1])).all()
 
 
+def test_two_reductions_in_a_row(tmp_path):
+    """Nobody writes partial results of the second while others still read those of the first."""
+    helpers = SOURCE[:SOURCE.index("// PTX:")]
+    (tmp_path / "two.cu").write_text(helpers + """
+extern "C" __global__ __launch_bounds__(256) void two(float* out, const float* x) {
+    const float first = block_reduce(x[threadIdx.x], Sum()), second = block_reduce(x[256 + threadIdx.x], Sum());
+    out[threadIdx.x] = first, out[256 + threadIdx.x] = second;
+}
+""")
+    kernels = device.compile(BASE, tmp_path / "two.cu")
+    x, out = device.to_device(np.repeat(floats([1, 3]), 256)), device.empty(512, np.float32)
+    kernels.two((1,), out, x)
+    assert (device.fetch(out)() == np.repeat([256, 768], 256)).all()
+
+
 # rope_and_cache
 def attention_sizes(model): return [model[name] for name in ("NUM_HEADS", "NUM_KV_HEADS", "HEAD_DIM", "BLOCK_SIZE")]
 
