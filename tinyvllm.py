@@ -63,17 +63,6 @@ def check(name, value, good, expected):
     raise TinyVLLMError(f"{name} is {value!r:.60}, expected is {expected}")
 
 
-def check_writable(option, path):
-    """Raises TinyVLLMError if a file cannot be written there: better now than after a run. Leaves none."""
-    is_new = not os.path.exists(path)
-    try:
-        open(path, "a").close()
-    except OSError as error:
-        raise TinyVLLMError(f"{option} cannot write {path} ({error.strerror}): expected is a file that you may write") from None
-    if is_new:
-        os.remove(path)
-
-
 def is_int(value, least=1, most=math.inf):
     """Whether it is a whole number from `least` to `most`."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and least <= value <= most

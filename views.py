@@ -20,7 +20,7 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinyvllm import CpuDevice, TinyVLLMError, cdiv, check_writable
+from tinyvllm import CpuDevice, TinyVLLMError, cdiv
 
 PARTS = {"queued": "waiting for pages and a place in a step",
          "prefill": "steps that computed a piece of its prompt",
@@ -245,6 +245,17 @@ def account_table(requests):
         cells += map(str, (len(o.prompt_token_ids), o.num_cached_tokens, len(o.token_ids)))
         lines.append("  ".join(f"{cell:>10}" for cell in cells))
     return lines + [f"{part:>10}: {what}" for part, what in PARTS.items()]
+
+
+def check_writable(option, path):
+    """Raises TinyVLLMError if a file cannot be written there: better now than after a run. Leaves none."""
+    is_new = not os.path.exists(path)
+    try:
+        open(path, "a").close()
+    except OSError as error:
+        raise TinyVLLMError(f"{option} cannot write {path} ({error.strerror}): expected is a file that you may write") from None
+    if is_new:
+        os.remove(path)
 
 
 def check_trace_path(path):
