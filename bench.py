@@ -38,7 +38,7 @@ def bench_rows():
     """{name: BenchRow}, in the order of the table."""
     rows = {"start": BenchRow(measure_start, "new process to first token, kernels compiled before", []),
             "start-compiling": BenchRow(measure_start, "the same, kernels not compiled before", [], setup={"compiling": True})}
-    for batch, context in (1, 128), (1, 640), (1, 2048), (1, 16384), (8, 128), (64, 4000), (256, 1000):
+    for batch, context in (1, 128), (1, 640), (1, 2048), (1, 16384), (4, 128), (8, 128), (64, 4000), (256, 1000):
         rows[f"decode-{batch}-{context}"] = BenchRow(measure_decode, f"a decode step, {batch} x context {context:,}", [(context, 256)] * batch)
     for batch in 8, 32, 128, 256:
         rows[f"batch-{batch}"] = BenchRow(measure_output, f"{batch} x (prompt 128, 256 new)", [(128, 256)] * batch)
