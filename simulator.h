@@ -4,11 +4,10 @@
 //     #include "kernels.cu"
 //     SIMULATOR_EXPORT(rms_norm)    // int rms_norm_launch(grid, block, args), args as cuLaunchKernel takes them
 //
-// A thread becomes a fibre: a call of the kernel on a stack of its own, which can be left in the middle and gone on
-// with later. Nothing interrupts a fibre: it runs until it has to wait for others, or returns. In __syncthreads() it
-// notes that it is there and goes back to its core, which runs the next one, warp after warp, until none can run. If all
-// that have not returned wait at the barrier, it opens. A warp's collectives (shuffle, vote, mma) are made of a smaller
-// barrier, for 32 lanes. One core runs a whole block in this way; blocks spread over the cores.
+// A thread becomes a fibre: a call of the kernel on a stack of its own, which can be left in the middle and gone on with
+// later. It runs until it returns or has to wait for others: then its core runs the next one, warp after warp, until none
+// can run. If all that have not returned wait in __syncthreads(), it opens. A warp's collectives (shuffle, vote, mma) are
+// made of a smaller barrier, for 32 lanes. One core runs a whole block in this way; blocks spread over the cores.
 //
 // Where a GPU would hang or compute nonsense, this is strict:
 //   - All threads of a block that have not returned must wait at the same __syncthreads(), all lanes of a collective's
@@ -17,7 +16,7 @@
 //   - simulator_shuffle(seed) runs threads in random order, a new one after each barrier, and fills shared memory with
 //     NaNs before each block: a result that depends on the seed lacks a barrier or an initialisation.
 //   - Built with -fsanitize=address,undefined, it finds accesses outside of shared and global arrays.
-// Not here: waiting in a loop for another thread, dynamic shared memory, arithmetic in bf16.
+// Who waits for another thread in a loop must call relax() there; two blocks of 256 threads or more have a core each.
 // To look into a kernel, print from it, or stop in it with gdb (built by a compiler that is told not to optimise):
 //     printf '#!/bin/sh\nexec g++ "$@" -O0 -g\n' > debug-g++; chmod +x debug-g++
 //     CXX=./debug-g++ gdb -ex 'set breakpoint pending on' -ex 'break rms_norm if threadIdx.x == 3' --args python ...
@@ -79,17 +78,14 @@ SIMULATOR_ATOMIC(atomicInc, old >= x ? 0 : old + 1)
 inline unsigned atomic_inc_acq_rel(unsigned* p, unsigned limit) { return atomicInc(p, limit); }
 
 namespace simulator {
-
 // ======== Fibres =====================================================================================================
 constexpr int MAX_THREADS = 1024;                // of a block
 constexpr size_t STACK_BYTES = 33 * 4096 + 256;  // no multiple of a page: the stacks' tops spread over the cache
-
 struct Copy { void* shared; const void* global; int bytes, group; };
-
 struct Fibre {
     uint3 index;                 // threadIdx
     int line;                    // where it waits for other lanes of its warp,
-    unsigned mask;               // for which,
+    unsigned mask, looks;        // for which; how often it has looked in vain for something else,
     void* shown;                 // and the value that it shows them
     struct { std::vector<Copy> copies; int groups; } async;    // issued, not waited for; groups committed so far
     char* stack;                 // its lowest address
@@ -142,7 +138,7 @@ struct Launch {
 };
 
 struct Block {                      // one for each core, used for one block after the other
-    struct Warp { unsigned runnable, at_barrier, at_collective; };    // a bit a lane; in none of them: it has returned
+    struct Warp { unsigned runnable, at_barrier, at_collective, relaxing; };    // a bit a lane; in none: it has returned
     Launch* launch;
     int current;                    // the running thread
     int barrier_line;               // where the threads at the barrier wait; 0: nobody does
@@ -199,17 +195,18 @@ inline void run_warp(Block& b, Block::Warp& warp) {
 
 // No thread can run, so those at the barrier may go on. False: there are none, all have returned.
 inline bool open_barrier(Block& b) {
+    unsigned live = 0;
+    if (shuffle_seed) b.order = (b.random = b.random * 6364136223846793005 + 1) >> 54;    // 10 bits
+    for (auto& warp : b.warps) live |= warp.runnable = std::exchange(warp.relaxing, 0);
+    if (live) return std::this_thread::yield(), true;    // another block may have written what they wait for
     for (auto& warp : b.warps)
         if ((warp.runnable = warp.at_collective)) return true;    // in vain: let them say so, and fail
     b.barrier_line = 0;
-    if (shuffle_seed) b.order = (b.random = b.random * 6364136223846793005 + 1) >> 54;    // 10 bits
-    unsigned live = 0;
     for (auto& warp : b.warps) live |= warp.runnable = std::exchange(warp.at_barrier, 0);
     return live;
 }
 
-// Fills shared memory with NaNs. It is part of this library's thread-local memory, which the loader knows; the rest of
-// that (threadIdx, block, ...) is to be set after it. (With AddressSanitizer shared memory is static, and stays.)
+// Fills shared memory with NaNs, and the rest of this library's thread-local memory. (With AddressSanitizer it is static.)
 inline int poison_shared_memory(dl_phdr_info* library, size_t, void* ours) {
     char* start = static_cast<char*>(library->dlpi_tls_data);
     for (int i = 0; i < library->dlpi_phnum; i++) {
@@ -229,7 +226,7 @@ inline void run_block(Block& b, Launch& launch, unsigned number) {
     for (unsigned i = 0; i < launch.threads; i++) {
         Fibre& fibre = b.fibres[i];
         fibre.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
-        fibre.async.copies.clear(), fibre.async.groups = 0;
+        fibre.async.copies.clear(), fibre.async.groups = 0, fibre.looks = 0;
         fibre.stack = &b.stacks[i * STACK_BYTES];
         SIMULATOR_ASAN(__asan_unpoison_memory_region(fibre.stack, STACK_BYTES);)    // what a failed launch left there
         prepare_stack(fibre, fibre_main);
@@ -284,7 +281,7 @@ template <class T, class Compute> auto collective(unsigned mask, T mine, int lin
 inline int run(Launch& launch) {
     constexpr size_t WORTH_A_CORE = 256;    // threads; starting a helper takes as long as running some hundred
     static std::mutex one_launch;           // launches run one after the other, as in a CUDA stream
-    static std::vector<Block> cores(max(1u, std::thread::hardware_concurrency()));
+    static std::vector<Block> cores(max(2u, std::thread::hardware_concurrency()));
     std::lock_guard<std::mutex> lock(one_launch);
     auto work = [&](Block& core) {
         for (unsigned i; !launch.failed && (i = launch.next++) < launch.blocks;) run_block(core, launch, i);
@@ -314,15 +311,16 @@ int launch(const char* name, void (*kernel)(Args...), const unsigned grid[3], co
 inline void __syncthreads(SIMULATOR_LINE) { simulator::barrier(line); }
 inline void __syncwarp(unsigned mask = ~0u, SIMULATOR_LINE) { simulator::warp_barrier(mask, line, [] {}); }
 inline int __any_sync(unsigned mask, int predicate, SIMULATOR_LINE) {
-    return simulator::collective(mask, predicate, line, [=](int, auto of_lane) {
-        for (int i = 0; i < 32; i++) if (mask >> i & 1 && of_lane(i)) return 1;
-        return 0;
-    });
+    auto any = [=](int, auto of_lane) { for (int i = 0; i < 32; i++) if (mask >> i & 1 && of_lane(i)) return 1; return 0; };
+    return simulator::collective(mask, predicate, line, any);
+}
+template <class T> T __shfl_sync(unsigned mask, T value, int source, SIMULATOR_LINE) {
+    if (!(mask >> source & 1)) simulator::fail(line, "reads lane %d, not in its mask 0x%08x", source, mask);
+    struct { T value; int source; } mine = {value, source};
+    return simulator::collective(mask, mine, line, [](int i, auto of_lane) { return of_lane(of_lane(i).source).value; });
 }
 template <class T> T __shfl_xor_sync(unsigned mask, T value, int x, SIMULATOR_LINE) {
-    int source = simulator::block->current % 32 ^ x;
-    if (!(mask >> source & 1)) simulator::fail(line, "reads lane %d, not in its mask 0x%08x", source, mask);
-    return simulator::collective(mask, value, line, [x](int lane, auto of_lane) { return of_lane(lane ^ x); });
+    return __shfl_sync(mask, value, simulator::block->current % 32 ^ x, line);
 }
 #undef assert
 #define assert(condition) ((condition) ? void() : simulator::fail(__LINE__, "assertion failed: %s", #condition))
@@ -338,8 +336,7 @@ template <class At> void load_shared(uint32_t (&a)[4], At at) {
     for (int r = 0; r < 4; r++) a[r] = reinterpret_cast<const uint32_t*>(at(g + r % 2 * 8, r / 2))[i];
 }
 
-// d[r] [16, 8N] += a[r] @ B, for R tiles of rows; a(step) is the fragments of 16 columns of a, B or its transpose lies
-// in shared memory. The last lane to come computes it for the warp.
+// As in kernels.cu. The last lane to come computes it for the warp.
 template <bool TRANSPOSED, int STRIDE, int STEPS, int R, int N, class Step, class At>
 void mma_shared(float (&d)[R][N][4], Step a, At at, SIMULATOR_LINE) {
     struct Fragments { float (*d)[N][4]; const uint32_t (*a[STEPS])[4]; } mine = {d};
@@ -382,12 +379,15 @@ inline void cp_async_commit() { simulator::block->fibre().async.groups++; }
 template <int N> void cp_async_wait() {
     auto& [copies, groups] = simulator::block->fibre().async;
     auto copy = copies.begin();
-    for (; copy != copies.end() && copy->group < groups - N; copy++) {
-        memset(copy->shared, 0, 16);
-        if (copy->bytes == 16) memcpy(copy->shared, copy->global, 16);    // the common case, in one instruction
-        else memcpy(copy->shared, copy->global, copy->bytes);
-    }
+    for (; copy != copies.end() && copy->group < groups - N; copy++)
+        memset(copy->shared, 0, 16), memcpy(copy->shared, copy->global, copy->bytes);
     copies.erase(copies.begin(), copy);
+}
+
+inline void relax(SIMULATOR_LINE) {    // between two looks at what another thread will change: lets the others run
+    auto& b = *simulator::block;
+    if (b.launch->failed || ++b.fibre().looks > 1 << 20) simulator::fail(line, "waits in vain");
+    b.warp().relaxing |= b.bit(), simulator::suspend();
 }
 
 // Compiled with -fvisibility=hidden, only these are seen from outside: each library keeps its own shared memory.
