@@ -163,6 +163,44 @@ __device__ inline unsigned atomic_inc_acq_rel(unsigned* p, unsigned limit) {
     asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(limit) : "memory");
     return before;
 }
+
+// For decode.cu, on compute capability 9.0 and up. An mbarrier counts arrivals in shared memory, and bytes that a bulk copy
+// brings there; waiters name the parity of the phase that is to be over.
+__device__ inline unsigned shared_address(const void* p) { return __cvta_generic_to_shared(p); }
+__device__ inline void mbarrier_init(u64* b, unsigned count) {    // such that the copy engine sees it
+    asm volatile("mbarrier.init.shared.b64 [%0], %1; fence.proxy.async.shared::cta;"
+                 :: "r"(shared_address(b)), "r"(count) : "memory");
+}
+__device__ inline void mbarrier_arrive(u64* b) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" :: "r"(shared_address(b)) : "memory");
+}
+__device__ inline void mbarrier_expect(u64* b, unsigned bytes) {    // an arrival, and this many bytes are to come
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" :: "r"(shared_address(b)), "r"(bytes) : "memory");
+}
+#define MBARRIER_TEST(name, instruction)                                                                              \
+    __device__ inline bool name(u64* b, unsigned parity) {                                                            \
+        unsigned yes;                                                                                                 \
+        asm volatile("{.reg .pred p; mbarrier." instruction ".parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"  \
+                     : "=r"(yes) : "r"(shared_address(b)), "r"(parity) : "memory");                                   \
+        return yes;                                                                                                   \
+    }
+MBARRIER_TEST(mbarrier_passed, "test_wait")
+MBARRIER_TEST(mbarrier_passed_soon, "try_wait")    // the same, but if not, it may take a nap first
+__device__ inline void bulk_copy(void* shared, const void* global, unsigned bytes, u64* b) {    // L2 need not keep it
+    asm volatile("{.reg .b64 once; createpolicy.fractional.L2::evict_first.b64 once, 1.0;"
+                 "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+                 "[%0], [%1], %2, [%3], once;}"
+                 :: "r"(shared_address(shared)), "l"(global), "r"(bytes), "r"(shared_address(b)) : "memory");
+}
+// Relaxed: what other blocks write is seen in the end. Each word by itself: 16 bytes need not come at once.
+__device__ inline void load_words_if(bool yes, unsigned (&w)[4], const void* p) {
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];}"
+                 : "+r"(w[0]), "+r"(w[1]), "+r"(w[2]), "+r"(w[3]) : "l"(p), "r"((unsigned)yes) : "memory");
+}
+__device__ inline void store_word(void* p, unsigned w) {
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(p), "r"(w) : "memory");
+}
+__device__ inline void relax() {}    // between two looks at what another thread will change
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -322,7 +322,7 @@ def load_weights(checkpoint, config, device):
 # with the same members, so that nothing below this section asks which of them it has:
 #
 #   device.xp                          cupy or numpy: the same functions on the device's arrays
-#   device.compile({"HEAD_DIM": 64})   kernels.cu, for one model: its sizes become constants
+#   device.compile({"HEAD_DIM": 64}, path)  kernels.cu, for one model: its sizes become constants
 #   kernels.rms_norm((T,), out, ...)   a launch, T blocks; block size and argument types are
 #                                      read from kernels.cu itself, so they stand in one place
 #   device.linear(x, w)                the one place that multiplies matrices
@@ -402,6 +402,7 @@ def open_cublas(cupy):
 
 class CudaDevice:
     """An NVIDIA GPU, through CuPy."""
+    address = staticmethod(lambda array: array.data.ptr)            # for kernels that find arrays in an array
 
     def __init__(self):
         import cupy
@@ -416,6 +417,7 @@ class CudaDevice:
         self.gemm, self.set_stream, self.cublas = open_cublas(cupy)
         self.graph_pool, self.graph_stream = cupy.cuda.MemoryPool(), cupy.cuda.Stream()
         self.multiprocessors = properties["multiProcessorCount"]
+        self.has_bulk_copies = properties["major"] >= 9             # which decode.cu is made of
         # Attributes 36 and 37: memory clock in kHz, bus width in bits. Memory moves data twice a clock.
         clock, width = runtime.deviceGetAttribute(36, number), runtime.deviceGetAttribute(37, number)
         self.memory_bandwidth = 2e3 * clock * width / 8 or None     # bytes/s at best; some drivers say 0
@@ -483,13 +485,17 @@ class CudaDevice:
             return result
         return first, run
 
-    def compile(self, defines, path=FOLDER / "kernels.cu"):
+    def compile(self, defines, *paths):
         """NVRTC compiles for this very GPU; CuPy caches the result in ~/.cupy/kernel_cache."""
-        source = path.read_text()
+        source = "".join(path.read_text() for path in paths)
         options = ("-std=c++17", *(f"-D{name}={value}" for name, value in defines.items()))
         module = self.xp.RawModule(code=source, options=options, backend="nvrtc")       # compiles at the first get_function
+        def get_launch(name):                               # shared memory beyond 48 KB must be asked for, at each launch as well
+            function, num_bytes = module.get_function(name), re.search(rf"int {name.upper()}_SHARED_BYTES = (\d+);", source)
+            function.max_dynamic_shared_size_bytes = num_bytes = int(num_bytes[1]) if num_bytes else 0
+            return lambda grid, block, values: function(grid, block, values, shared_mem=num_bytes)
         try:
-            return Kernels(source, self.xp.ndarray, module.get_function)
+            return Kernels(source, self.xp.ndarray, get_launch)
         except self.xp.cuda.compiler.CompileException as error:
             raise TinyVLLMError(f"kernels do not compile for this model: {first_line(error, 'error')}") from None
 
@@ -498,6 +504,7 @@ class CpuDevice:
     """No GPU: NumPy, and the kernels in the simulator. Slow, but the very same kernels."""
     FLAGS = ["-O3", "-march=native", "-std=c++17", "-fno-strict-aliasing", "-shared", "-fPIC", "-fvisibility=hidden", "-pthread", "-w"]
     SANITIZE = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    address = staticmethod(lambda array: array.ctypes.data)
     warned = False
 
     def __init__(self):
@@ -505,12 +512,12 @@ class CpuDevice:
         self.compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
         if not self.compiler:
             raise TinyVLLMError("no NVIDIA GPU and no C++ compiler: install g++ (apt install g++), or run where there is a GPU")
-        self.name, self.multiprocessors = f"simulated GPU on {os.cpu_count()} CPU cores", 2
-        self.memory_bandwidth = None
+        self.memory_bandwidth, self.has_bulk_copies = None, False   # the simulator has them, but is no faster by them: for tests
         self.float32_weights = {}           # id of a weight -> the same in float32
         # TINYVLLM_SANITIZE=1 finds out-of-bounds accesses; AddressSanitizer must be there before Python's first malloc.
         sanitize = os.environ.get("TINYVLLM_SANITIZE", "") not in ("", "0")
         self.flags = self.FLAGS + (self.SANITIZE if sanitize else [])
+        self.name, self.multiprocessors = f"simulated GPU on {os.cpu_count()} CPU cores", 1 if sanitize else 2    # blocks at once
         if sanitize and not hasattr(ctypes.CDLL(None), "__asan_init"):
             raise TinyVLLMError('TINYVLLM_SANITIZE=1 needs LD_PRELOAD="$(g++ -print-file-name=libasan.so) '
                                 '$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0')
@@ -553,11 +560,11 @@ class CpuDevice:
         add_to[:] = out + add_to
         return add_to
 
-    def compile(self, defines, path=FOLDER / "kernels.cu"):
-        """g++ compiles kernels.cu behind simulator.h into a shared library, once for each content, flags and machine."""
-        source = path.read_text()
+    def compile(self, defines, *paths):
+        """g++ compiles the files behind simulator.h into a shared library, once for each content, flags and machine."""
+        source = "".join(path.read_text() for path in paths)
         exports = "".join(f"SIMULATOR_EXPORT({name})\n" for _, name, _ in kernel_declarations(source))
-        wrapper = f'#include "simulator.h"\n#include "{path}"\n{exports}'
+        wrapper = "".join(f'#include "{path}"\n' for path in ("simulator.h", *paths)) + exports
         flags = self.flags + [f"-D{name}={value}" for name, value in defines.items()]
         # What the compiler says of itself, and of what "native" means on this machine.
         version = subprocess.run([self.compiler, "-march=native", "-E", "-v", "-"], input="", capture_output=True, text=True).stderr
@@ -879,8 +886,8 @@ class Scheduler:
 #   context_lens 21 42 3                 tokens in the cache after this step
 #   block_tables 7 2 | 5 3 9 | 4         the pages of each sequence; cu_blocks 0 2 5 6
 #
-# Steps in which every sequence decodes are run as CUDA graphs, one for each of a few batch sizes; a batch is padded to
-# the next of these with rows that compute nothing anyone reads (vLLM: cudagraph_capture_sizes; enforce_eager is without).
+# Steps in which every sequence decodes are run as CUDA graphs, one for each of a few batch sizes (the smallest: as one kernel, decode.cu); a batch
+# is padded to the next of these with rows that compute nothing anyone reads (vLLM: cudagraph_capture_sizes; enforce_eager is without).
 # ======================================================================================================================
 GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 
@@ -1009,9 +1016,17 @@ class Model:
         c = config
         self.config, self.weights, self.device, self.buffer = c, weights, device, step_buffer
         self.graph_sizes, self.graphs = () if enforce_eager else GRAPH_SIZES, {}       # size -> what device.record returned
+        # decode.cu deals out columns in 256s, of a row, a half or a quarter, and rows in 8s; G heads are at most 8.
+        whole = all(n % (256 << (n > 2048) + (n > 4096)) == 0 for n in (c.hidden_size, c.num_attention_heads * c.head_dim, c.intermediate_size))
+        fits = (whole and device.has_bulk_copies and c.hidden_size <= 4096 and c.num_hidden_layers <= 64 and c.head_dim in (64, 128)
+                and c.vocab_size % 8 == 0 and c.num_attention_heads <= 8 * c.num_key_value_heads)
         self.kernels = device.compile({                                                 # with this model's sizes as constants
             "HIDDEN": c.hidden_size, "NUM_HEADS": c.num_attention_heads, "NUM_KV_HEADS": c.num_key_value_heads, "HEAD_DIM": c.head_dim,
-            "FFN": c.intermediate_size, "VOCAB": c.vocab_size, "BLOCK_SIZE": block_size, "RMS_EPS": f"{c.rms_norm_eps:e}f"})
+            "FFN": c.intermediate_size, "VOCAB": c.vocab_size, "BLOCK_SIZE": block_size, "RMS_EPS": f"{c.rms_norm_eps:e}f"},
+            FOLDER / "kernels.cu", *[FOLDER / "decode.cu"] * fits)
+        self.decode_batch = self.kernels.DECODE_BATCH if fits else 0                    # sequences up to which decode() is used
+        matrices = [w for layer in weights.layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down)] + [weights.head]
+        self.addresses = device.to_device(np.array([device.address(w) for w in matrices], np.uint64))
         # For attention_tiles; how many rows a block of attention owns, see kernels.cu.
         self.tiling = c.num_attention_heads // c.num_key_value_heads, self.kernels.ATTENTION_ROWS * (2 if c.head_dim <= 128 else 1)
         # Keys are cache[l, 0], values cache[l, 1] of layer l. Within a page each head's tokens are consecutive.
@@ -1028,7 +1043,7 @@ class Model:
         if size in self.graphs:
             logits = self.graphs[size]()
         elif size:
-            logits, self.graphs[size] = self.device.record(lambda: self.forward(b))
+            logits, self.graphs[size] = self.device.record(lambda: (self.decode if size <= self.decode_batch else self.forward)(b))
         else:
             logits = self.forward(b)
         wait = self.device.fetch(self.buffer.sampled)
@@ -1072,10 +1087,23 @@ class Model:
         x = self.device.empty((R, D))
         kernels.rms_norm((R,), x, residual, b.last_tokens, w.norm)                      # the head is large: only these rows need it
         logits = linear(x, w.head)
-        # The noise depends on the request's seed and the token's position alone. (The logits may differ in their last bits from
-        # batch to batch: how cuBLAS adds, and into how many parts attention splits, goes by the batch's size.)
-        tokens, logprobs = self.buffer.sampled
-        kernels.sample((R,), tokens, logprobs.view(np.float32), logits, b.temperatures, b.top_ks, b.top_ps, b.seeds, b.lengths)
+        return self.sample(logits, b)
+
+    def decode(self, b):
+        """forward() for a few sequences that bring one token each, in one kernel."""
+        c, w, S, splits = self.config, self.weights, len(b.token_ids), max(1, 64 // len(b.token_ids))    # splits of a context, at most
+        # What blocks hand to each other, 0 at first: two words a number of Vectors (see decode.cu), for each layer and once more.
+        numbers = 2 * c.hidden_size + c.qkv_size + c.num_attention_heads * (c.head_dim + splits * (c.head_dim + 8)) + c.intermediate_size
+        words, logits = self.device.xp.zeros(4 + (c.num_hidden_layers + 1) * S * numbers // 2, np.int32), self.device.empty((S, c.vocab_size))
+        self.kernels.decode((self.device.multiprocessors,), logits, w.embed, w.norm, b.token_ids, self.buffer.sampled[0], self.addresses,
+                            len(w.layers), self.cos_sin, b.positions, b.slot_mapping, self.kv_cache, self.kv_cache.shape[2], b.block_tables,
+                            b.cu_blocks, b.context_lens, c.head_dim ** -0.5, words, S, splits)
+        return self.sample(logits, b)
+
+    def sample(self, logits, b):
+        # The noise depends on the request's seed and the token's position alone. (The logits' last bits may depend on the batch's size, too.)
+        self.kernels.sample((len(logits),), self.buffer.sampled[0], self.buffer.sampled[1].view(np.float32), logits, b.temperatures, b.top_ks,
+                            b.top_ps, b.seeds, b.lengths)
         return logits
 
 

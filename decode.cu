@@ -1,0 +1,634 @@
+// ---------------------------------------------------------------------------------------------------------------------
+// decode: a whole step of a few sequences that bring one token each, from the embedding to the logits, in one kernel
+//
+// So small a batch reads all weights to do next to nothing with each: the step takes as long as the memory needs to
+// bring them. With a kernel for each operation the memory idles at every kernel's end and beginning. Here one kernel
+// stays for the whole step, a block on each multiprocessor, and weights flow into shared memory whatever waits for what:
+//
+//     producer    1 warp     draws tickets: the next unit of weights, in the order of the network, goes to whichever
+//                            block asks. It copies units into a ring of slots, and runs ahead of those who wait.
+//     consumers   8 warps    multiply: each owns some columns of x, and of every row of weights the same columns
+//     reducer     1 warp     adds up the consumers' sums, does what follows the product, and publishes the results
+//     mergers     2 warps    attention's second half; its first is done by consumers, on keys and values in the ring
+//
+// Results get from block to block without a barrier over the grid: `words` are 0 at first, and who needs one reads it
+// until it is something else. (A result of 0 is written as -0.) Value and flag are one word, so no order of memory
+// accesses matters; each layer has its own words, written once a step, so none can be overwritten too early. Nobody waits
+// in a circle: units are drawn in order, and each depends on units before it alone.
+//
+// A unit is 8 segments of rows, which the consumers multiply by x at once, as B of an mma. A segment is a row, or where
+// rows are long a half or a quarter; x is A, with a row for each sequence and part. Half of a unit's rows are the
+// partners of the others: the partner of a gate row is its up row, that of a query's or key's row the other half of its
+// RoPE pair. So one lane of the reducer gets the sums of both.
+//   logits [S, V].   embed [V, D].   norm [D]: the last one's weight; the others' are in the matrices, see rms_norm.
+//   token_ids [S]: ~i is number i of sampled, see gather_rows.
+//   weights: addresses of qkv, o, gate_up and down of each layer, and of the head.   kv_cache [L, 2, N, K, B, h].
+//   words: 4, of which the first counts tickets; then Vectors, L + 1 times. All 0.
+//   The other arrays: see rope_and_cache and paged_attention.
+//   Grid: a block on each multiprocessor. All must come to be there at once, since they wait for one another.
+//   No sum depends on who draws or comes first: the same input gives the same bits.
+// ---------------------------------------------------------------------------------------------------------------------
+#ifdef SIMULATOR
+alignas(128) __shared__ char dynamic_shared[227 << 10];
+// A phase of an mbarrier is over when all have arrived, and all bytes that were announced. Copies are made at once.
+struct Mbarrier { uint8_t count, waits_for, phase; int bytes; };
+inline void mbarrier_arrive(u64* b, int arrivals = 1, int bytes = 0) {
+    auto& [count, waits_for, phase, to_come] = *reinterpret_cast<Mbarrier*>(b);
+    waits_for -= arrivals, to_come += bytes;
+    if (!waits_for && !to_come) waits_for = count, phase ^= 1;
+}
+inline void mbarrier_init(u64* b, uint8_t count) { *reinterpret_cast<Mbarrier*>(b) = {count, count, 0, 0}; }
+inline void mbarrier_expect(u64* b, int bytes) { mbarrier_arrive(b, 1, bytes); }
+inline bool mbarrier_passed(u64* b, unsigned parity) { return reinterpret_cast<Mbarrier*>(b)->phase != parity; }
+inline bool mbarrier_passed_soon(u64* b, unsigned parity) { return mbarrier_passed(b, parity); }
+inline void bulk_copy(void* shared, const void* global, int bytes, u64* b, SIMULATOR_LINE) {
+    if ((uintptr_t(shared) | uintptr_t(global) | bytes) % 16) simulator::fail(line, "bulk copies go by 16 bytes");
+    memcpy(shared, global, bytes), mbarrier_arrive(b, 0, -bytes);
+}
+inline void store_word(void* p, unsigned w) { __atomic_store_n((unsigned*)p, w, __ATOMIC_RELAXED); }
+inline void load_words_if(bool yes, unsigned (&w)[4], const void* p) {
+    for (int i = 0; i < 4 && yes; i++) w[i] = __atomic_load_n((const unsigned*)p + i, __ATOMIC_RELAXED);
+}
+inline void mma_m16n8k16_bf16(float* d, const unsigned (&a)[4], const unsigned* b, const float*, SIMULATOR_LINE) {
+    struct { float* d; const unsigned *a, *b; } mine = {d, a, b};    // c is d
+    simulator::collective(~0u, mine, line, [](int lane, auto of) {
+        for (int i = 0; i < 64; i++) {
+            int e = i / 16, k = i % 16, row = lane / 4 * 4 + k % 8 / 2, column = (lane % 4 * 2 + e % 2) * 4 + k % 8 / 2;
+            of(lane).d[e] += simulator::half(of(row).a[e / 2 + k / 8 * 2], k) * simulator::half(of(column).b[k / 8], k);
+        }
+        return 0;
+    });
+}
+#else
+extern __shared__ __align__(128) char dynamic_shared[];
+#endif
+
+constexpr int DECODE_BATCH = 4;                  // sequences, at most
+constexpr int DECODE_LAYERS = 64;                // at most
+constexpr int DECODE_SHARED_BYTES = 232448;      // all that a block may have on compute capability 9.0
+constexpr int CONSUMERS = 8;                     // warps, both
+constexpr int MERGERS = 2;
+constexpr int DECODE_THREADS = 384;              // 32 (CONSUMERS + MERGERS + a reducer + a producer)
+constexpr int PENDING = 8;                       // tickets that are between producer and reducer at most
+constexpr int IN_FLIGHT = 3;                     // pieces (half units) on their way: as few as keep the memory busy,
+constexpr int IN_FLIGHT_WAITING = 2;             // fewer if consumers wait: words would queue up behind weights;
+constexpr int BEHIND = 2;                        // they do if so many units lie before them
+constexpr unsigned ZEROS = 0x80008000;           // two bf16 that are 0, but are not a word that is 0
+constexpr int HEADS = NUM_HEADS * HEAD_DIM;
+
+struct alignas(16) Words { unsigned w[4]; };     // 8 bf16 or 4 floats; arrays are registers: all loops over them unroll
+struct alignas(8) Pair { float a, b; };
+
+__device__ constexpr int larger(int a, int b) { return a > b ? a : b; }    // max() is no constant on a GPU
+__device__ constexpr int shift_of(int columns) { return columns <= 2048 ? 0 : columns <= 4096 ? 1 : 2; }
+
+enum Product { QKV_PRODUCT, O_PRODUCT, GATE_UP, DOWN, HEAD };
+template <Product P> struct Shape {              // of a product's matrix
+    static constexpr int COLUMNS = P == O_PRODUCT ? HEADS : P == DOWN ? FFN : HIDDEN,
+        SHIFT = shift_of(COLUMNS), SEGMENT = COLUMNS >> SHIFT,
+        N = SEGMENT / 32 / CONSUMERS,                      // a warp has so often 32 columns, a lane 8 of them
+        ROWS = P == QKV_PRODUCT ? QKV : P == GATE_UP ? 2 * FFN : P == HEAD ? VOCAB : HIDDEN,
+        UNITS = ROWS / (8 >> SHIFT),
+        HALF = 4 >> SHIFT,                                 // rows of a unit; their partners are so much further:
+        APART = P == QKV_PRODUCT ? HEAD_DIM / 2 : P == GATE_UP ? FFN : HALF;
+    static constexpr bool NORMED = P == QKV_PRODUCT || P == GATE_UP || P == HEAD;    // whether a norm comes before it
+    __device__ static int row(int unit) { return unit * HALF / APART * 2 * APART + unit * HALF % APART; }
+};
+
+constexpr int SEGMENT = larger(Shape<QKV_PRODUCT>::SEGMENT, larger(Shape<O_PRODUCT>::SEGMENT, Shape<DOWN>::SEGMENT));
+constexpr int SPLIT_KEYS = larger(64, BLOCK_SIZE);    // a unit of attention has a multiple of these,
+constexpr int SLOT_KEYS = larger(1, 4 * SEGMENT / HEAD_DIM / SPLIT_KEYS) * SPLIT_KEYS;    // and these in each slot
+constexpr int PIECE = larger(8 * SEGMENT, 2 * HEAD_DIM * SLOT_KEYS) + 64;    // bytes; + 64, so that two use all banks
+constexpr int FITTING = (DECODE_SHARED_BYTES - 12288) / (2 * PIECE), SLOTS = FITTING < 6 ? FITTING : 6;
+
+struct Shared {
+    alignas(128) char ring[SLOTS][2][PIECE];     // a unit's first four segments, and their partners; or keys, and values
+    Pair parts[PENDING][CONSUMERS][4 * DECODE_BATCH];    // sums over a consumer's columns, [.., sequence, segment]
+    float squares[CONSUMERS][8];                 // sums over the squares of its columns of x, [.., sequence and part]
+    u64 full[SLOTS][2], empty[SLOTS];            // mbarriers: a piece has come; all consumers are done with the slot
+    u64 done[PENDING], summed[PENDING];          // all parts are written; the reducer has read them
+    volatile int tickets[PENDING];               // numbers of units; a block's grow
+    int keys[DECODE_BATCH], attention_units;     // keys before the new token's; units of a layer
+    const bf16* weights[4 * DECODE_LAYERS + 1];
+};
+static_assert(sizeof(Shared) <= DECODE_SHARED_BYTES && SLOTS > BEHIND, "the ring is too large, or too short");
+static_assert(HIDDEN % 256 == 0 && HEADS % 256 == 0 && FFN % 256 == 0 && Shape<HEAD>::SHIFT < 2, "see Model.__init__");
+
+struct Step {                                    // the kernel's arguments of these names
+    bf16* logits; const bf16 *embed, *norm; const int *token_ids, *sampled; int layers;
+    const float* cos_sin; const int* positions; const long long* slot_mapping; bf16* kv_cache; int num_blocks;
+    const int *block_tables, *cu_blocks, *context_lens; float scale; unsigned* words; int *tickets, sequences, splits;
+    __device__ bf16* cache(int layer, int values) const {
+        return kv_cache + (2 * layer + values) * (size_t)num_blocks * NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM;
+    }
+};
+
+constexpr int PARTIAL = HEAD_DIM / 2 + 4;        // words: a head's output of one split, and four times its logsumexp
+
+struct Vectors {                                 // what is handed over in a layer
+    bf16 *x, *qkv, *attention, *y, *h;           // [S, D], [S, (H + 2K) h], [S, H h], [S, D], [S, F]; x, y: residual
+    unsigned* partial;                           // [S, H, splits, PARTIAL]
+    __device__ Vectors(const Step& step, int layer) {
+        const int S = step.sequences, partials = S * NUM_HEADS * step.splits * PARTIAL;
+        const int size = S * (2 * HIDDEN + QKV + HEADS + FFN) / 2 + partials;
+        x = reinterpret_cast<bf16*>(step.words + layer * (size_t)size);
+        qkv = x + S * HIDDEN, attention = qkv + S * QKV, y = attention + S * HEADS, h = y + S * HIDDEN;
+        partial = reinterpret_cast<unsigned*>(h + S * FFN);
+    }
+};
+
+__device__ inline Pair unpack(unsigned w) { return {__uint_as_float(w << 16), __uint_as_float(w & 0xffff0000)}; }
+__device__ inline void publish(void* p, unsigned word) { store_word(p, word ? word : ZEROS); }
+__device__ inline void publish(void* p, const Words& v) {
+    for (int i = 0; i < 4; ++i) publish(static_cast<unsigned*>(p) + i, v.w[i]);
+}
+__device__ inline bool missing(const Words& v) { return !v.w[0] || !v.w[1] || !v.w[2] || !v.w[3]; }
+template <class T> __device__ inline T quad_sum(T x) {    // over lanes 4g .. 4g + 3
+    x += __shfl_xor_sync(0xffffffff, x, 1);
+    return x + __shfl_xor_sync(0xffffffff, x, 2);
+}
+
+// Waits until the mbarrier has been passed `times` + 1 times. (Only the parity counts: nobody is two rounds behind.)
+__device__ inline void wait(u64* mbarrier, unsigned times) { while (!mbarrier_passed_soon(mbarrier, times % 2)) relax(); }
+
+// A warp reads those v[i] that are wanted from address(i) until all have come; the others are 0. While the first is
+// missing it asks for that alone, since polling takes bandwidth from the weights. Then all loads are under way together,
+// and only what was missing is read again.
+template <int M, class Wanted, class Address>
+__device__ inline void take(Words (&v)[M], Wanted wanted, Address address) {
+    for (int i = 0; i < M; ++i) for (unsigned& w : v[i].w) w = wanted(i) ? 0 : ZEROS;
+    for (bool again = true; again;) {
+        #pragma unroll
+        for (int i = 0; i < M; ++i) load_words_if(missing(v[i]) && (i == 0 || !missing(v[0])), v[i].w, address(i));
+        again = false;
+        for (int i = 0; i < M; ++i) again |= missing(v[i]);
+        if ((again = __any_sync(0xffffffff, again))) relax();
+    }
+}
+
+// ---- The forward pass -----------------------------------------------------------------------------------------------
+// What goes by tickets: role.product<P>(layer) works on those of the product's units that the block has drawn, and
+// role.attention(layer) likewise. Each role knows the number of its next unit, and `end`: the operation has the numbers
+// before that (and from `begin` on). What is not below `end` belongs to a later operation.
+template <class Role> __device__ void forward(Role& role, int layers) {
+    for (int layer = 0; layer < layers; ++layer) {
+        role.template product<QKV_PRODUCT>(layer);    // y = x + attention(norm(x) @ qkv) @ o
+        role.attention(layer);
+        role.template product<O_PRODUCT>(layer);
+        role.template product<GATE_UP>(layer);        // next x = y + silu(norm(y) @ gate) * (norm(y) @ up) @ down
+        role.template product<DOWN>(layer);
+    }
+    role.template product<HEAD>(layers);              // logits = norm(x) @ head
+}
+
+struct Split { int sequence, kv_head, number, begin, end; };    // a unit of attention: keys begin .. end - 1
+
+__device__ inline int splits_of(int keys, int splits, int& share) {    // of a sequence; share: keys of each but the last
+    share = max(1, (keys + SPLIT_KEYS * splits - 1) / (SPLIT_KEYS * splits)) * SPLIT_KEYS;
+    return (keys + share - 1) / share;
+}
+__device__ inline Split find_split(const Shared& shared, const Step& step, int unit) {
+    int s = 0, share, units;
+    for (; unit >= (units = NUM_KV_HEADS * splits_of(shared.keys[s], step.splits, share)); ++s) unit -= units;
+    const int number = unit / NUM_KV_HEADS, begin = number * share;
+    return {s, unit % NUM_KV_HEADS, number, begin, min(shared.keys[s], begin + share)};
+}
+
+// ---- The producer ---------------------------------------------------------------------------------------------------
+struct Producer {
+    Shared& shared; const Step& step;
+    int lane;
+    int drawn = blockIdx.x, number = 0, begin = 0, end = 0;    // a block's first ticket is its own number
+    unsigned ticket = 0, k = 0, issued = 0, landed = 0;        // tickets and slots so far; pieces
+
+    __device__ void draw() {
+        number = __shfl_sync(0xffffffff, drawn, 0);
+        if (lane == 0) drawn = gridDim.x + atomicAdd(step.tickets, 1);    // takes as long as a unit: looked at after it
+    }
+    __device__ void announce() {                 // a unit; the next slot is its
+        wait(&shared.summed[ticket % PENDING], ticket / PENDING + 1);    // nobody needs the ticket that was here;
+        wait(&shared.empty[k % SLOTS], k / SLOTS + 1);                   // nor this slot. (True at once in round 0.)
+        if (lane == 0) shared.tickets[ticket % PENDING] = number;
+        ++ticket;
+    }
+    __device__ void wait_for_room() {            // until another piece may be under way
+        const bool busy = k < BEHIND || mbarrier_passed(&shared.empty[(k - BEHIND) % SLOTS], (k - BEHIND) / SLOTS % 2);
+        for (; issued - landed >= (busy ? IN_FLIGHT : IN_FLIGHT_WAITING); ++landed)
+            wait(&shared.full[landed / 2 % SLOTS][landed % 2], landed / 2 / SLOTS);
+        ++issued;
+    }
+    template <Product P> __device__ void product(int layer) {
+        using Shape = Shape<P>;
+        begin = end, end += Shape::UNITS;
+        const bf16* matrix = shared.weights[P == HEAD ? 4 * layer : 4 * layer + P];
+        for (; number < end; draw(), ++k) {
+            const bf16* rows = matrix + (size_t)Shape::row(number - begin) * Shape::COLUMNS;
+            announce();
+            for (int piece = 0; piece < 2; ++piece, rows += (size_t)Shape::APART * Shape::COLUMNS) {
+                u64* full = &shared.full[k % SLOTS][piece];
+                wait_for_room();
+                if (lane > 0) continue;
+                mbarrier_expect(full, 8 * Shape::SEGMENT);
+                bulk_copy(shared.ring[k % SLOTS][piece], rows, 8 * Shape::SEGMENT, full);
+            }
+        }
+    }
+    // Keys and values of up to SLOT_KEYS tokens a slot, page by page, each by a lane. It looks pages up a slot ahead.
+    __device__ void attention(int layer) {
+        constexpr int BYTES = 2 * HEAD_DIM * BLOCK_SIZE;    // of a page's head
+        for (begin = end, end += shared.attention_units; number < end; draw()) {
+            const Split split = find_split(shared, step, number - begin);
+            const int* block_table = step.block_tables + step.cu_blocks[split.sequence];
+            const auto look_up = [&](int first) {
+                const int key = first + lane * BLOCK_SIZE;
+                return lane < SLOT_KEYS / BLOCK_SIZE && key < split.end ? block_table[key / BLOCK_SIZE] : -1;
+            };
+            int page, next = look_up(split.begin);
+            announce();
+            for (int first = split.begin; first < split.end; first += SLOT_KEYS, ++k) {
+                page = next, next = look_up(first + SLOT_KEYS);
+                wait(&shared.empty[k % SLOTS], k / SLOTS + 1);    // (the first is)
+                for (int piece = 0; piece < 2; ++piece) {
+                    u64* full = &shared.full[k % SLOTS][piece];
+                    wait_for_room();
+                    const int pages = (min(SLOT_KEYS, split.end - first) + BLOCK_SIZE - 1) / BLOCK_SIZE;
+                    if (lane == 0) mbarrier_expect(full, pages * BYTES);
+                    const size_t head = (size_t)page * NUM_KV_HEADS + split.kv_head;
+                    const bf16* source = step.cache(layer, piece) + head * BLOCK_SIZE * HEAD_DIM;
+                    if (page >= 0) bulk_copy(shared.ring[k % SLOTS][piece] + lane * BYTES, source, BYTES, full);
+                }
+            }
+        }
+    }
+    __device__ void run() {
+        draw();
+        forward(*this, step.layers);
+        announce();                              // a number past the end, for those who look for the next
+        if (lane < 2) mbarrier_arrive(&shared.full[k % SLOTS][lane]);
+    }
+};
+
+// ---- The consumers --------------------------------------------------------------------------------------------------
+// A warp's attention: the G queries of a kv head, and some keys. As in paged_attention, but scores = q k', and
+// out' = v' p', for which lanes weave two values together. Lane 4g + t has m and l of head g, out of 2t and 2t + 1.
+struct Attention {
+    static constexpr int TILE = 32, KC = HEAD_DIM / 32, VC = HEAD_DIM / 64;    // keys; 16-byte parts of a key or value
+    int g, t;
+    Words q[KC];
+    float m = -INF, l = 0, out[HEAD_DIM / 16][4] = {};    // out: [0..1] one number of either head, [2..3] the next
+
+    __device__ void add_tile(const char* keys, const char* values, int start, int count, float scale) {
+        // Past the end any key will do, its probability is 0.
+        const auto part = [&](const char* rows, int key, int i) {
+            return reinterpret_cast<const Words*>(rows)[min(key, count - 1) * (HEAD_DIM / 8) + i];
+        };
+        float s[TILE / 8][4] = {}, highest = m;    // s [0..1]: keys 8n + 2t and the next
+        for (int n = 0; n < TILE / 8; ++n) {
+            for (int i = 0; i < KC; ++i) {
+                const Words k = part(keys, start + 8 * n + g, 4 * i + t);
+                for (int j = 0; j < 4; j += 2) {
+                    const unsigned a[4] = {q[i].w[j], 0, q[i].w[j + 1], 0};
+                    mma_m16n8k16_bf16(s[n], a, &k.w[j], s[n]);
+                }
+            }
+            for (int j = 0; j < 2; ++j) {
+                s[n][j] = start + 8 * n + 2 * t + j < count ? s[n][j] * scale * LOG2_E : -INF;    // for exp2
+                highest = fmaxf(highest, s[n][j]);
+            }
+        }
+        for (int distance = 1; distance < 4; distance *= 2)
+            highest = fmaxf(highest, __shfl_xor_sync(0xffffffff, highest, distance));
+        const float rescale = exp2_approx(m - highest), of_a = __shfl_sync(0xffffffff, rescale, 8 * t),
+                    of_b = __shfl_sync(0xffffffff, rescale, 8 * t + 4);    // heads 2t and 2t + 1
+        m = highest, l *= rescale;
+        for (auto& four : s) for (int j = 0; j < 2; ++j) l += four[j] = exp2_approx(four[j] - m);
+        for (auto& four : out) four[0] *= of_a, four[1] *= of_b, four[2] *= of_a, four[3] *= of_b;
+        for (int n = 0; n < TILE / 16; ++n) {
+            const unsigned b[2] = {pack_bf16x2(s[2 * n][0], s[2 * n][1]), pack_bf16x2(s[2 * n + 1][0], s[2 * n + 1][1])};
+            for (int c = 0; c < VC; ++c) {
+                Words v[4];    // of keys 2t, 2t + 1, 2t + 8, 2t + 9
+                for (int i = 0; i < 4; ++i) v[i] = part(values, start + 16 * n + 2 * t + i % 2 + i / 2 * 8, g + 8 * c);
+                const auto low = [](unsigned x, unsigned y) { return (x & 0xffff) | y << 16; };
+                const auto high = [](unsigned x, unsigned y) { return x >> 16 | (y & 0xffff0000); };
+                for (int i = 0; i < 4; ++i) {
+                    const unsigned a[4] = {low(v[0].w[i], v[1].w[i]), high(v[0].w[i], v[1].w[i]),
+                                           low(v[2].w[i], v[3].w[i]), high(v[2].w[i], v[3].w[i])};
+                    mma_m16n8k16_bf16(out[4 * c + i], a, b, out[4 * c + i]);
+                }
+            }
+        }
+    }
+    __device__ void leave(unsigned* partial, int splits) {    // [G, splits, PARTIAL], of the first head and this split
+        l = quad_sum(l);
+        const unsigned logsumexp = __float_as_uint(m + log2f(l));
+        if (t == 0 && g < GROUP)
+            publish(partial + g * splits * PARTIAL + HEAD_DIM / 2, {{logsumexp, logsumexp, logsumexp, logsumexp}});
+        for (int j = 0; j < 2; ++j) {
+            const float down = 1 / __shfl_sync(0xffffffff, l, 8 * t + 4 * j);
+            for (int c = 0; c < VC; ++c) {
+                Words eight;
+                for (int i = 0; i < 4; ++i)
+                    eight.w[i] = pack_bf16x2(out[4 * c + i][j] * down, out[4 * c + i][j + 2] * down);
+                if (2 * t + j < GROUP) publish(partial + (2 * t + j) * splits * PARTIAL + 4 * (g + 8 * c), eight);
+            }
+        }
+    }
+};
+
+template <int S> struct Consumer {               // for up to S sequences
+    Shared& shared; const Step& step;
+    int warp, lane;
+    unsigned ticket = 0, slot = 0, round = 0;
+    int number = 0, begin = 0, end = 0, turn = 0;    // turn: whose it is to attend
+    int g = lane / 4, t = lane % 4;
+    template <Product P> static constexpr int TILES = ((S << Shape<P>::SHIFT) + 7) / 8;    // of 8 rows of A
+
+    __device__ void wait_for_slot() { for (u64& full : shared.full[slot]) wait(&full, round); }
+    // Hazard: loads from shared memory take a while, and an arrival may overtake them. So one lane arrives, and which,
+    // that cannot be known before the loads are done: `read` is made of them.
+    __device__ void give_back(unsigned read) {
+        if (lane == __any_sync(0xffffffff, read == 1)) mbarrier_arrive(&shared.empty[slot]);
+        if (++slot == SLOTS) slot = 0, ++round;
+    }
+    __device__ void next() { wait_for_slot(), number = shared.tickets[ticket++ % PENDING]; }    // waits for a unit
+    __device__ void done() {                     // with the unit
+        __syncwarp();                            // all lanes have written their sums
+        if (lane == 0) mbarrier_arrive(&shared.done[(ticket - 1) % PENDING]);
+    }
+    // A unit's weights into registers, and its slot is free.
+    template <Product P, int M> __device__ void load(Words (&w)[M]) {
+        const char* mine = shared.ring[slot][g % 2] + g / 2 * 2 * Shape<P>::SEGMENT + 64 * warp + 16 * t;
+        unsigned read = 0;
+        for (int i = 0; i < M; ++i) w[i] = *reinterpret_cast<const Words*>(mine + 64 * CONSUMERS * i), read ^= w[i].w[0];
+        give_back(read);
+    }
+    // A warp's columns of a product's input. A has a row for each sequence and part; lane 4g + t has of rows g, g + 8, ...
+    // eight of each 32 columns. An mma takes these for rows g and g + 8, of 16 columns. So each eight are used twice: with
+    // the weights of half of the columns, when the first eight rows of the result count, and of the other half, when the
+    // last eight do. Where a norm comes before the product, also the sum over x's squares, as product of x with itself.
+    template <Product P, int M> __device__ void take_input(int layer, Words (&x)[M]) {
+        using Shape = Shape<P>;
+        const Vectors v(step, layer);
+        const int column = 32 * warp + 8 * t;
+        const bf16* in = (P == O_PRODUCT ? v.attention : P == GATE_UP ? v.y : P == DOWN ? v.h : v.x) + column;
+        take(x, [&](int i) { return 8 * (i / Shape::N) + g < step.sequences << Shape::SHIFT; },
+             [&](int i) { return in + (8 * (i / Shape::N) + g) * Shape::SEGMENT + 32 * CONSUMERS * (i % Shape::N); });
+        if (Shape::NORMED) {
+            float sum[4][4] = {};
+            for (int i = 0; i < 2 * Shape::N; ++i) {
+                const unsigned *two = x[i / 2].w + i % 2 * 2, a[4] = {two[0], 0, two[1], 0};
+                mma_m16n8k16_bf16(sum[i % 4], a, two, sum[i % 4]);
+            }
+            const float even = sum[0][0] + sum[1][0] + (sum[2][0] + sum[3][0]),
+                        odd = sum[0][1] + sum[1][1] + (sum[2][1] + sum[3][1]);
+            if (t == g / 2) shared.squares[warp][g] = g % 2 ? odd : even;    // the diagonal
+        }
+        if (P == HEAD)                           // the last norm has its weight to itself
+            for (int i = 0; i < Shape::N; ++i) {
+                const int part = g % (1 << Shape::SHIFT), first = column + 32 * CONSUMERS * i;
+                const Float8 norm = to_float(vec8(step.norm + part * Shape::SEGMENT + first));
+                for (int j = 0; j < 4; ++j) {
+                    const Pair two = unpack(x[i].w[j]);
+                    x[i].w[j] = pack_bf16x2(norm.v[2 * j] * two.a, norm.v[2 * j + 1] * two.b);
+                }
+            }
+        // Into the order in which an mma wants them. Unless they are made anew, the compiler leaves that to each mma.
+        const unsigned zero = step.sequences >> 8;
+        for (Words& v : x) v = {{v.w[0] ^ zero, v.w[2] ^ zero, v.w[1] ^ zero, v.w[3] ^ zero}};
+    }
+    template <Product P, int M, int N> __device__ void multiply(const Words (&x)[M], const Words (&w)[N]) {
+        constexpr int SHIFT = Shape<P>::SHIFT;
+        for (int tile = 0; tile < M / N; ++tile) {
+            if (8 * tile >= step.sequences << SHIFT) break;
+            float sum[4][4] = {};                // four chains: each mma waits for the one before it in its chain
+            for (int i = 0; i < 2 * N; ++i)
+                mma_m16n8k16_bf16(sum[i % 4], x[tile * N + i / 2].w, w[i / 2].w + i % 2 * 2, sum[i % 4]);
+            const int row = 8 * tile + g, sequence = row >> SHIFT;    // of A; its part must be the segment's
+            if ((row ^ t) % (1 << SHIFT) == 0 && sequence < S)
+                shared.parts[(ticket - 1) % PENDING][warp][sequence * 4 + t] =
+                    {sum[0][0] + sum[2][0] + (sum[1][2] + sum[3][2]), sum[0][1] + sum[2][1] + (sum[1][3] + sum[3][3])};
+        }
+        done();
+    }
+    template <Product P> __device__ void product(int layer) {
+        begin = end, end += Shape<P>::UNITS;
+        if (number >= end) return;
+        Words w[Shape<P>::N], x[TILES<P> * Shape<P>::N];
+        load<P>(w);                              // these need not wait for x
+        take_input<P>(layer, x);
+        multiply<P>(x, w);
+        for (next(); number < end; next()) load<P>(w), multiply<P>(x, w);
+    }
+    __device__ void attention(int layer) {
+        const Vectors v(step, layer);
+        for (begin = end, end += shared.attention_units; number < end; turn = (turn + 1) % CONSUMERS, next()) {
+            done();
+            const Split split = find_split(shared, step, number - begin);
+            const int head = split.kv_head * GROUP;
+            const bool mine = turn == warp;      // the others go along
+            Attention attention = {g, t};
+            for (int first = split.begin; first < split.end; first += SLOT_KEYS) {
+                const bf16* query = v.qkv + split.sequence * QKV + (head + g) * HEAD_DIM + 8 * t;
+                wait_for_slot();
+                if (mine && first == split.begin)
+                    take(attention.q, [&](int) { return g < GROUP; }, [&](int i) { return query + 32 * i; });
+                const int count = min(SLOT_KEYS, split.end - first);
+                for (int start = 0; start < count && mine; start += Attention::TILE)
+                    attention.add_tile(shared.ring[slot][0], shared.ring[slot][1], start, count, step.scale);
+                give_back(__float_as_uint(attention.out[0][0] + attention.out[HEAD_DIM / 16 - 1][0]));
+            }
+            unsigned* partial = v.partial + (split.sequence * NUM_HEADS + head) * step.splits * PARTIAL;
+            if (mine) attention.leave(partial + split.number * PARTIAL, step.splits);
+        }
+    }
+    __device__ void run() { next(), forward(*this, step.layers); }
+};
+
+// ---- The reducer ----------------------------------------------------------------------------------------------------
+// Lane 4g + t has the sums of sequence g, of row r of a unit and of its partner. Lanes beyond the sequences go along,
+// and so do those beside the first of a row's parts.
+struct Reducer {
+    Shared& shared; const Step& step;
+    int lane;
+    unsigned ticket = 0;
+    int number = -1, begin = 0, end = 0;
+    int s = min(lane / 4, step.sequences - 1), t = lane % 4;
+
+    __device__ void next() {                     // a block's tickets grow: what is no greater is an old one
+        const int old = number;
+        while ((number = shared.tickets[ticket % PENDING]) <= old) relax();
+    }
+    __device__ void summed() {
+        __syncwarp();                            // all lanes have read the parts, and used what they read
+        if (lane == 0) mbarrier_arrive(&shared.summed[ticket % PENDING]);
+        ++ticket;
+    }
+    template <int SHIFT> __device__ Pair sum() const {
+        constexpr int PAIRS = 4 * DECODE_BATCH;
+        Pair sum = {0, 0};
+        for (int i = 0; i < CONSUMERS * PAIRS / 32; ++i) {
+            const Pair p = shared.parts[ticket % PENDING][(32 * i + lane) / PAIRS][lane % PAIRS];
+            sum.a += p.a, sum.b += p.b;
+        }
+        const auto add = [&](int distance) {
+            sum.a += __shfl_xor_sync(0xffffffff, sum.a, distance);
+            sum.b += __shfl_xor_sync(0xffffffff, sum.b, distance);
+        };
+        for (int distance = 16; distance >= PAIRS; distance /= 2) add(distance);
+        for (int i = 0; i < SHIFT; ++i) add(1 << i);    // the row's parts
+        return sum;
+    }
+    template <int SHIFT> __device__ float inverse_rms() const {    // of the input
+        float squares = 0;
+        for (int p = 0; p < 1 << SHIFT; ++p)
+            for (int warp = t; warp < CONSUMERS; warp += 4) squares += shared.squares[warp][(s << SHIFT) + p];
+        return rsqrtf(quad_sum(squares) / HIDDEN + RMS_EPS);
+    }
+    template <Product P> __device__ void product(int layer) {
+        using Shape = Shape<P>;
+        begin = end, end += Shape::UNITS;
+        if (number >= end) return;
+        const Vectors v(step, layer), after(step, layer + (P != HEAD));
+        bf16* out = P == QKV_PRODUCT ? v.qkv + s * QKV : P == O_PRODUCT ? v.y + s * HIDDEN :
+                    P == GATE_UP ? v.h + s * FFN : P == DOWN ? after.x + s * HIDDEN : step.logits + (size_t)s * VOCAB;
+        const bf16* residual = (P == O_PRODUCT ? v.x : v.y) + s * HIDDEN;
+        const float* angles = step.cos_sin + (size_t)step.positions[s] * HEAD_DIM;
+        // A word is two rows. Where a lane has none that are neighbours, two lanes swap: even r get rows r and r + 1,
+        // odd ones the partners of r - 1 and r. A gate and an up make one number, so there two lanes make one word.
+        const int r = t >> Shape::SHIFT, second = r % 2, distance = 1 << Shape::SHIFT;
+        const int place = second ? Shape::APART + r - 1 : r;
+        const bool writes = lane / 4 < step.sequences && t % distance == 0 && !(P == GATE_UP && second);
+        float scale = 0;
+        for (; number < end; next()) {
+            const int row = Shape::row(number - begin);
+            unsigned old = 0;                    // loads that need not wait for the sums
+            Pair angle = {1, 0};
+            const auto load_old = [&] { return *reinterpret_cast<const volatile unsigned*>(residual + row + place); };
+            if (P == O_PRODUCT || P == DOWN) old = load_old();
+            if (P == QKV_PRODUCT) angle = {angles[row % HEAD_DIM + r], angles[row % HEAD_DIM + r + HEAD_DIM / 2]};
+            wait(&shared.done[ticket % PENDING], ticket / PENDING);
+            if (Shape::NORMED && scale == 0) scale = inverse_rms<Shape::SHIFT>();
+            Pair x = sum<Shape::SHIFT>();
+            if (Shape::NORMED) x = {x.a * scale, x.b * scale};
+            if (P == QKV_PRODUCT && row < (NUM_HEADS + NUM_KV_HEADS) * HEAD_DIM)    // values are not turned
+                x = {x.a * angle.a - x.b * angle.b, x.b * angle.a + x.a * angle.b};
+            if (P == GATE_UP) x.a = x.a / (1 + exp2_approx(-LOG2_E * x.a)) * x.b;
+            if (P == GATE_UP) x.b = __shfl_xor_sync(0xffffffff, x.a, distance);
+            else if (Shape::SHIFT < 2) {
+                const float other = __shfl_xor_sync(0xffffffff, second ? x.a : x.b, distance);
+                (second ? x.a : x.b) = other;
+            }
+            if (P == O_PRODUCT || P == DOWN) {
+                while (old == 0) old = load_old();    // it is there, since the input is made of it, if not seen yet
+                x = {x.a + unpack(old).a, x.b + unpack(old).b};
+            }
+            const unsigned word = pack_bf16x2(x.a, x.b);
+            if (writes) publish(out + row + place, word);
+            if (P == QKV_PRODUCT && writes && row >= HEADS) put_into_cache(word, layer, row + place);
+            summed();
+        }
+    }
+    __device__ void put_into_cache(unsigned word, int layer, int row) const {    // for the steps to come
+        const int head = row / HEAD_DIM - NUM_HEADS;    // those of keys, those of values
+        const long long slot = step.slot_mapping[s], page = slot / BLOCK_SIZE;
+        if (slot < 0) return;
+        bf16* cache = step.cache(layer, head / NUM_KV_HEADS);
+        cache += ((page * NUM_KV_HEADS + head % NUM_KV_HEADS) * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_DIM;
+        store_word(cache + row % HEAD_DIM, word);
+    }
+    __device__ void attention(int) {             // has no sums
+        for (begin = end, end += shared.attention_units; number < end; next())
+            wait(&shared.done[ticket % PENDING], ticket / PENDING), summed();
+    }
+    __device__ void run() { next(), forward(*this, step.layers); }
+};
+
+// ---- The mergers ----------------------------------------------------------------------------------------------------
+// One warp: 32 numbers of a head's output. Lane 4s + p has 8 of them, of splits s, s + 8, ...; lanes 0 to 3 also those
+// of the new token, whose key and value other blocks are just putting into the cache.
+__device__ void merge(const Step& step, int keys, int sequence, int head, int part, const Vectors& v, int lane) {
+    int share;
+    const int splits = splits_of(keys, step.splits, share), eight = lane % (HEAD_DIM / 8) * 8, four = lane % 4;
+    const unsigned* row = v.partial + (sequence * NUM_HEADS + head) * step.splits * PARTIAL;
+    const bf16* token = v.qkv + sequence * QKV;
+    const bf16 *query = token + head * HEAD_DIM, *key = token + (NUM_HEADS + head / GROUP) * HEAD_DIM;
+    const auto numbers = [](const Words& words) { return to_float(reinterpret_cast<const Bf16x8&>(words)); };
+    float m = -INF, l = 0;
+    Float8 acc = {};
+    const auto add = [&](float other_m, float other_l, const Float8& other) {
+        // Both may be -inf, and -inf - -inf would be NaN.
+        const float highest = fmaxf(m, other_m), mine = m == highest ? 1 : exp2_approx(m - highest),
+                    its = other_m == highest ? 1 : exp2_approx(other_m - highest);
+        for (int i = 0; i < 8; ++i) acc.v[i] = acc.v[i] * mine + other.v[i] * its;
+        l = l * mine + other_l * its, m = highest;
+    };
+    Words own[3];    // 8 numbers of the new token's query, key and value
+    take(own, [](int) { return true; }, [&](int i) {
+        return i < 2 ? (i ? key : query) + eight : key + NUM_KV_HEADS * HEAD_DIM + 32 * part + 8 * four; });
+    const Float8 q = numbers(own[0]), k = numbers(own[1]);
+    float score = 0;
+    for (int i = 0; i < 8; ++i) score += q.v[i] * k.v[i];
+    for (int distance = 1; distance < HEAD_DIM / 8; distance *= 2) score += __shfl_xor_sync(0xffffffff, score, distance);
+    if (lane < 4) m = score * step.scale * LOG2_E, l = 1, acc = numbers(own[2]);
+    for (int split = lane / 4; split - lane / 4 < splits; split += 32) {
+        Words got[8];    // of four splits, numbers and logsumexp
+        take(got, [&](int i) { return split + i / 2 * 8 < splits; },
+             [&](int i) { return row + (split + i / 2 * 8) * PARTIAL + (i % 2 ? HEAD_DIM / 2 : 16 * part + 4 * four); });
+        for (int i = 0; i < 4; ++i)
+            if (split + i * 8 < splits) add(__uint_as_float(got[2 * i + 1].w[0]), 1, numbers(got[2 * i]));
+    }
+    for (int distance = 4; distance < 32; distance *= 2) {
+        const float other_m = __shfl_xor_sync(0xffffffff, m, distance);
+        const float other_l = __shfl_xor_sync(0xffffffff, l, distance);
+        Float8 other;
+        for (int i = 0; i < 8; ++i) other.v[i] = __shfl_xor_sync(0xffffffff, acc.v[i], distance);
+        add(other_m, other_l, other);
+    }
+    Words words;
+    for (int i = 0; i < 4; ++i) words.w[i] = pack_bf16x2(acc.v[2 * i] / l, acc.v[2 * i + 1] / l);
+    if (lane < 4) publish(v.attention + (sequence * NUM_HEADS + head) * HEAD_DIM + 32 * part + 8 * lane, words);
+}
+
+__device__ void merge_all(Shared& shared, const Step& step, int merger, int lane) {
+    const int worker = merger * gridDim.x + blockIdx.x, workers = MERGERS * gridDim.x;
+    for (int i = 32 * worker + lane; i < step.sequences * HIDDEN / 8; i += 32 * workers) {    // x = embed[token]
+        const int id = step.token_ids[i / (HIDDEN / 8)], token = id < 0 ? step.sampled[~id] : id;
+        publish(Vectors(step, 0).x + 8 * i, reinterpret_cast<const Words*>(step.embed + (size_t)token * HIDDEN)[i % (HIDDEN / 8)]);
+    }
+    __syncwarp();
+    constexpr int A_HEAD = HEAD_DIM / 32, A_SEQUENCE = NUM_HEADS * A_HEAD;    // items
+    for (int layer = 0; layer < step.layers; ++layer)
+        for (int item = worker; item < step.sequences * A_SEQUENCE; item += workers) {
+            const int s = item / A_SEQUENCE;
+            merge(step, shared.keys[s], s, item % A_SEQUENCE / A_HEAD, item % A_HEAD, Vectors(step, layer), lane);
+        }
+}
+
+// ---- The kernel -----------------------------------------------------------------------------------------------------
+extern "C" __global__ __launch_bounds__(DECODE_THREADS, 1) void decode(
+        bf16* logits, const bf16* embed, const bf16* norm, const int* token_ids, const int* sampled, const u64* weights,
+        int layers, const float* cos_sin, const int* positions, const long long* slot_mapping, bf16* kv_cache,
+        int num_blocks, const int* block_tables, const int* cu_blocks, const int* context_lens, float scale, int* words,
+        int sequences, int splits) {
+    Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
+    const int me = threadIdx.x, warp = me / 32, lane = me % 32;
+    const Step step = {logits, embed, norm, token_ids, sampled, layers, cos_sin, positions, slot_mapping, kv_cache,
+                       num_blocks, block_tables, cu_blocks, context_lens, scale, reinterpret_cast<unsigned*>(words) + 4,
+                       words, sequences, splits};
+    if (me < 2 * SLOTS) mbarrier_init(&shared.full[me / 2][me % 2], 1);
+    if (me < SLOTS) mbarrier_init(&shared.empty[me], CONSUMERS);
+    if (me < PENDING) mbarrier_init(&shared.done[me], CONSUMERS), mbarrier_init(&shared.summed[me], 1), shared.tickets[me] = -1;
+    if (me <= 4 * layers) shared.weights[me] = reinterpret_cast<const bf16*>(weights[me]);
+    if (me == 0) {
+        int units = 0, share;
+        for (int s = 0; s < sequences; ++s)
+            units += splits_of(shared.keys[s] = max(0, context_lens[s] - 1), splits, share) * NUM_KV_HEADS;
+        shared.attention_units = units;
+    }
+    __syncthreads();    // all this is there before anyone uses it
+    if (warp < CONSUMERS && sequences <= 2) Consumer<2>{shared, step, warp, lane}.run();
+    else if (warp < CONSUMERS) Consumer<DECODE_BATCH>{shared, step, warp, lane}.run();
+    else if (warp < CONSUMERS + MERGERS) merge_all(shared, step, warp - CONSUMERS, lane);
+    else if (warp == CONSUMERS + MERGERS) Reducer{shared, step, lane}.run();
+    else Producer{shared, step, lane}.run();
+}
