@@ -230,7 +230,7 @@ NAN = np.float32("nan")
 
 @lru_cache(None)
 def compiled(items):
-    return device.compile(dict(items))
+    return device.compile(dict(items), ROOT / "kernels.cu")
 
 
 def launch(model, name, grid, *args):
@@ -684,6 +684,14 @@ extern "C" __global__ __launch_bounds__(32) void uninitialised(float* out, int w
     *out = x;
 }
 
+// out [1] of each block: what the block before has written, plus one; the first learns it from nobody. In vain, if that is 0.
+extern "C" __global__ __launch_bounds__(256) void relay(int* out, int first) {
+    if (threadIdx.x != 255) return;
+    int before = first;
+    while (blockIdx.x && !(before = __atomic_load_n(out + blockIdx.x - 1, __ATOMIC_RELAXED))) relax();
+    __atomic_store_n(out + blockIdx.x, before + 1, __ATOMIC_RELAXED);
+}
+
 // Each mistake is made in the second block only, by some of the threads.
 extern "C" __global__ __launch_bounds__(64) void mistakes(float* x, int which) {
     __shared__ float shared[64];
@@ -770,6 +778,14 @@ def test_cp_async_copies_at_the_wait(kernels, groups, arrived):
     x, out = np.arange(256, dtype=np.float32).reshape(2, 128), np.zeros((2, 128), np.float32)
     kernels.copy((1,), out, x, groups)
     assert (out == np.where(np.array(arrived)[:, None], np.roll(x, -32, 1), -1)).all()
+
+
+def test_blocks_that_wait_for_one_another(kernels):
+    out = np.zeros(2, np.int32)
+    kernels.relay((2,), out, 5)
+    assert out.tolist() == [6, 7]
+    with pytest.raises(TinyVLLMError, match="block .1, 0, 0., .* waits in vain"):
+        kernels.relay((2,), np.zeros(2, np.int32), -1)
 
 
 @pytest.mark.parametrize("which, thread, mark, message", [
@@ -1254,6 +1270,53 @@ def test_forward_equals_numpy(tmp_path, changes):
         expected = numpy_llama(config, weights, prompt + output.token_ids)[len(prompt) - 1:-1]
         error = np.linalg.norm(logits - expected, axis=1) / np.linalg.norm(expected, axis=1)
         assert logits.shape == expected.shape and error.max() < 0.03, (len(prompt), error)
+
+
+@pytest.fixture
+def one_kernel(monkeypatch):
+    """Small batches of decodes take the kernel `decode`, on the simulator too; the batch sizes that did. Skips where the GPU cannot."""
+    init, decode, sizes = CpuDevice.__init__, tinyvllm.Model.decode, []
+
+    def with_bulk_copies(self):
+        init(self)
+        self.has_bulk_copies = True
+    monkeypatch.setattr(CpuDevice, "__init__", with_bulk_copies)
+    monkeypatch.setattr(tinyvllm.Model, "decode", lambda self, b: sizes.append(len(b.token_ids)) or decode(self, b))
+    if ON_GPU and not device.has_bulk_copies:
+        pytest.skip("this GPU has no bulk copies")
+    return sizes
+
+
+@pytest.mark.parametrize("changes", [
+    {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 5120, "rope_scaling": LLAMA3_ROPE},
+    {"hidden_size": 2560, "num_attention_heads": 8, "head_dim": 128, "intermediate_size": 256, "vocab_size": 512, "num_hidden_layers": 1},
+], ids=["gqa-2-quarters", "gqa-8-head-128-halves"])
+def test_decode_equals_numpy(tmp_path, one_kernel, changes):
+    """The same of the kernel that does a whole step: batches of 1 to 4, contexts of several pages, slots and splits, steps one after the other."""
+    config = TINY | {"max_position_embeddings": 512} | changes
+    write_model(tmp_path, sizes=config)
+    weights = {name: tensor.astype(np.float64) for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    llm = LLM(tmp_path)
+    for lengths in (15,), (1, 140), (300, 3, 32, 16):
+        prompts = [RNG(n).integers(0, config["vocab_size"], n).tolist() for n in lengths]
+        outputs, recorded = run_recorded(llm, prompts, SamplingParams(max_tokens=3, ignore_eos=True))
+        for prompt, output, logits in zip(prompts, outputs, recorded):
+            expected = numpy_llama(config, weights, prompt + output.token_ids)[len(prompt) - 1:-1]
+            error = np.linalg.norm(logits - expected, axis=1) / np.linalg.norm(expected, axis=1)
+            assert error.max() < 0.04, (len(prompt), error)
+    assert {1, 2, 4} == set(one_kernel)
+
+
+def test_decode_gives_the_same_bits(tmp_path, one_kernel):
+    """Whoever comes first: with each seed, the simulator runs threads in another order, and shared memory begins as NaNs."""
+    write_model(tmp_path, sizes=TINY | {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 5120,
+                                        "num_hidden_layers": 1})
+    llm, runs = LLM(tmp_path), []
+    for seed in 0, 1, 2:
+        if not ON_GPU: llm.engine.model.kernels.simulator_shuffle(seed)
+        runs.append(run_recorded(llm, [[1] * 5, [2] * 90, [3] * 31], SamplingParams(max_tokens=3, ignore_eos=True))[1])
+    if not ON_GPU: llm.engine.model.kernels.simulator_shuffle(0)
+    assert set(one_kernel) == {4} and all((a == b).all() for run in runs[1:] for a, b in zip(runs[0], run))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
