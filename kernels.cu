@@ -269,15 +269,15 @@ extern "C" __global__ __launch_bounds__(NORM_THREADS) void rms_norm(
 //   slot_mapping [T]: slot = page * B + offset in the page; negative for a padding token, for which nothing is written.
 //   k_cache, v_cache [N, K, B, h]: within a page, the keys of one head are consecutive, as paged_attention reads them.
 //   Grid (T): one block owns one token. A thread owns numbers i..i+7 and i+h/2..i+h/2+7 of a head, so eight whole
-//   pairs: it reads both sides before it writes either, and no barrier is needed. (h/2 must be a multiple of 8: hence
-//   head_dim % 16 == 0.)
+//   pairs: it reads both sides before it writes either, and no barrier is needed between the two. (h/2 must be a multiple
+//   of 8: hence head_dim % 16 == 0.) Shared memory: block_reduce's.
 // ---------------------------------------------------------------------------------------------------------------------
 constexpr int ROPE_THREADS = 256;
 
 extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
         bf16* qkv, const bf16* x, const float* cos_sin, const int* positions, const long long* slot_mapping,
         bf16* k_cache, bf16* v_cache, float query_scale) {
-    constexpr int HALF = HEAD_DIM / 2, PARTS = HALF / 8;
+    constexpr int HALF = HEAD_DIM / 2, EIGHTS = HALF / 8;
     const int token = blockIdx.x;
     const long long slot = slot_mapping[token];
     const float* cos = cos_sin + (size_t)positions[token] * HEAD_DIM;
@@ -285,7 +285,7 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
     const float factor = inverse_rms(x + (size_t)token * HIDDEN);
 
     for (int item = threadIdx.x; item < QKV / 16; item += ROPE_THREADS) {
-        const int head = item / PARTS, i = 8 * (item % PARTS);    // heads: first H of queries, K of keys, K of values
+        const int head = item / EIGHTS, i = 8 * (item % EIGHTS);    // heads: first H of queries, K of keys, K of values
         bf16* target = qkv + (size_t)token * QKV + head * HEAD_DIM + i;
         Float8 a = to_float(vec8(target)), b = to_float(vec8(target + HALF));
         const bool turns = head < NUM_HEADS + NUM_KV_HEADS;    // values do not
@@ -313,7 +313,7 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
 // paged_attention: out = softmax(q . k / sqrt(h)) v, over the keys at and before each query's position
 //
 // The queries that it gets are multiplied with log2(e) / sqrt(h) already, so exp(q . k / sqrt(h)) is 2^(q . k), and a power
-// of 2 is one instruction. Here, exp stands for that.
+// of 2 is one instruction. Below, exp is written for this power of 2.
 // FlashAttention-2, with two twists.
 // - Paged: key number t of a sequence lies in page block_table[t / B], at offset t % B. Only the copy to shared memory
 //   knows this.
@@ -344,8 +344,8 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
 // Who owns what: of each 16 rows of scores and acc, lane i of a warp holds rows i / 4 and i / 4 + 8, and in these the
 // columns 2 (i % 4), +1 of every eight (as mma leaves them; the next mma wants probabilities as a factor just there).
 // - Prefill: a warp owns 32 rows, or 16 if head_dim > 128 (acc must fit its registers), and looks at all keys.
-// - Decode (16 rows or fewer: one token has G): all warps have the same rows, and each its own 16 keys of a tile. In
-//   the end warp 0 adds up what they found.
+// - Decode (16 rows or fewer: one token has G): all warps have the same rows, and each its own 16 keys of a tile (where
+//   head_dim makes tiles smaller, warps beyond repeat what others do). In the end warp 0 adds up what they found.
 // Shared memory, 48 KB: q of the block's rows, and a ring of tiles, K, V, K, V, ...: while one is used, the next are on
 // their way.
 // ---------------------------------------------------------------------------------------------------------------------

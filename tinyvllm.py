@@ -24,6 +24,7 @@ Sections: Config and weights, Device, Pages, Sequences and scheduler, Forward pa
 import argparse
 import contextlib
 import ctypes
+import gc
 import hashlib
 import itertools
 import json
@@ -739,8 +740,7 @@ class RequestOutput:
     prompt_token_ids: list
     text: str = ""
     token_ids: list = field(default_factory=list)
-    finish_reason: str | None = None    # "stop": an eos or stop token (the last of token_ids); "length": a limit; "error": see error;
-                                        # "abort": given up by the caller
+    finish_reason: str | None = None    # "stop": an eos or stop token (the last of token_ids); "length": a limit; "error"; "abort": given up
     error: str | None = None            # why the request was refused
     logprobs: list | None = None        # for each token a dict {token id: log-probability}: the token's and the best ones'
     delta: str = ""                     # the text that is new since LLM.run or .stream last gave this output
@@ -1101,7 +1101,7 @@ class Model:
         return self.sample(logits, b)
 
     def sample(self, logits, b):
-        # The noise depends on the request's seed and the token's position alone. (The logits' last bits may depend on the batch's size, too.)
+        """Puts the next tokens into the step buffer; returns the logits. The noise depends on a request's seed and the token's position alone."""
         self.kernels.sample((len(logits),), self.buffer.sampled[0], self.buffer.sampled[1].view(np.float32), logits, b.temperatures, b.top_ks,
                             b.top_ps, b.seeds, b.lengths)
         return logits
@@ -1119,7 +1119,7 @@ BYTES = 2                               # of a bfloat16
 def decode_weight_bytes(config):
     """Bytes of weights that a decode step reads: each once. (Of an embedding table that is not the head, next to nothing.)"""
     c = config
-    layer = c.hidden_size * (c.qkv_size + c.num_attention_heads * c.head_dim + 3 * c.intermediate_size + 2)
+    layer = c.hidden_size * (c.qkv_size + c.num_attention_heads * c.head_dim + 3 * c.intermediate_size)
     return BYTES * (c.num_hidden_layers * layer + c.hidden_size * (c.vocab_size + 1))
 
 
@@ -1435,9 +1435,7 @@ class LLM:
 EXAMPLES = """examples:
   python tinyvllm.py "What is a KV cache?"                      one answer, streamed
   python tinyvllm.py "Recite Ozymandias." "Who are you?"        several at once, by continuous batching
-  python tinyvllm.py - < prompts.txt                            one prompt a line
   python tinyvllm.py --model meta-llama/Llama-3.2-1B-Instruct --temperature 0.7 --top-p 0.9 --seed 1 "Tell me a story."
-  python tinyvllm.py --raw --max-tokens 20 "Once upon a"        continue a text, without the chat format
 """
 
 
@@ -1488,11 +1486,13 @@ def parse_arguments(argv):
 
 def open_llm(args):
     """The engine that the options ask for."""
-    return LLM(args.model, device=args.device, max_model_len=args.max_model_len, gpu_memory_utilization=args.gpu_memory_utilization,
-               block_size=args.block_size, load_format=args.load_format, num_blocks=args.num_blocks,
-               max_num_batched_tokens=args.max_num_batched_tokens, prefix_caching=not args.no_prefix_caching,
-               enable_chunked_prefill=not args.no_chunked_prefill, enforce_eager=args.no_cuda_graphs, overlap=not args.no_overlap,
-               static_batching=args.static_batching)
+    llm = LLM(args.model, device=args.device, max_model_len=args.max_model_len, gpu_memory_utilization=args.gpu_memory_utilization,
+              block_size=args.block_size, load_format=args.load_format, num_blocks=args.num_blocks, overlap=not args.no_overlap,
+              max_num_batched_tokens=args.max_num_batched_tokens, prefix_caching=not args.no_prefix_caching, enforce_eager=args.no_cuda_graphs,
+              enable_chunked_prefill=not args.no_chunked_prefill, static_batching=args.static_batching)
+    gc.collect()            # What is there now will stay. Were it looked through again in each full collection, a step would wait for some 10 ms.
+    gc.freeze()
+    return llm
 
 
 def prompt_ids(llm, text, args):
