@@ -418,9 +418,9 @@ class CudaDevice:
         self.gemm, self.set_stream, self.cublas = open_cublas(cupy)
         self.graph_pool, self.graph_stream = cupy.cuda.MemoryPool(), cupy.cuda.Stream()
         self.multiprocessors = properties["multiProcessorCount"]
-        self.has_bulk_copies = properties["major"] >= 9             # which decode.cu is made of
-        # Attributes 36 and 37: memory clock in kHz, bus width in bits. Memory moves data twice a clock.
-        clock, width = runtime.deviceGetAttribute(36, number), runtime.deviceGetAttribute(37, number)
+        # decode.cu wants bulk copies, and 227 KB of shared memory for a block. (Attribute 97: the most that it may have.)
+        self.runs_decode = properties["major"] >= 9 and runtime.deviceGetAttribute(97, number) >= 227 << 10
+        clock, width = runtime.deviceGetAttribute(36, number), runtime.deviceGetAttribute(37, number)       # in kHz, in bits; two moves a clock
         self.memory_bandwidth = 2e3 * clock * width / 8 or None     # bytes/s at best; some drivers say 0
 
     def empty(self, shape, dtype=BFLOAT16):
@@ -513,7 +513,7 @@ class CpuDevice:
         self.compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
         if not self.compiler:
             raise TinyVLLMError("no NVIDIA GPU and no C++ compiler: install g++ (apt install g++), or run where there is a GPU")
-        self.memory_bandwidth, self.has_bulk_copies = None, False   # the simulator has them, but is no faster by them: for tests
+        self.memory_bandwidth, self.runs_decode = None, False   # the simulator could, but would be no faster by it: for tests
         self.float32_weights = {}           # id of a weight -> the same in float32
         # TINYVLLM_SANITIZE=1 finds out-of-bounds accesses; AddressSanitizer must be there before Python's first malloc.
         sanitize = os.environ.get("TINYVLLM_SANITIZE", "") not in ("", "0")
@@ -1018,7 +1018,7 @@ class Model:
         self.graph_sizes, self.graphs = () if enforce_eager else GRAPH_SIZES, {}       # size -> what device.record returned
         # decode.cu deals out columns in 256s, of a row, a half or a quarter, and rows in 8s; G heads are at most 8.
         whole = all(n % (256 << (n > 2048) + (n > 4096)) == 0 for n in (c.hidden_size, c.num_attention_heads * c.head_dim, c.intermediate_size))
-        fits = (whole and device.has_bulk_copies and c.hidden_size <= 4096 and c.num_hidden_layers <= 64 and c.head_dim in (64, 128)
+        fits = (whole and device.runs_decode and c.hidden_size <= 4096 and c.num_hidden_layers <= 64 and c.head_dim in (64, 128)
                 and c.vocab_size % 8 == 0 and c.num_attention_heads <= 8 * c.num_key_value_heads)
         self.kernels = device.compile({                                                 # with this model's sizes as constants
             "HIDDEN": c.hidden_size, "NUM_HEADS": c.num_attention_heads, "NUM_KV_HEADS": c.num_key_value_heads, "HEAD_DIM": c.head_dim,
