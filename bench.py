@@ -93,22 +93,24 @@ def measure_card(llm):
             "operations_per_second": 2 * size**3 / best(lambda: device.linear(a, b))}
 
 
-def seconds_at_best(config, card, requests):
-    """(prefill, decode): what requests of (prompt tokens, new tokens) must take on a card of these rates, if first all prompts come in one
-    step, and then all that are not done decode together."""
+def step_at_best(config, card, tokens, rows, pairs, context):
+    """Seconds that a step must take on a card of these rates. Of `tokens`, `rows` go through the head; queries meet keys in `pairs`; `context`
+    tokens are read from the cache."""
     c, head = config, config.vocab_size * config.hidden_size
     layers = decode_weight_bytes(c) / BYTES - head                              # weights that every token is multiplied with
     a_pair = 4 * c.num_hidden_layers * c.num_attention_heads * c.head_dim       # operations for a query and a key with its value
+    num_bytes = decode_weight_bytes(c) + kv_bytes_per_token(c) * context
+    operations = 2 * (tokens * layers + rows * head) + a_pair * pairs
+    return max(num_bytes / card["bytes_per_second"], operations / card["operations_per_second"])
 
-    def step(tokens, rows, pairs, context):
-        """Of `tokens`, `rows` go through the head; queries meet keys in `pairs`; `context` tokens are read from the cache."""
-        num_bytes = decode_weight_bytes(c) + kv_bytes_per_token(c) * context
-        operations = 2 * (tokens * layers + rows * head) + a_pair * pairs
-        return max(num_bytes / card["bytes_per_second"], operations / card["operations_per_second"])
 
-    prefill = step(sum(p for p, _ in requests), len(requests), sum(p * (p + 1) / 2 for p, _ in requests), 0)
+def seconds_at_best(config, card, requests):
+    """(prefill, decode): what requests of (prompt tokens, new tokens) must take on a card of these rates, if first all prompts come in one
+    step, and then all that are not done decode together."""
+    pairs = sum(p * (p + 1) / 2 for p, _ in requests)
+    prefill = step_at_best(config, card, sum(p for p, _ in requests), len(requests), pairs, 0)
     contexts = [[p + i for p, new in requests if new > i] for i in range(1, max(new for _, new in requests))]
-    return prefill, sum(step(len(context), len(context), sum(context), sum(context)) for context in contexts)
+    return prefill, sum(step_at_best(config, card, len(context), len(context), sum(context), sum(context)) for context in contexts)
 
 
 def random_prompt(llm, count):

@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 import tinyvllm                                         # noqa: E402
 import views                                            # noqa: E402
-from bench import bench_rows, seconds_at_best           # noqa: E402
+from bench import bench_rows, seconds_at_best, step_at_best         # noqa: E402
 from tinyvllm import (SHAPES, BlockAllocator, RequestOutput, SamplingParams, Scheduler, Sequence, cdiv, decode_weight_bytes,        # noqa: E402
                       kv_bytes_per_token, rope_frequencies)
 
@@ -87,8 +87,8 @@ def floor_ms(requests, config=LLAMA):
 
 
 def crossing():
-    """Tokens in a step from which on arithmetic takes longer than reading the weights."""
-    return round(decode_weight_bytes(LLAMA) / CARD["bytes_per_second"] * CARD["operations_per_second"] / decode_weight_bytes(LLAMA))
+    """Tokens in a step from which on arithmetic takes longer than reading the weights: one has two bytes, and two operations a token."""
+    return round(CARD["operations_per_second"] / CARD["bytes_per_second"])
 
 
 def unit_digits(row):
@@ -106,6 +106,17 @@ def bench_table(*names):
     return "\n".join([*lines, ""])
 
 
+def compute(scheduler, scheduled):
+    """A step without a model: what the engine does to its sequences, of which each gets token 0."""
+    for sequence, count in scheduled:
+        sequence.num_computed_tokens += count
+        scheduler.register_full_blocks(sequence)
+        if not sequence.remaining:
+            sequence.token_ids.append(0)
+            if sequence.is_full:
+                scheduler.remove(sequence)
+
+
 def predicted(name):
     """(tokens a second, 99th percentile of the milliseconds between two tokens) of an ablation's row on a card that does nothing but read
     and multiply at its rates: the scheduler runs for real, and each of its steps takes what chapter 1 says."""
@@ -116,10 +127,8 @@ def predicted(name):
 @lru_cache(maxsize=None)
 def predicted_without(off):
     """The same, without these ideas."""
-    row, config = BENCH["ablation-all-on"], LLAMA
+    row = BENCH["ablation-all-on"]
     setup = row.setup
-    layers = decode_weight_bytes(config) / 2 - config.vocab_size * config.hidden_size
-    a_pair = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
     scheduler = Scheduler(BlockAllocator(50_000, 16, "prefix-caching" not in off), setup["whole" if "chunked-prefill" in off else "budget"],
                           setup["seqs"], "chunked-prefill" not in off, "continuous-batching" in off)
     for i, (prompt, new) in enumerate(row.requests):
@@ -128,20 +137,14 @@ def predicted_without(off):
     gaps, seconds = [], 0.0
     while scheduler.waiting or scheduler.running:
         tokens = rows = pairs = read = decodes = 0
-        for sequence, count in scheduler.schedule():
-            start = sequence.num_computed_tokens
-            sequence.num_computed_tokens += count
-            scheduler.register_full_blocks(sequence)
+        scheduled = scheduler.schedule()
+        for sequence, count in scheduled:
+            start, gets_token = sequence.num_computed_tokens, count == sequence.remaining
             tokens, read, pairs = tokens + count, read + start + count, pairs + count * start + count * (count + 1) / 2
-            if not sequence.remaining:
-                rows += 1
-                decodes += start >= len(sequence.output.prompt_token_ids)
-                sequence.token_ids.append(0)
-                if sequence.is_full:
-                    scheduler.remove(sequence)
-        num_bytes = decode_weight_bytes(config) + kv_bytes_per_token(config) * read
-        operations = 2 * (tokens * layers + rows * config.vocab_size * config.hidden_size) + a_pair * pairs
-        step = max(num_bytes / CARD["bytes_per_second"], operations / CARD["operations_per_second"])
+            rows += gets_token
+            decodes += gets_token and start >= len(sequence.output.prompt_token_ids)
+        compute(scheduler, scheduled)
+        step = step_at_best(LLAMA, CARD, tokens, rows, pairs, read)
         seconds += step
         gaps += [step] * decodes
     return sum(new for _, new in row.requests) / seconds, 1e3 * float(np.percentile(gaps, 99))
@@ -529,13 +532,10 @@ def plan(requests, budget, max_seqs, num_blocks=9999, **options):
             scheduler.waiting.append(Sequence(SamplingParams(), RequestOutput([number] * prompt), None, prompt + new))
             numbers[scheduler.waiting[-1]] = number
         steps.append({})
-        for sequence, count in scheduler.schedule():
+        scheduled = scheduler.schedule()
+        for sequence, count in scheduled:
             steps[-1][numbers[sequence]] = count, sequence.num_computed_tokens >= len(sequence.output.prompt_token_ids)
-            sequence.num_computed_tokens += count
-            if not sequence.remaining:
-                sequence.token_ids.append(0)
-                if sequence.is_full:
-                    scheduler.remove(sequence)
+        compute(scheduler, scheduled)
     return steps
 
 
