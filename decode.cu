@@ -143,10 +143,6 @@ __device__ inline void publish(void* p, const Words& v) {
     for (int i = 0; i < 4; ++i) publish(static_cast<unsigned*>(p) + i, v.w[i]);
 }
 __device__ inline bool missing(const Words& v) { return !v.w[0] || !v.w[1] || !v.w[2] || !v.w[3]; }
-template <class T> __device__ inline T quad_sum(T x) {    // over lanes 4g .. 4g + 3
-    x += __shfl_xor_sync(0xffffffff, x, 1);
-    return x + __shfl_xor_sync(0xffffffff, x, 2);
-}
 
 // Waits until the mbarrier has been passed `times` + 1 times. (Only the parity counts: nobody is two rounds behind.)
 __device__ inline void wait(u64* mbarrier, unsigned times) { while (!mbarrier_passed_soon(mbarrier, times % 2)) relax(); }
@@ -512,7 +508,7 @@ struct Reducer {
             if (Shape::NORMED) x = {x.a * scale, x.b * scale};
             if (P == QKV_PRODUCT && row < (NUM_HEADS + NUM_KV_HEADS) * HEAD_DIM)    // values are not turned
                 x = {x.a * angle.a - x.b * angle.b, x.b * angle.a + x.a * angle.b};
-            if (P == GATE_UP) x.a = x.a / (1 + exp2_approx(-LOG2_E * x.a)) * x.b;
+            if (P == GATE_UP) x.a = silu(x.a) * x.b;
             if (P == GATE_UP) x.b = __shfl_xor_sync(0xffffffff, x.a, distance);
             else if (Shape::SHIFT < 2) {
                 const float other = __shfl_xor_sync(0xffffffff, second ? x.a : x.b, distance);

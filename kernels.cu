@@ -1,4 +1,4 @@
-// tiny-vLLM: every GPU kernel of the engine.
+// tiny-vLLM: the GPU kernels of the engine. (decode.cu has one more, which does a whole step of a few sequences.)
 //
 // A step of the engine is matrix products, which cuBLAS does, and between them these kernels, in the order in which a
 // token meets them (the second to the fourth in every layer):
@@ -73,6 +73,11 @@ template <class T, class Op>
 __device__ inline T warp_reduce(T x, Op op) {
     for (int distance = 16; distance > 0; distance /= 2) x = op(x, __shfl_xor_sync(0xffffffff, x, distance));
     return x;
+}
+
+template <class T> __device__ inline T quad_sum(T x) {    // over lanes 4g .. 4g + 3, which share a row of an mma's result
+    x += __shfl_xor_sync(0xffffffff, x, 1);
+    return x + __shfl_xor_sync(0xffffffff, x, 2);
 }
 
 // All threads of a block get the result: a butterfly in each warp, then everyone folds the (at most 32) warps' results.
@@ -338,8 +343,8 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
 //   to fewer if there are few. Each leaves acc, m and l here, and the last one to end merges them.
 //   tiles [A, 2]: the work: a sequence, and the first of the rows of it that a block owns, ATTENTION_ROWS of them (twice
 //   as many if head_dim <= 128), or as many as there are. What sees the most keys should come first.
-//   Grid (K * splits, A); A * K is at most 1,024 if splits > 1. A page's heads lie side by side, and so blocks that run
-//   together read side by side.
+//   Grid (K * splits, A); A * K is at most 1,024 if splits > 1. Blocks begin in this order, heads first: so the longest
+//   tiles of all heads begin before any shorter one.
 //
 // Who owns what: of each 16 rows of scores and acc, lane i of a warp holds rows i / 4 and i / 4 + 8, and in these the
 // columns 2 (i % 4), +1 of every eight (as mma leaves them; the next mma wants probabilities as a factor just there).
@@ -504,8 +509,7 @@ __device__ inline void attend(
                                              [=](int row, int part) { return v_tile + place(row, part); });
     }
     for (int r = 0; r < ROW_TILES; ++r)
-        for (int i = 0; i < 2; ++i)
-            for (int k = 1; k < 4; k *= 2) l[r][i] += __shfl_xor_sync(0xffffffff, l[r][i], k);
+        for (int i = 0; i < 2; ++i) l[r][i] = quad_sum(l[r][i]);
 
     // 5. Warp 0 adds up the warps that shared keys. They have the same rows: lane i wants what the others' lane i has.
     cp_async_wait<0>();
@@ -618,6 +622,9 @@ extern "C" __global__ __launch_bounds__(ATTENTION_THREADS, HEAD_DIM <= 128 ? 4 :
 constexpr int SILU_THREADS = 256;
 constexpr int SILU_COLUMNS = 4096;    // of a block
 
+// exp(-g) is 2^(-g log2(e)). For a very negative g it is inf, and g / inf is the right answer, 0.
+__device__ inline float silu(float g) { return g / (1 + exp2_approx(-LOG2_E * g)); }
+
 extern "C" __global__ __launch_bounds__(SILU_THREADS) void silu_mul(bf16* out, const bf16* gate_up, const bf16* x) {
     const size_t token = blockIdx.y;
     const int first = blockIdx.x * SILU_COLUMNS + 8 * threadIdx.x;
@@ -635,8 +642,7 @@ extern "C" __global__ __launch_bounds__(SILU_THREADS) void silu_mul(bf16* out, c
         const Float8 up = to_float(ups[k]);
         for (int j = 0; j < 8; ++j) {
             const float g = gate.v[j] * factor;
-            // exp(-g) is 2^(-g log2(e)). For a very negative g it is inf, and g / inf is the right answer, 0.
-            gate.v[j] = g / (1 + exp2_approx(-LOG2_E * g)) * (up.v[j] * factor);
+            gate.v[j] = silu(g) * (up.v[j] * factor);
         }
         vec8(out + token * FFN + i) = to_bf16(gate);
     }
