@@ -29,7 +29,6 @@
 //   No sum depends on who draws or comes first: the same input gives the same bits.
 // ---------------------------------------------------------------------------------------------------------------------
 #ifdef SIMULATOR
-alignas(128) __shared__ char dynamic_shared[227 << 10];
 // A phase of an mbarrier is over when all have arrived, and all bytes that were announced. Copies are made at once.
 struct Mbarrier { uint8_t count, waits_for, phase; int bytes; };
 inline void mbarrier_arrive(u64* b, int arrivals = 1, int bytes = 0) {
@@ -59,13 +58,12 @@ inline void mma_m16n8k16_bf16(float* d, const unsigned (&a)[4], const unsigned* 
         return 0;
     });
 }
-#else
-extern __shared__ __align__(128) char dynamic_shared[];
 #endif
 
 constexpr int DECODE_BATCH = 4;                  // sequences, at most
 constexpr int DECODE_LAYERS = 64;                // at most
 constexpr int DECODE_SHARED_BYTES = 232448;      // all that a block may have on compute capability 9.0
+extern "C" __device__ const int decode_shared_bytes = DECODE_SHARED_BYTES;
 constexpr int CONSUMERS = 8;                     // warps, both
 constexpr int MERGERS = 2;
 constexpr int DECODE_THREADS = 384;              // 32 (CONSUMERS + MERGERS + a reducer + a producer)
@@ -606,6 +604,7 @@ extern "C" __global__ __launch_bounds__(DECODE_THREADS, 1) void decode(
         int layers, const float* cos_sin, const int* positions, const long long* slot_mapping, bf16* kv_cache,
         int num_blocks, const int* block_tables, const int* cu_blocks, const int* context_lens, float scale, int* words,
         int sequences, int splits) {
+    DYNAMIC_SHARED(DECODE_SHARED_BYTES);
     Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
     const int me = threadIdx.x, warp = me / 32, lane = me % 32;
     const Step step = {logits, embed, norm, token_ids, sampled, layers, cos_sin, positions, slot_mapping, kv_cache,

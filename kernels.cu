@@ -150,8 +150,12 @@ __device__ inline void cp_async_16(void* shared, const void* global, int bytes) 
 }
 // What a thread has started since its last commit is a group. Waits until at most its latest N groups are under way.
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N>
-__device__ inline void cp_async_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
+template <int N> __device__ inline void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory");
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");    // such that wgmma sees it, after a barrier
+#endif
+}
 
 __device__ inline float exp2_approx(float x) {    // 2^x, with a relative error of 2^-22
     asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
@@ -159,7 +163,7 @@ __device__ inline float exp2_approx(float x) {    // 2^x, with a relative error 
 }
 __device__ inline unsigned pack_bf16x2(float low, float high) {    // two bf16 in a register, `low` in the lower half
     unsigned both;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    asm volatile("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));    // (volatile: not after wgmma's fence)
     return both;
 }
 // atomicInc that orders memory: whoever finds its result here also finds what this thread had written or seen before.
@@ -206,6 +210,52 @@ __device__ inline void store_word(void* p, unsigned w) {
     asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(p), "r"(w) : "memory");
 }
 __device__ inline void relax() {}    // between two looks at what another thread will change
+// Shared memory of more than 48 KB. NAME_shared_bytes tells CudaDevice.compile how much kernel NAME wants.
+#define DYNAMIC_SHARED(bytes) extern __shared__ __align__(1024) char dynamic_shared[]
+#endif
+
+// On compute capability 9.0, four warps together multiply twice as fast: d [64, 64] += a [64, 16] @ b [16, 64], each warp with
+// 16 of the rows, in fragments as above. The tensor cores read b from shared memory themselves, and a too if it is no
+// fragment. It must lie there as place() puts it: rows of 128 bytes, whose parts of 16 bytes have changed places.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+constexpr bool WGMMA = HEAD_DIM == 64 || HEAD_DIM == 128;
+#define FOUR(d) "+f"((d)[0]), "+f"((d)[1]), "+f"((d)[2]), "+f"((d)[3])
+#define WGMMA_M64N64K16(d, operands, ...)                                                                              \
+    asm volatile("{.reg .pred p; setp.eq.u32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, "  \
+                 "%2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "   \
+                 "%23, %24, %25, %26, %27, %28, %29, %30, %31}, " operands ";}"                                        \
+                 : FOUR(d[0]), FOUR(d[1]), FOUR(d[2]), FOUR(d[3]), FOUR(d[4]), FOUR(d[5]), FOUR(d[6]), FOUR(d[7])      \
+                 : __VA_ARGS__ : "memory")
+// What wgmma is told of a matrix: where it begins, in units of 16 bytes; that eight rows further is 1,024 bytes further; and,
+// in the highest bits, which places the parts change.
+template <class At> __device__ inline u64 wgmma_matrix(At at, int row, int part) {
+    return ((u64)1 << 62 | (u64)64 << 32 | 1 << 16 | shared_address(at(0, 0)) / 16) + (at(row, part) - at(0, 0));
+}
+// As mma_shared, by four warps. a: the fragments [STEPS][R][4] or, if TRANSPOSED, rows in shared memory, like b.
+template <bool TRANSPOSED, int STEPS, int R, int N, class A, class At>
+__device__ inline void wgmma_shared(float (&d)[R][N][4], const A& a, At at) {
+    const auto settle = [&] {    // what happens to d before this point is not to happen after it
+        #pragma unroll
+        for (int i = 0; i < R * N; ++i) asm volatile("" : FOUR(d[i / N][i % N]) :: "memory");
+    };
+    settle();
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    #pragma unroll
+    for (int i = 0; i < STEPS * R * N; i += 8) {
+        const int step = i / N / R, r = i / N % R, n = i % N;
+        if constexpr (TRANSPOSED)
+            WGMMA_M64N64K16((d[r] + n), "%32, %33, p, 1, 1, 0, 0",
+                            "l"(wgmma_matrix(a, 64 * r, 2 * step)), "l"(wgmma_matrix(at, 8 * n, 2 * step)));
+        else
+            WGMMA_M64N64K16((d[r] + n), "{%32, %33, %34, %35}, %36, p, 1, 1, 1", "r"(a[step][r][0]), "r"(a[step][r][1]),
+                            "r"(a[step][r][2]), "r"(a[step][r][3]), "l"(wgmma_matrix(at, 16 * step, n)));
+    }
+    asm volatile("wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    settle();
+}
+#else
+constexpr bool WGMMA = false;
+template <bool, int, class... Arguments> __device__ void wgmma_shared(Arguments...);    // nobody calls it
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -348,44 +398,50 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
 //
 // Who owns what: of each 16 rows of scores and acc, lane i of a warp holds rows i / 4 and i / 4 + 8, and in these the
 // columns 2 (i % 4), +1 of every eight (as mma leaves them; the next mma wants probabilities as a factor just there).
-// - Prefill: a warp owns 32 rows, or 16 if head_dim > 128 (acc must fit its registers), and looks at all keys.
+// - Prefill: of every 64 rows each warp owns 16. A block has twice 64, or once if head_dim > 128 (acc must fit the registers).
 // - Decode (16 rows or fewer: one token has G): all warps have the same rows, and each its own 16 keys of a tile (where
 //   head_dim makes tiles smaller, warps beyond repeat what others do). In the end warp 0 adds up what they found.
-// Shared memory, 48 KB: q of the block's rows, and a ring of tiles, K, V, K, V, ...: while one is used, the next are on
-// their way.
+// Shared memory: q of the block's rows, and a ring of tiles, K, V, K, V, ...: while one is used, the next are on their way.
 // ---------------------------------------------------------------------------------------------------------------------
 constexpr int ATTENTION_THREADS = 128;
 constexpr int ATTENTION_ROWS = 64;       // of a block; twice as many if head_dim <= 128
 constexpr int WARPS = ATTENTION_THREADS / 32, PARTS = HEAD_DIM / 8;          // 16-byte parts of a row of q, K or V
-constexpr int KEY_TILE = HEAD_DIM <= 64 ? 64 : HEAD_DIM <= 128 ? 32 : 16;    // 8 KB
+constexpr int DECODE_TILE = HEAD_DIM <= 64 ? 64 : HEAD_DIM <= 128 ? 32 : 16;    // keys: 8 KB; and of shared memory in all,
+constexpr int DECODE_BYTES = 48 << 10;   // what needs no asking for
+constexpr int PREFILL_TILE = WGMMA ? 64 : DECODE_TILE, PREFILL_BYTES = PREFILL_TILE > DECODE_TILE ? 80 << 10 : DECODE_BYTES;
+extern "C" __device__ const int paged_attention_shared_bytes = PREFILL_BYTES;
 constexpr int MIN_SPLIT = 256;           // keys for one block at least: for fewer, merging costs more than it gains
 // ldmatrix reads one part of eight rows at a time, and these should lie in different banks. They do if a row has an odd
 // number of parts, so rows are padded; or, with 8, 16, ... parts, if part p of row r changes places with p xor r % 8.
-constexpr int STRIDE = PARTS % 8 == 0 ? PARTS : PARTS + 1;
-__device__ inline unsigned place(unsigned row, unsigned part) {
-    return row * STRIDE + part / 8 * 8 + (part % 8 ^ (PARTS % 8 == 0 ? row % 8 : 0));
+// Then the first eight parts of a tile's ROWS come before the next eight: wgmma wants rows of 128 bytes.
+constexpr int PADDED = PARTS % 8 == 0 ? PARTS : PARTS + 1, STRIDE = PARTS % 8 == 0 ? 8 : PADDED;    // parts; from row to row
+template <int ROWS> __device__ inline unsigned place(unsigned row, unsigned part) {
+    return PARTS % 8 == 0 ? part / 8 * 8 * ROWS + row * 8 + (part % 8 ^ row % 8) : row * STRIDE + part;
 }
 
 __device__ unsigned arrived[1024];       // of each block's rows: splits that have ended. 0 between launches
 
 // A block's work: rows from first_row on, of the sequence that begins with first_token, which sees first_seen keys.
-template <int ROW_TILES, int KEY_WARPS>    // tiles of 16 rows that a warp owns; warps that share the keys of a tile
+// A warp owns ROW_TILES of 16 rows each; KEY_WARPS share the KEY_TILE keys of a tile. BYTES of memory.
+template <int ROW_TILES, int KEY_WARPS, int KEY_TILE, int BYTES>
 __device__ inline void attend(
         Bf16x8* memory, unsigned first_row, unsigned rows, unsigned first_token, int first_seen, const int* block_table,
         bf16* out, const bf16* qkv, const bf16* k_cache, const bf16* v_cache, float* partial) {
-    constexpr unsigned Q_ROWS = 16 * ROW_TILES * (KEY_WARPS > 1 ? 1 : WARPS), TILE = KEY_TILE * STRIDE;
-    constexpr unsigned FIT = (48 * 1024 / 16 - Q_ROWS * STRIDE) / TILE, SLOTS = FIT < 5 ? FIT : 5;    // of the ring
+    constexpr bool TOGETHER = WGMMA && KEY_WARPS == 1;
+    constexpr unsigned Q_ROWS = 16 * ROW_TILES * (KEY_WARPS > 1 ? 1 : WARPS), TILE = KEY_TILE * PADDED;
+    constexpr unsigned FIT = (BYTES / 16 - Q_ROWS * PADDED) / TILE, SLOTS = FIT < 5 ? FIT : 5;    // of the ring
     constexpr unsigned KEYS = KEY_TILE / KEY_WARPS;       // of a warp in each tile
-    constexpr bool KEEP_Q = ROW_TILES * PARTS <= 16;      // in registers
     const unsigned kv_head = blockIdx.x % NUM_KV_HEADS, split = blockIdx.x / NUM_KV_HEADS;
     const unsigned splits = gridDim.x / NUM_KV_HEADS, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const unsigned warp_row = KEY_WARPS > 1 ? 0 : warp * 16 * ROW_TILES, warp_key = warp % KEY_WARPS * KEYS;
+    const unsigned warp_row = KEY_WARPS > 1 ? 0 : warp * 16, warp_key = warp % KEY_WARPS * KEYS;
     // Of a row: its token * H + head, and how many keys it sees.
     const auto token_head = [=](unsigned row) {
         const unsigned token = first_token + (first_row + row) / GROUP;
         return (size_t)token * NUM_HEADS + kv_head * GROUP + (first_row + row) % GROUP;
     };
     const auto visible = [=](unsigned row) { return first_seen + int((first_row + row) / GROUP); };
+    constexpr int MINE = 2 * ROW_TILES;                   // rows of which this lane has numbers
+    const auto row_of = [=](int i) { return warp_row + i / 2 * 64 + i % 2 * 8 + lane / 4; };
     // This block's keys: whole tiles, so that only the last one of all can be partial. There may be none.
     const unsigned end = max(visible(rows - 1), 0), all_tiles = (end + KEY_TILE - 1) / KEY_TILE;
     const unsigned share = max((all_tiles + splits - 1) / splits, unsigned(MIN_SPLIT / KEY_TILE));
@@ -394,11 +450,12 @@ __device__ inline void attend(
     const unsigned first_tile = split * share, last_tile = min(first_tile + share, all_tiles);
 
     // 1. Copies. q first; it belongs to the first tile's group. Rows that there are not are 0.
+    const auto q_at = [=](int row, int part) { return memory + place<Q_ROWS>(row, part); };
     for (unsigned item = threadIdx.x; item < Q_ROWS * PARTS; item += ATTENTION_THREADS) {
         const unsigned row = item / PARTS, part = item % PARTS;
         const size_t i = token_head(min(row, rows - 1)), token = i / NUM_HEADS, head = i % NUM_HEADS;
         const bf16* source = qkv + token * QKV + head * HEAD_DIM + 8 * part;
-        cp_async_16(memory + place(row, part), source, row < rows ? 16 : 0);
+        cp_async_16(q_at(row, part), source, row < rows ? 16 : 0);
     }
     // Of K and V, a thread copies one part (two, if head_dim > 128) of every STEPth key. It looks up their pages a tile
     // ahead. Hazard: nothing at or past `end` is read, neither unused slots (garbage, possibly NaN) nor unused entries
@@ -413,7 +470,7 @@ __device__ inline void attend(
             pages[i] = position < end ? block_table[position / BLOCK_SIZE] : 0;
         }
     };
-    Bf16x8* const ring = memory + Q_ROWS * STRIDE;
+    Bf16x8* const ring = memory + Q_ROWS * PADDED;
     const auto load = [&](unsigned item) {    // item 2t of the ring is K of tile t, 2t + 1 is V
         const unsigned tile = item / 2;
         #pragma unroll
@@ -425,7 +482,7 @@ __device__ inline void attend(
                 const bf16* source = item % 2 ? v_cache : k_cache;    // 64 bits, as in rope_and_cache
                 source += (kv_head * BLOCK_SIZE + position % BLOCK_SIZE) * HEAD_DIM + 8 * part;
                 source += (size_t)pages[i] * (NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM);
-                cp_async_16(ring + item % SLOTS * TILE + i * STEP * STRIDE + place(my_key, part), source,
+                cp_async_16(ring + item % SLOTS * TILE + i * STEP * STRIDE + place<KEY_TILE>(my_key, part), source,
                             position < end ? 16 : 0);
             }
         }
@@ -446,70 +503,57 @@ __device__ inline void attend(
     const auto load_q = [&](int step) -> auto& {
         #pragma unroll
         for (int r = 0; r < ROW_TILES; ++r)
-            load_shared(q[step][r], [=](int row, int part) {
-                return memory + (warp_row + 16 * r) * STRIDE + place(row, 2 * step + part); });
+            load_shared(q[step][r], [=](int row, int part) { return q_at(warp_row + 64 * r + row, 2 * step + part); });
         return q[step];
     };
-    if (KEEP_Q) {
-        cp_async_wait<SLOTS - 2>();
-        __syncthreads();    // q is there
-        #pragma unroll
-        for (int step = 0; step < PARTS / 2; ++step) load_q(step);
-    }
-
     // l is of this lane's columns only, until the end.
-    float m[ROW_TILES][2], l[ROW_TILES][2] = {}, acc[ROW_TILES][PARTS][4] = {};
-    for (int r = 0; r < ROW_TILES; ++r) m[r][0] = m[r][1] = -INF;
+    float m[MINE], l[MINE] = {}, acc[ROW_TILES][PARTS][4] = {};
+    for (float& x : m) x = -INF;
     for (unsigned tile = first_tile; tile < last_tile; ++tile) {
         // 2. Scores
-        float s[ROW_TILES][KEYS / 8][4] = {}, rescale[ROW_TILES][2] = {};
+        float s[ROW_TILES][KEYS / 8][4] = {};
         const Bf16x8* k_tile = next(2 * tile);
-        mma_shared<true, STRIDE, PARTS / 2>(s, [&](int step) -> auto& { return KEEP_Q ? q[step] : load_q(step); },
-                                            [=](int row, int part) { return k_tile + place(row, part); });
+        const auto k_at = [=](int row, int part) { return k_tile + place<KEY_TILE>(row, part); };
+        if constexpr (TOGETHER) wgmma_shared<true, PARTS / 2>(s, q_at, k_at);
+        else mma_shared<true, STRIDE, PARTS / 2>(s, load_q, k_at);
         // 3. Online softmax. The probabilities, rounded to bf16, are a factor of the next product.
-        unsigned p[KEYS / 16][ROW_TILES][4] = {};
+        const auto score = [&](int i, int n, int j) -> float& { return s[i / 2][n][i % 2 * 2 + j]; };
         const int start = tile * KEY_TILE + warp_key;
-        bool rises = false;
-        #pragma unroll
-        for (int r = 0; r < ROW_TILES; ++r)
+        const int used = KEY_WARPS > 1 && rows <= 8 ? 1 : MINE;    // decode: often, the upper eight rows are not there
+        unsigned p[KEYS / 16][ROW_TILES][4] = {};
+        if (start + int(KEYS) > visible(warp_row))    // on the diagonal, or the last tile: hide some
             #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                if (KEY_WARPS > 1 && rows <= 8 * i) break;        // decode: often, the upper eight rows are not there
-                if (start + int(KEYS) > visible(warp_row)) {      // on the diagonal, or the last tile: hide some
-                    const int mine = visible(warp_row + 16 * r + 8 * i + lane / 4) - start - int(lane % 4 * 2);
-                    #pragma unroll
-                    for (int n = 0; n < KEYS / 8; ++n)
-                        for (int j = 0; j < 2; ++j) if (8 * n + j >= mine) s[r][n][2 * i + j] = -INF;
-                }
-                float highest = m[r][i];
-                for (int n = 0; n < KEYS / 8; ++n) highest = max(highest, max(s[r][n][2 * i], s[r][n][2 * i + 1]));
-                for (int k = 1; k < 4; k *= 2) highest = max(highest, __shfl_xor_sync(0xffffffff, highest, k));
-                // Hazard: a row that has seen no key yet. Its maximum is -inf, and -inf - -inf would be NaN.
-                const float base = highest == -INF ? 0 : highest;
-                rescale[r][i] = exp2_approx(m[r][i] - base);
-                rises |= m[r][i] != highest;
-                m[r][i] = highest;
-                l[r][i] *= rescale[r][i];
+            for (int i = 0; i < MINE; ++i) {
+                const int seen = visible(row_of(i)) - start - int(lane % 4 * 2);
                 #pragma unroll
-                for (int n = 0; n < KEYS / 8; ++n) {
-                    const float p0 = exp2_approx(s[r][n][2 * i] - base);
-                    const float p1 = exp2_approx(s[r][n][2 * i + 1] - base);
-                    l[r][i] += p0 + p1;
-                    p[n / 2][r][n % 2 * 2 + i] = pack_bf16x2(p0, p1);
-                }
+                for (int n = 0; n < KEYS / 8; ++n)
+                    for (int j = 0; j < 2; ++j) if (8 * n + j >= seen) score(i, n, j) = -INF;
             }
-        if (__any_sync(0xffffffff, rises))    // seldom, after the first tiles
+        #pragma unroll
+        for (int i = 0; i < MINE; ++i) {
+            if (i >= used) break;
+            float highest = m[i];
+            for (int n = 0; n < KEYS / 8; ++n) highest = max(highest, max(score(i, n, 0), score(i, n, 1)));
+            for (int k = 1; k < 4; k *= 2) highest = max(highest, __shfl_xor_sync(0xffffffff, highest, k));
+            // Hazard: a row that has seen no key yet. Its maximum is -inf, and -inf - -inf would be NaN.
+            const float base = highest == -INF ? 0 : highest, rescale = exp2_approx(m[i] - base);
+            m[i] = highest, l[i] *= rescale;
             #pragma unroll
-            for (int r = 0; r < ROW_TILES; ++r)
-                for (int d = 0; d < PARTS; ++d)
-                    for (int i = 0; i < 4; ++i) acc[r][d][i] *= rescale[r][i / 2];
+            for (int n = 0; n < KEYS / 8; ++n) {
+                const float p0 = exp2_approx(score(i, n, 0) - base), p1 = exp2_approx(score(i, n, 1) - base);
+                l[i] += p0 + p1;
+                p[n / 2][i / 2][n % 2 * 2 + i % 2] = pack_bf16x2(p0, p1);
+            }
+            #pragma unroll
+            for (int d = 0; d < 2 * PARTS; ++d) acc[i / 2][d / 2][i % 2 * 2 + d % 2] *= rescale;
+        }
         // 4. Values
         const Bf16x8* v_tile = next(2 * tile + 1);
-        mma_shared<false, STRIDE, KEYS / 16>(acc, [&](int step) -> auto& { return p[step]; },
-                                             [=](int row, int part) { return v_tile + place(row, part); });
+        const auto v_at = [=](int row, int part) { return v_tile + place<KEY_TILE>(row, part); };
+        if constexpr (TOGETHER) wgmma_shared<false, KEYS / 16>(acc, p, v_at);
+        else mma_shared<false, STRIDE, KEYS / 16>(acc, [&](int step) -> auto& { return p[step]; }, v_at);
     }
-    for (int r = 0; r < ROW_TILES; ++r)
-        for (int i = 0; i < 2; ++i) l[r][i] = quad_sum(l[r][i]);
+    for (float& x : l) x = quad_sum(x);
 
     // 5. Warp 0 adds up the warps that shared keys. They have the same rows: lane i wants what the others' lane i has.
     cp_async_wait<0>();
@@ -519,17 +563,17 @@ __device__ inline void attend(
             return reinterpret_cast<float*>(memory)[(w * (4 * PARTS + 4) + value) * 32 + lane]; };
         for (int i = 0; i < 2; ++i) {
             if (warp >= KEY_WARPS) break;
-            of_warp(warp, i) = m[0][i], of_warp(warp, 2 + i) = l[0][i];
+            of_warp(warp, i) = m[i], of_warp(warp, 2 + i) = l[i];
             for (int j = 2 * i; j < 4 * PARTS; j += j % 2 ? 3 : 1) of_warp(warp, 4 + j) = acc[0][j / 4][j % 4];
         }
         __syncthreads();    // all warps' sums are written before warp 0 reads them
         for (int w = 1; w < KEY_WARPS && warp == 0; ++w)
             for (int i = 0; i < 2; ++i) {
-                const float highest = max(m[0][i], of_warp(w, i)), base = highest == -INF ? 0 : highest;
-                const float mine = exp2_approx(m[0][i] - base);
+                const float highest = max(m[i], of_warp(w, i)), base = highest == -INF ? 0 : highest;
+                const float mine = exp2_approx(m[i] - base);
                 const float its = exp2_approx(of_warp(w, i) - base);
-                m[0][i] = highest;
-                l[0][i] = l[0][i] * mine + of_warp(w, 2 + i) * its;
+                m[i] = highest;
+                l[i] = l[i] * mine + of_warp(w, 2 + i) * its;
                 for (int j = 2 * i; j < 4 * PARTS; j += j % 2 ? 3 : 1)
                     acc[0][j / 4][j % 4] = acc[0][j / 4][j % 4] * mine + of_warp(w, 4 + j) * its;
             }
@@ -537,22 +581,20 @@ __device__ inline void attend(
 
     // 6. Results
     #pragma unroll
-    for (int r = 0; r < ROW_TILES; ++r)
-        #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const unsigned row = warp_row + 16 * r + 8 * i + lane / 4;
-            if (row >= rows || (KEY_WARPS > 1 && warp > 0)) continue;
-            const float down = l[r][i] > 0 ? 1 / l[r][i] : 0;    // a padding query has seen no key: 0, not 0 / 0
-            unsigned* bf16s = reinterpret_cast<unsigned*>(out + token_head(row) * HEAD_DIM) + lane % 4;
-            Float2* floats = reinterpret_cast<Float2*>(partial);
-            floats += (token_head(row) * splits + split) * (HEAD_DIM / 2 + 1);
-            for (int d = 0; d < PARTS; ++d) {
-                const float x = acc[r][d][2 * i], y = acc[r][d][2 * i + 1];
-                if (used_splits == 1) bf16s[4 * d] = pack_bf16x2(x * down, y * down);
-                else floats[4 * d + lane % 4] = {x, y};
-            }
-            if (used_splits > 1) floats[HEAD_DIM / 2] = {m[r][i], l[r][i]};
+    for (int i = 0; i < MINE; ++i) {
+        const unsigned row = row_of(i);
+        if (row >= rows || (KEY_WARPS > 1 && warp > 0)) continue;
+        const float down = l[i] > 0 ? 1 / l[i] : 0;    // a padding query has seen no key: 0, not 0 / 0
+        unsigned* bf16s = reinterpret_cast<unsigned*>(out + token_head(row) * HEAD_DIM) + lane % 4;
+        Float2* floats = reinterpret_cast<Float2*>(partial);
+        floats += (token_head(row) * splits + split) * (HEAD_DIM / 2 + 1);
+        for (int d = 0; d < PARTS; ++d) {
+            const float x = acc[i / 2][d][i % 2 * 2], y = acc[i / 2][d][i % 2 * 2 + 1];
+            if (used_splits == 1) bf16s[4 * d] = pack_bf16x2(x * down, y * down);
+            else floats[4 * d + lane % 4] = {x, y};
         }
+        if (used_splits > 1) floats[HEAD_DIM / 2] = {m[i], l[i]};
+    }
     if (used_splits == 1) return;
 
     // 7. The last of the splits to end merges them, always in the same order. The counter wraps around to 0.
@@ -582,26 +624,27 @@ __device__ inline void attend(
 
 template <bool DECODE>    // whether no tile has more than 16 rows
 __device__ inline void attend_tile(
-        bf16* out, const bf16* qkv, const bf16* k_cache, const bf16* v_cache, const int* block_tables,
+        Bf16x8* memory, bf16* out, const bf16* qkv, const bf16* k_cache, const bf16* v_cache, const int* block_tables,
         const int* cu_blocks, const int* cu_seqlens, const int* context_lens, const int* tiles, float* partial) {
     constexpr int ROW_TILES = HEAD_DIM <= 128 ? 2 : 1, ROWS = 16 * ROW_TILES * WARPS;
-    __shared__ Bf16x8 memory[48 * 1024 / 16];    // the static limit
     const int sequence = tiles[2 * blockIdx.y], first_row = tiles[2 * blockIdx.y + 1];
     const int first_token = cu_seqlens[sequence], queries = cu_seqlens[sequence + 1] - first_token;
     const int first_seen = context_lens[sequence] - queries + 1, rows = min(queries * GROUP - first_row, ROWS);
     const int* block_table = block_tables + cu_blocks[sequence];
     if (rows <= 16)
-        attend<1, KEY_TILE / 16>(memory, first_row, rows, first_token, first_seen, block_table, out, qkv, k_cache,
-                                 v_cache, partial);
+        attend<1, DECODE_TILE / 16, DECODE_TILE, DECODE_BYTES>(memory, first_row, rows, first_token, first_seen, block_table,
+                                                               out, qkv, k_cache, v_cache, partial);
     else if constexpr (!DECODE)
-        attend<ROW_TILES, 1>(memory, first_row, rows, first_token, first_seen, block_table, out, qkv, k_cache, v_cache,
-                             partial);
+        attend<ROW_TILES, 1, PREFILL_TILE, PREFILL_BYTES>(memory, first_row, rows, first_token, first_seen, block_table, out,
+                                                          qkv, k_cache, v_cache, partial);
 }
 
-extern "C" __global__ __launch_bounds__(ATTENTION_THREADS) void paged_attention(
+extern "C" __global__ __launch_bounds__(ATTENTION_THREADS, WGMMA && HEAD_DIM == 64 ? 3 : 2) void paged_attention(
         bf16* out, const bf16* qkv, const bf16* k_cache, const bf16* v_cache, const int* block_tables,
         const int* cu_blocks, const int* cu_seqlens, const int* context_lens, const int* tiles, float* partial) {
-    attend_tile<false>(out, qkv, k_cache, v_cache, block_tables, cu_blocks, cu_seqlens, context_lens, tiles, partial);
+    DYNAMIC_SHARED(PREFILL_BYTES);
+    attend_tile<false>(reinterpret_cast<Bf16x8*>(dynamic_shared), out, qkv, k_cache, v_cache, block_tables, cu_blocks,
+                       cu_seqlens, context_lens, tiles, partial);
 }
 
 // The same for a batch of single queries: it needs half the registers, so twice the blocks are on a multiprocessor at once
@@ -609,7 +652,8 @@ extern "C" __global__ __launch_bounds__(ATTENTION_THREADS) void paged_attention(
 extern "C" __global__ __launch_bounds__(ATTENTION_THREADS, HEAD_DIM <= 128 ? 4 : 2) void decode_attention(
         bf16* out, const bf16* qkv, const bf16* k_cache, const bf16* v_cache, const int* block_tables,
         const int* cu_blocks, const int* cu_seqlens, const int* context_lens, const int* tiles, float* partial) {
-    attend_tile<true>(out, qkv, k_cache, v_cache, block_tables, cu_blocks, cu_seqlens, context_lens, tiles, partial);
+    __shared__ Bf16x8 memory[DECODE_BYTES / 16];
+    attend_tile<true>(memory, out, qkv, k_cache, v_cache, block_tables, cu_blocks, cu_seqlens, context_lens, tiles, partial);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -48,6 +48,7 @@
 #define __global__
 #define __device__
 #define __launch_bounds__(...)
+#define DYNAMIC_SHARED(bytes) alignas(1024) __shared__ char dynamic_shared[bytes]
 static thread_local struct uint3 { unsigned x, y, z; } threadIdx, blockIdx, blockDim, gridDim;
 
 inline unsigned __float_as_uint(float x) { return __builtin_bit_cast(unsigned, x); }
@@ -306,8 +307,7 @@ int launch(const char* name, void (*kernel)(Args...), const unsigned grid[3], co
 }  // namespace simulator
 
 // ======== What kernels call ==========================================================================================
-// As a default argument, __builtin_LINE() is the caller's line.
-#define SIMULATOR_LINE int line = __builtin_LINE()
+#define SIMULATOR_LINE int line = __builtin_LINE()    // as a default argument, the caller's
 inline void __syncthreads(SIMULATOR_LINE) { simulator::barrier(line); }
 inline void __syncwarp(unsigned mask = ~0u, SIMULATOR_LINE) { simulator::warp_barrier(mask, line, [] {}); }
 inline int __any_sync(unsigned mask, int predicate, SIMULATOR_LINE) {

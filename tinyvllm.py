@@ -408,18 +408,18 @@ class CudaDevice:
     def __init__(self):
         import cupy
         self.xp = cupy
-        runtime = cupy.cuda.runtime
-        number = runtime.getDevice()
+        runtime, number = cupy.cuda.runtime, cupy.cuda.runtime.getDevice()
         properties = runtime.getDeviceProperties(number)
-        self.name = properties["name"].decode()
-        if properties["major"] < 8:
-            raise TinyVLLMError(f"{self.name} has compute capability {properties['major']}.{properties['minor']}, needed is 8.0 or newer, for "
+        self.name, self.multiprocessors = properties["name"].decode(), properties["multiProcessorCount"]
+        capability = properties["major"], properties["minor"]
+        if capability < (8, 0):
+            raise TinyVLLMError(f"{self.name} has compute capability {capability[0]}.{capability[1]}, needed is 8.0 or newer, for "
                                 "bfloat16 (RTX 30 series, A100, ...): use --device cpu or another GPU")
         self.gemm, self.set_stream, self.cublas = open_cublas(cupy)
         self.graph_pool, self.graph_stream = cupy.cuda.MemoryPool(), cupy.cuda.Stream()
-        self.multiprocessors = properties["multiProcessorCount"]
+        self.options = ["-arch=sm_90a"] * (capability == (9, 0))    # with what this generation alone has: wgmma
         # decode.cu wants bulk copies, and 227 KB of shared memory for a block. (Attribute 97: the most that it may have.)
-        self.runs_decode = properties["major"] >= 9 and runtime.deviceGetAttribute(97, number) >= 227 << 10
+        self.runs_decode = capability >= (9, 0) and runtime.deviceGetAttribute(97, number) >= 227 << 10
         clock, width = runtime.deviceGetAttribute(36, number), runtime.deviceGetAttribute(37, number)       # in kHz, in bits; two moves a clock
         self.memory_bandwidth = 2e3 * clock * width / 8 or None     # bytes/s at best; some drivers say 0
 
@@ -489,11 +489,11 @@ class CudaDevice:
     def compile(self, defines, *paths):
         """NVRTC compiles for this very GPU; CuPy caches the result in ~/.cupy/kernel_cache."""
         source = "".join(path.read_text() for path in paths)
-        options = ("-std=c++17", *(f"-D{name}={value}" for name, value in defines.items()))
+        options = ("-std=c++17", *self.options, *(f"-D{name}={value}" for name, value in defines.items()))
         module = self.xp.RawModule(code=source, options=options, backend="nvrtc")       # compiles at the first get_function
         def get_launch(name):                               # shared memory beyond 48 KB must be asked for, at each launch as well
-            function, num_bytes = module.get_function(name), re.search(rf"int {name.upper()}_SHARED_BYTES = (\d+);", source)
-            function.max_dynamic_shared_size_bytes = num_bytes = int(num_bytes[1]) if num_bytes else 0
+            function, size = module.get_function(name), f"{name}_shared_bytes"
+            num_bytes = function.max_dynamic_shared_size_bytes = int(self.xp.ndarray((), np.int32, module.get_global(size))) if size in source else 0
             return lambda grid, block, values: function(grid, block, values, shared_mem=num_bytes)
         try:
             return Kernels(source, self.xp.ndarray, get_launch)
@@ -889,7 +889,7 @@ class Scheduler:
 # Steps in which every sequence decodes are run as CUDA graphs, one for each of a few batch sizes (the smallest: as one kernel, decode.cu); a batch
 # is padded to the next of these with rows that compute nothing anyone reads (vLLM: cudagraph_capture_sizes; enforce_eager is without).
 # ======================================================================================================================
-GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256)
 
 
 @dataclass
