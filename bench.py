@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 
 import tinyvllm
-from tinyvllm import (BYTES, CpuDevice, DummyCheckpoint, SamplingParams, TinyVLLMError, cdiv, decode_weight_bytes, kv_bytes_per_token,
+from simulator import CpuDevice
+from tinyvllm import (BYTES, DummyCheckpoint, SamplingParams, TinyVLLMError, cdiv, decode_weight_bytes, kv_bytes_per_token,
                       weight_bytes)
 from views import check_writable
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "course"))
 import exercises                                            # noqa: E402
 import make                                                 # noqa: E402
 
-SOURCES = ["tinyvllm.py", "bench.py", "views.py", "tokenizer.py", "simulator.h", *sorted(path.name for path in ROOT.glob("*.cu"))]
+SOURCES = ["tinyvllm.py", "bench.py", "views.py", "tokenizer.py", "simulator.py", "simulator.h", *sorted(path.name for path in ROOT.glob("*.cu"))]
 CUDA = "\n".join(path.read_text("utf-8") for path in ROOT.glob("*.cu"))
 TEXT = {name: (ROOT / name).read_text("utf-8") for name in SOURCES}
 TESTS = "\n".join(path.read_text("utf-8") for path in ROOT.glob("test_*.py"))

@@ -37,7 +37,8 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 import bench
 import tinyvllm
 import views
-from tinyvllm import (LLM, BlockAllocator, CpuDevice, CudaDevice, RequestOutput, SamplingParams, Scheduler, Sequence, TinyVLLMError, open_device)
+from simulator import CpuDevice
+from tinyvllm import (LLM, BlockAllocator, CudaDevice, RequestOutput, SamplingParams, Scheduler, Sequence, TinyVLLMError, open_device)
 from tokenizer import StreamDecoder, Tokenizer, TokenizerError
 
 ROOT = Path(__file__).parent

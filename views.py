@@ -20,7 +20,8 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinyvllm import CpuDevice, TinyVLLMError, cdiv
+from simulator import CpuDevice
+from tinyvllm import TinyVLLMError, cdiv
 
 PARTS = {"queued": "waiting for pages and a place in a step",
          "prefill": "steps that computed a piece of its prompt",
