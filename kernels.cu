@@ -152,9 +152,6 @@ __device__ inline void cp_async_16(void* shared, const void* global, int bytes) 
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> __device__ inline void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory");
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");    // such that wgmma sees it, after a barrier
-#endif
 }
 
 __device__ inline float exp2_approx(float x) {    // 2^x, with a relative error of 2^-22
@@ -163,7 +160,8 @@ __device__ inline float exp2_approx(float x) {    // 2^x, with a relative error 
 }
 __device__ inline unsigned pack_bf16x2(float low, float high) {    // two bf16 in a register, `low` in the lower half
     unsigned both;
-    asm volatile("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));    // (volatile: not after wgmma's fence)
+    // volatile: it must not sink below wgmma's fence
+    asm volatile("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
     return both;
 }
 // atomicInc that orders memory: whoever finds its result here also finds what this thread had written or seen before.
@@ -210,13 +208,15 @@ __device__ inline void store_word(void* p, unsigned w) {
     asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(p), "r"(w) : "memory");
 }
 __device__ inline void relax() {}    // between two looks at what another thread will change
-// Shared memory of more than 48 KB. NAME_shared_bytes tells CudaDevice.compile how much kernel NAME wants.
+// Shared memory that may be more than 48 KB: NAME_shared_bytes tells CudaDevice.compile how much kernel NAME wants.
+// It begins at a multiple of 1,024 bytes: wgmma reads from bits 7 to 9 of an address how parts have changed places.
 #define DYNAMIC_SHARED(bytes) extern __shared__ __align__(1024) char dynamic_shared[]
 #endif
 
-// On compute capability 9.0, four warps together multiply twice as fast: d [64, 64] += a [64, 16] @ b [16, 64], each warp with
-// 16 of the rows, in fragments as above. The tensor cores read b from shared memory themselves, and a too if it is no
-// fragment. It must lie there as place() puts it: rows of 128 bytes, whose parts of 16 bytes have changed places.
+// On compute capability 9.0, four warps together multiply faster, mma reaches two thirds of it: d [64, 64] += a [64, 16] @
+// b [16, 64], each warp with 16 of the rows, in fragments as above. The tensor cores read b from shared memory themselves, and
+// a too if it is no fragment. It must lie there as place() puts it: rows of 128 bytes, whose parts of 16 bytes have changed
+// places. The simulator has none of this: only tests on such a GPU run it.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 constexpr bool WGMMA = HEAD_DIM == 64 || HEAD_DIM == 128;
 #define FOUR(d) "+f"((d)[0]), "+f"((d)[1]), "+f"((d)[2]), "+f"((d)[3])
@@ -226,20 +226,23 @@ constexpr bool WGMMA = HEAD_DIM == 64 || HEAD_DIM == 128;
                  "%23, %24, %25, %26, %27, %28, %29, %30, %31}, " operands ";}"                                        \
                  : FOUR(d[0]), FOUR(d[1]), FOUR(d[2]), FOUR(d[3]), FOUR(d[4]), FOUR(d[5]), FOUR(d[6]), FOUR(d[7])      \
                  : __VA_ARGS__ : "memory")
-// What wgmma is told of a matrix: where it begins, in units of 16 bytes; that eight rows further is 1,024 bytes further; and,
-// in the highest bits, which places the parts change.
+__device__ inline void wgmma_sees_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// What wgmma is told of a matrix: where it begins, in 16 bytes; that eight rows further is 1,024 bytes further; and, in the
+// highest bits, a swizzle of 128 bytes, which is place()'s. (1 << 16 is ignored.) row: a multiple of 8; part: even, and of 8
+// where rows go along k. As a sum: all matrices of a tile are one number plus constants.
 template <class At> __device__ inline u64 wgmma_matrix(At at, int row, int part) {
     return ((u64)1 << 62 | (u64)64 << 32 | 1 << 16 | shared_address(at(0, 0)) / 16) + (at(row, part) - at(0, 0));
 }
-// As mma_shared, by four warps. a: the fragments [STEPS][R][4] or, if TRANSPOSED, rows in shared memory, like b.
+// As mma_shared, by four warps. TRANSPOSED (scores): a is in shared memory too, at a(row, part); else fragments [STEPS][R][4].
 template <bool TRANSPOSED, int STEPS, int R, int N, class A, class At>
 __device__ inline void wgmma_shared(float (&d)[R][N][4], const A& a, At at) {
-    const auto settle = [&] {    // what happens to d before this point is not to happen after it
+    const auto settle = [&] {    // nothing that happens to d moves across this point, either way
         #pragma unroll
         for (int i = 0; i < R * N; ++i) asm volatile("" : FOUR(d[i / N][i % N]) :: "memory");
     };
+    static_assert(N % 8 == 0, "64 columns an instruction");
     settle();
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");    // registers written before it are seen: d, and a's fragments
     #pragma unroll
     for (int i = 0; i < STEPS * R * N; i += 8) {
         const int step = i / N / R, r = i / N % R, n = i % N;
@@ -255,7 +258,8 @@ __device__ inline void wgmma_shared(float (&d)[R][N][4], const A& a, At at) {
 }
 #else
 constexpr bool WGMMA = false;
-template <bool, int, class... Arguments> __device__ void wgmma_shared(Arguments...);    // nobody calls it
+__device__ inline void wgmma_sees_copies() {}
+template <bool, int, class... Arguments> __device__ void wgmma_shared(Arguments...);    // named below, never called
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -399,41 +403,45 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
 // Who owns what: of each 16 rows of scores and acc, lane i of a warp holds rows i / 4 and i / 4 + 8, and in these the
 // columns 2 (i % 4), +1 of every eight (as mma leaves them; the next mma wants probabilities as a factor just there).
 // - Prefill: of every 64 rows each warp owns 16. A block has twice 64, or once if head_dim > 128 (acc must fit the registers).
-// - Decode (16 rows or fewer: one token has G): all warps have the same rows, and each its own 16 keys of a tile (where
-//   head_dim makes tiles smaller, warps beyond repeat what others do). In the end warp 0 adds up what they found.
+// - Few rows (16 at most, as in decode: one token has G): all warps have the same rows, and each its own 16 keys of a tile
+//   (where head_dim makes tiles smaller, warps beyond repeat what others do). In the end warp 0 adds up what they found.
 // Shared memory: q of the block's rows, and a ring of tiles, K, V, K, V, ...: while one is used, the next are on their way.
 // ---------------------------------------------------------------------------------------------------------------------
-constexpr int ATTENTION_THREADS = 128;
-constexpr int ATTENTION_ROWS = 64;       // of a block; twice as many if head_dim <= 128
+constexpr int ATTENTION_THREADS = 128;   // four warps, with 16 of every 64 rows each: wgmma wants just these, all at once
+constexpr int ATTENTION_ROWS = 64;       // of a block; twice as many if head_dim <= 128:
+constexpr int MOST_ROWS = HEAD_DIM <= 128 ? 2 * ATTENTION_ROWS : ATTENTION_ROWS;
 constexpr int WARPS = ATTENTION_THREADS / 32, PARTS = HEAD_DIM / 8;          // 16-byte parts of a row of q, K or V
-constexpr int DECODE_TILE = HEAD_DIM <= 64 ? 64 : HEAD_DIM <= 128 ? 32 : 16;    // keys: 8 KB; and of shared memory in all,
-constexpr int DECODE_BYTES = 48 << 10;   // what needs no asking for
-constexpr int PREFILL_TILE = WGMMA ? 64 : DECODE_TILE, PREFILL_BYTES = PREFILL_TILE > DECODE_TILE ? 80 << 10 : DECODE_BYTES;
+constexpr int SMALL_TILE = HEAD_DIM <= 64 ? 64 : HEAD_DIM <= 128 ? 32 : 16;    // keys: at most 8 KB of K or V
+constexpr int SMALL_BYTES = 48 << 10;    // of shared memory in all: what needs no asking for
+constexpr int PREFILL_TILE = WGMMA ? 64 : SMALL_TILE, PREFILL_BYTES = PREFILL_TILE > SMALL_TILE ? 80 << 10 : SMALL_BYTES;
 extern "C" __device__ const int paged_attention_shared_bytes = PREFILL_BYTES;
 constexpr int MIN_SPLIT = 256;           // keys for one block at least: for fewer, merging costs more than it gains
 // ldmatrix reads one part of eight rows at a time, and these should lie in different banks. They do if a row has an odd
 // number of parts, so rows are padded; or, with 8, 16, ... parts, if part p of row r changes places with p xor r % 8.
 // Then the first eight parts of a tile's ROWS come before the next eight: wgmma wants rows of 128 bytes.
-constexpr int PADDED = PARTS % 8 == 0 ? PARTS : PARTS + 1, STRIDE = PARTS % 8 == 0 ? 8 : PADDED;    // parts; from row to row
+// Eight rows further is always 8 STRIDE further, so multiples of 8 can be added afterwards.
+constexpr int PADDED = PARTS % 8 == 0 ? PARTS : PARTS + 1;    // parts that a row takes
+constexpr int STRIDE = PARTS % 8 == 0 ? 8 : PADDED;           // to the next row
 template <int ROWS> __device__ inline unsigned place(unsigned row, unsigned part) {
     return PARTS % 8 == 0 ? part / 8 * 8 * ROWS + row * 8 + (part % 8 ^ row % 8) : row * STRIDE + part;
 }
 
 __device__ unsigned arrived[1024];       // of each block's rows: splits that have ended. 0 between launches
 
-// A block's work: rows from first_row on, of the sequence that begins with first_token, which sees first_seen keys.
-// A warp owns ROW_TILES of 16 rows each; KEY_WARPS share the KEY_TILE keys of a tile. BYTES of memory.
-template <int ROW_TILES, int KEY_WARPS, int KEY_TILE, int BYTES>
+// A block's work: some rows from first_row on, of the sequence that begins with first_token, whose query sees first_seen keys.
+template <bool FEW>    // whether the rows are 16 at most
 __device__ inline void attend(
         Bf16x8* memory, unsigned first_row, unsigned rows, unsigned first_token, int first_seen, const int* block_table,
         bf16* out, const bf16* qkv, const bf16* k_cache, const bf16* v_cache, float* partial) {
-    constexpr bool TOGETHER = WGMMA && KEY_WARPS == 1;
-    constexpr unsigned Q_ROWS = 16 * ROW_TILES * (KEY_WARPS > 1 ? 1 : WARPS), TILE = KEY_TILE * PADDED;
-    constexpr unsigned FIT = (BYTES / 16 - Q_ROWS * PADDED) / TILE, SLOTS = FIT < 5 ? FIT : 5;    // of the ring
+    constexpr bool TOGETHER = WGMMA && !FEW;
+    constexpr int ROW_TILES = FEW ? 1 : MOST_ROWS / 64;        // a warp's, of 16 rows each, 64 apart
+    constexpr int KEY_TILE = FEW ? SMALL_TILE : PREFILL_TILE, KEY_WARPS = FEW ? SMALL_TILE / 16 : 1;    // that share a tile
     constexpr unsigned KEYS = KEY_TILE / KEY_WARPS;       // of a warp in each tile
+    constexpr unsigned Q_ROWS = FEW ? 16 : 64 * ROW_TILES, TILE = KEY_TILE * PADDED, BYTES = FEW ? SMALL_BYTES : PREFILL_BYTES;
+    constexpr unsigned FIT = (BYTES / 16 - Q_ROWS * PADDED) / TILE, SLOTS = FIT < 5 ? FIT : 5;    // of the ring
     const unsigned kv_head = blockIdx.x % NUM_KV_HEADS, split = blockIdx.x / NUM_KV_HEADS;
     const unsigned splits = gridDim.x / NUM_KV_HEADS, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const unsigned warp_row = KEY_WARPS > 1 ? 0 : warp * 16, warp_key = warp % KEY_WARPS * KEYS;
+    const unsigned warp_row = FEW ? 0 : warp * 16, warp_key = warp % KEY_WARPS * KEYS;
     // Of a row: its token * H + head, and how many keys it sees.
     const auto token_head = [=](unsigned row) {
         const unsigned token = first_token + (first_row + row) / GROUP;
@@ -449,7 +457,7 @@ __device__ inline void attend(
     if (split >= used_splits) return;
     const unsigned first_tile = split * share, last_tile = min(first_tile + share, all_tiles);
 
-    // 1. Copies. q first; it belongs to the first tile's group. Rows that there are not are 0.
+    // 1. Copies. q first; it belongs to the first group. Rows that there are not are 0.
     const auto q_at = [=](int row, int part) { return memory + place<Q_ROWS>(row, part); };
     for (unsigned item = threadIdx.x; item < Q_ROWS * PARTS; item += ATTENTION_THREADS) {
         const unsigned row = item / PARTS, part = item % PARTS;
@@ -459,7 +467,7 @@ __device__ inline void attend(
     }
     // Of K and V, a thread copies one part (two, if head_dim > 128) of every STEPth key. It looks up their pages a tile
     // ahead. Hazard: nothing at or past `end` is read, neither unused slots (garbage, possibly NaN) nor unused entries
-    // of the block table (not even page numbers). In the tile it is 0: NaN times a probability of 0 would be NaN.
+    // of the block table (not even page numbers). In the tile such keys are 0: NaN times a probability of 0 would be NaN.
     constexpr unsigned LANES = PARTS <= 4 ? 4 : PARTS <= 8 ? 8 : 16, STEP = ATTENTION_THREADS / LANES;
     const unsigned my_key = threadIdx.x / LANES, my_part = threadIdx.x % LANES;
     unsigned pages[KEY_TILE / STEP];
@@ -470,7 +478,7 @@ __device__ inline void attend(
             pages[i] = position < end ? block_table[position / BLOCK_SIZE] : 0;
         }
     };
-    Bf16x8* const ring = memory + Q_ROWS * PADDED;
+    Bf16x8* const ring = memory + Q_ROWS * PADDED;        // for wgmma, q and tiles are multiples of 1,024 bytes
     const auto load = [&](unsigned item) {    // item 2t of the ring is K of tile t, 2t + 1 is V
         const unsigned tile = item / 2;
         #pragma unroll
@@ -479,9 +487,9 @@ __device__ inline void attend(
             #pragma unroll
             for (unsigned i = 0; i < KEY_TILE / STEP; ++i) {
                 const unsigned position = tile * KEY_TILE + my_key + i * STEP;
-                const bf16* source = item % 2 ? v_cache : k_cache;    // 64 bits, as in rope_and_cache
+                const bf16* source = item % 2 ? v_cache : k_cache;
                 source += (kv_head * BLOCK_SIZE + position % BLOCK_SIZE) * HEAD_DIM + 8 * part;
-                source += (size_t)pages[i] * (NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM);
+                source += (size_t)pages[i] * (NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM);    // 64 bits, as in rope_and_cache
                 cp_async_16(ring + item % SLOTS * TILE + i * STEP * STRIDE + place<KEY_TILE>(my_key, part), source,
                             position < end ? 16 : 0);
             }
@@ -491,6 +499,7 @@ __device__ inline void attend(
     };
     const auto next = [&](unsigned item) {    // waits for it, and starts the copy of a later one
         cp_async_wait<SLOTS - 2>();
+        if (TOGETHER) wgmma_sees_copies();    // each thread its own, before the barrier
         __syncthreads();    // all threads' copies are there; and no warp still reads the slot that is filled now
         load(item + SLOTS - 1);
         return ring + item % SLOTS * TILE + warp_key * STRIDE;
@@ -499,7 +508,7 @@ __device__ inline void attend(
     #pragma unroll
     for (unsigned item = 0; item < SLOTS - 1; ++item) load(2 * first_tile + item);
 
-    unsigned q[PARTS / 2][ROW_TILES][4];
+    unsigned q[PARTS / 2][ROW_TILES][4];                  // one step at a time (the simulator wants all at once)
     const auto load_q = [&](int step) -> auto& {
         #pragma unroll
         for (int r = 0; r < ROW_TILES; ++r)
@@ -514,14 +523,15 @@ __device__ inline void attend(
         float s[ROW_TILES][KEYS / 8][4] = {};
         const Bf16x8* k_tile = next(2 * tile);
         const auto k_at = [=](int row, int part) { return k_tile + place<KEY_TILE>(row, part); };
+        // Hazard: q from shared memory each time. Its fragments, loaded once, lost their registers to p's (ptxas 13.0).
         if constexpr (TOGETHER) wgmma_shared<true, PARTS / 2>(s, q_at, k_at);
         else mma_shared<true, STRIDE, PARTS / 2>(s, load_q, k_at);
         // 3. Online softmax. The probabilities, rounded to bf16, are a factor of the next product.
         const auto score = [&](int i, int n, int j) -> float& { return s[i / 2][n][i % 2 * 2 + j]; };
         const int start = tile * KEY_TILE + warp_key;
-        const int used = KEY_WARPS > 1 && rows <= 8 ? 1 : MINE;    // decode: often, the upper eight rows are not there
+        const int there = FEW && rows <= 8 ? 1 : MINE;    // decode: often, the upper eight rows are not
         unsigned p[KEYS / 16][ROW_TILES][4] = {};
-        if (start + int(KEYS) > visible(warp_row))    // on the diagonal, or the last tile: hide some
+        if (start + int(KEYS) > visible(warp_row))    // unless its first row, which sees the fewest, sees all: hide some
             #pragma unroll
             for (int i = 0; i < MINE; ++i) {
                 const int seen = visible(row_of(i)) - start - int(lane % 4 * 2);
@@ -531,11 +541,11 @@ __device__ inline void attend(
             }
         #pragma unroll
         for (int i = 0; i < MINE; ++i) {
-            if (i >= used) break;
+            if (i >= there) break;
             float highest = m[i];
             for (int n = 0; n < KEYS / 8; ++n) highest = max(highest, max(score(i, n, 0), score(i, n, 1)));
             for (int k = 1; k < 4; k *= 2) highest = max(highest, __shfl_xor_sync(0xffffffff, highest, k));
-            // Hazard: a row that has seen no key yet. Its maximum is -inf, and -inf - -inf would be NaN.
+            // Hazard: a row that has seen no key yet. Its maximum is -inf, and -inf - -inf would be NaN. (Below, likewise.)
             const float base = highest == -INF ? 0 : highest, rescale = exp2_approx(m[i] - base);
             m[i] = highest, l[i] *= rescale;
             #pragma unroll
@@ -561,21 +571,20 @@ __device__ inline void attend(
     if (KEY_WARPS > 1) {
         const auto of_warp = [=](int w, int value) -> float& {
             return reinterpret_cast<float*>(memory)[(w * (4 * PARTS + 4) + value) * 32 + lane]; };
-        for (int i = 0; i < 2; ++i) {
-            if (warp >= KEY_WARPS) break;
+        for (int i = 0; i < 2 && warp < KEY_WARPS; ++i) {
             of_warp(warp, i) = m[i], of_warp(warp, 2 + i) = l[i];
-            for (int j = 2 * i; j < 4 * PARTS; j += j % 2 ? 3 : 1) of_warp(warp, 4 + j) = acc[0][j / 4][j % 4];
+            for (int d = 0; d < 2 * PARTS; ++d) of_warp(warp, 4 + 2 * PARTS * i + d) = acc[0][d / 2][2 * i + d % 2];
         }
         __syncthreads();    // all warps' sums are written before warp 0 reads them
         for (int w = 1; w < KEY_WARPS && warp == 0; ++w)
             for (int i = 0; i < 2; ++i) {
                 const float highest = max(m[i], of_warp(w, i)), base = highest == -INF ? 0 : highest;
-                const float mine = exp2_approx(m[i] - base);
-                const float its = exp2_approx(of_warp(w, i) - base);
-                m[i] = highest;
-                l[i] = l[i] * mine + of_warp(w, 2 + i) * its;
-                for (int j = 2 * i; j < 4 * PARTS; j += j % 2 ? 3 : 1)
-                    acc[0][j / 4][j % 4] = acc[0][j / 4][j % 4] * mine + of_warp(w, 4 + j) * its;
+                const float mine = exp2_approx(m[i] - base), its = exp2_approx(of_warp(w, i) - base);
+                m[i] = highest, l[i] = l[i] * mine + of_warp(w, 2 + i) * its;
+                for (int d = 0; d < 2 * PARTS; ++d) {
+                    float& x = acc[0][d / 2][2 * i + d % 2];
+                    x = x * mine + of_warp(w, 4 + 2 * PARTS * i + d) * its;
+                }
             }
     }
 
@@ -583,7 +592,7 @@ __device__ inline void attend(
     #pragma unroll
     for (int i = 0; i < MINE; ++i) {
         const unsigned row = row_of(i);
-        if (row >= rows || (KEY_WARPS > 1 && warp > 0)) continue;
+        if (row >= rows || (FEW && warp > 0)) continue;
         const float down = l[i] > 0 ? 1 / l[i] : 0;    // a padding query has seen no key: 0, not 0 / 0
         unsigned* bf16s = reinterpret_cast<unsigned*>(out + token_head(row) * HEAD_DIM) + lane % 4;
         Float2* floats = reinterpret_cast<Float2*>(partial);
@@ -626,19 +635,17 @@ template <bool DECODE>    // whether no tile has more than 16 rows
 __device__ inline void attend_tile(
         Bf16x8* memory, bf16* out, const bf16* qkv, const bf16* k_cache, const bf16* v_cache, const int* block_tables,
         const int* cu_blocks, const int* cu_seqlens, const int* context_lens, const int* tiles, float* partial) {
-    constexpr int ROW_TILES = HEAD_DIM <= 128 ? 2 : 1, ROWS = 16 * ROW_TILES * WARPS;
     const int sequence = tiles[2 * blockIdx.y], first_row = tiles[2 * blockIdx.y + 1];
     const int first_token = cu_seqlens[sequence], queries = cu_seqlens[sequence + 1] - first_token;
-    const int first_seen = context_lens[sequence] - queries + 1, rows = min(queries * GROUP - first_row, ROWS);
+    const int first_seen = context_lens[sequence] - queries + 1, rows = min(queries * GROUP - first_row, MOST_ROWS);
     const int* block_table = block_tables + cu_blocks[sequence];
     if (rows <= 16)
-        attend<1, DECODE_TILE / 16, DECODE_TILE, DECODE_BYTES>(memory, first_row, rows, first_token, first_seen, block_table,
-                                                               out, qkv, k_cache, v_cache, partial);
+        attend<true>(memory, first_row, rows, first_token, first_seen, block_table, out, qkv, k_cache, v_cache, partial);
     else if constexpr (!DECODE)
-        attend<ROW_TILES, 1, PREFILL_TILE, PREFILL_BYTES>(memory, first_row, rows, first_token, first_seen, block_table, out,
-                                                          qkv, k_cache, v_cache, partial);
+        attend<false>(memory, first_row, rows, first_token, first_seen, block_table, out, qkv, k_cache, v_cache, partial);
 }
 
+// A third block at head_dim 64: softmax of one while others multiply. It costs a spill of 8 bytes.
 extern "C" __global__ __launch_bounds__(ATTENTION_THREADS, WGMMA && HEAD_DIM == 64 ? 3 : 2) void paged_attention(
         bf16* out, const bf16* qkv, const bf16* k_cache, const bf16* v_cache, const int* block_tables,
         const int* cu_blocks, const int* cu_seqlens, const int* context_lens, const int* tiles, float* partial) {
@@ -647,12 +654,12 @@ extern "C" __global__ __launch_bounds__(ATTENTION_THREADS, WGMMA && HEAD_DIM == 
                        cu_seqlens, context_lens, tiles, partial);
 }
 
-// The same for a batch of single queries: it needs half the registers, so twice the blocks are on a multiprocessor at once
-// and keep twice as many copies under way.
+// The same for a batch of single queries: it needs fewer registers, so more blocks are on a multiprocessor at once and keep
+// more copies under way.
 extern "C" __global__ __launch_bounds__(ATTENTION_THREADS, HEAD_DIM <= 128 ? 4 : 2) void decode_attention(
         bf16* out, const bf16* qkv, const bf16* k_cache, const bf16* v_cache, const int* block_tables,
         const int* cu_blocks, const int* cu_seqlens, const int* context_lens, const int* tiles, float* partial) {
-    __shared__ Bf16x8 memory[DECODE_BYTES / 16];
+    __shared__ Bf16x8 memory[SMALL_BYTES / 16];
     attend_tile<true>(memory, out, qkv, k_cache, v_cache, block_tables, cu_blocks, cu_seqlens, context_lens, tiles, partial);
 }
 
