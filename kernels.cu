@@ -820,22 +820,22 @@ extern "C" __global__ __launch_bounds__(SAMPLE_THREADS, 2) void sample(
     const int s = blockIdx.x;
     const bf16* row = logits + (size_t)s * VOCAB;
 
-    // 1. The greatest logit: greedy's choice, and the zero point of all exponents below, so that none can overflow.
-    float highest = -INF;
+    // 1. The greatest logit: greedy's choice, and the zero point of all exponents below, so that none can overflow. With it, as
+    //    in attention, the softmax's denominator: of this thread's logits, relative to the greatest that it has seen.
+    float highest = -INF, sum = 0;
     int at = 0;
-    for_each_logit(row, [&](int t, float logit) { if (logit > highest) highest = logit, at = t; });
+    for_each_logit(row, [&](int t, float logit) {
+        if (logit > highest) sum = sum * exp2_approx(LOG2_E * (highest - logit)) + 1, highest = logit, at = t;
+        else if (logit > -INF) sum += exp2_approx(LOG2_E * (logit - highest));    // (-inf - -inf would be NaN)
+    });
     u64 best = block_reduce(candidate(highest, at), Max());
     int chosen = ~(unsigned)best;
     const float greatest = __bfloat162float(row[chosen]);
-
-    // 2. The softmax's denominator, for the log-probability.
-    float denominator = 0;
-    for_each_logit(row, [&](int, float logit) { denominator += exp2_approx(LOG2_E * (logit - greatest)); });
-    denominator = block_reduce(denominator, Sum());
+    const float denominator = block_reduce(sum * exp2_approx(LOG2_E * (highest - greatest)), Sum());
 
     const float tau = temperature[s];    // it and the cuts are the same for the whole block: no barrier is missed
     if (tau > 0) {
-        // 3. The lowest key that is kept.
+        // 2. The lowest key that is kept.
         // Hazard: divide, do not multiply by 1 / tau: that may be inf, and the greatest logit would get 0 * inf = NaN.
         const auto weight = [&](float logit) { return mass((greatest - logit) / tau); };
         int lowest = 0;
@@ -852,7 +852,7 @@ extern "C" __global__ __launch_bounds__(SAMPLE_THREADS, 2) void sample(
                 return max((u64)1, (u64)ceil(top_p[s] * (double)total));
             });
 
-        // 4. The race. The noise depends on the request's seed, the position and the token, and on nothing else.
+        // 3. The race. The noise depends on the request's seed, the position and the token, and on nothing else.
         const u64 stream = scramble(scramble(seed[s] + GOLDEN) + position[s]);
         best = candidate(-INF, chosen);    // stays only if nothing else is finite
         for_each_logit(row, [&](int t, float logit) {
