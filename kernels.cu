@@ -205,6 +205,12 @@ __device__ inline void load_words_if(bool yes, unsigned (&w)[4], const void* p) 
 __device__ inline void store_word(void* p, unsigned w) {
     asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(p), "r"(w) : "memory");
 }
+template <int N> __device__ inline void set_registers() {    // a thread's, of four aligned warps; 168 is what decode begins with
+    if constexpr (N > 168) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(N));
+    else asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(N));
+}
+// Between own writes to shared memory and a bulk copy to the same place, which somebody else may start.
+__device__ inline void fence_before_bulk_copy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ inline void relax() {}    // between two looks at what another thread will change
 #endif
 
