@@ -9,7 +9,7 @@
 //                            block asks. It copies units into a ring of slots, and runs ahead of those who wait.
 //     consumers   8 warps    multiply: each owns some columns of x, and of every row of weights the same columns
 //     reducer     1 warp     adds up the consumers' sums, does what follows the product, and publishes the results
-//     mergers     2 warps    attention's second half; its first is done by consumers, on keys and values in the ring
+//     mergers     2 warps    put together a long context's attention: consumers and reducer of a block do some keys of it
 //
 // Results get from block to block without a barrier over the grid: `words` are 0 at first, and who needs one reads it
 // until it is something else. (A result of 0 is written as -0.) Value and flag are one word, so no order of memory
@@ -44,6 +44,8 @@ inline void bulk_copy(void* shared, const void* global, int bytes, u64* b, SIMUL
     if ((uintptr_t(shared) | uintptr_t(global) | bytes) % 16) simulator::fail(line, "bulk copies go by 16 bytes");
     memcpy(shared, global, bytes), mbarrier_arrive(b, 0, -bytes);
 }
+template <int N> void set_registers() {}
+inline void fence_async_proxy() {}
 inline void store_word(void* p, unsigned w) { __atomic_store_n((unsigned*)p, w, __ATOMIC_RELAXED); }
 inline void load_words_if(bool yes, unsigned (&w)[4], const void* p) {
     for (int i = 0; i < 4 && yes; i++) w[i] = __atomic_load_n((const unsigned*)p + i, __ATOMIC_RELAXED);
@@ -60,13 +62,15 @@ inline void mma_m16n8k16_bf16(float* d, const unsigned (&a)[4], const unsigned* 
 }
 #endif
 
-constexpr int DECODE_BATCH = 4;                  // sequences, at most
+constexpr int DECODE_BATCH = 8;                  // sequences, at most;
+constexpr int DECODE_NUMBERS = 65536;            // F times these, at most: consumers have all of h in their registers
 constexpr int DECODE_LAYERS = 64;                // at most
 constexpr int DECODE_SHARED_BYTES = 232448;      // all that a block may have on compute capability 9.0
 extern "C" __device__ const int decode_shared_bytes = DECODE_SHARED_BYTES;
 constexpr int CONSUMERS = 8;                     // warps, both
 constexpr int MERGERS = 2;
 constexpr int DECODE_THREADS = 384;              // 32 (CONSUMERS + MERGERS + a reducer + a producer)
+constexpr int CONSUMER_REGISTERS = 200, OTHER_REGISTERS = 104;    // of a thread: of 168 each, the others hand over some
 constexpr int PENDING = 8;                       // tickets that are between producer and reducer at most
 constexpr int IN_FLIGHT = 3;                     // pieces (half units) on their way: as few as keep the memory busy,
 constexpr int IN_FLIGHT_WAITING = 2;             // fewer if consumers wait: words would queue up behind weights;
@@ -94,23 +98,27 @@ template <Product P> struct Shape {              // of a product's matrix
 };
 
 constexpr int SEGMENT = larger(Shape<QKV_PRODUCT>::SEGMENT, larger(Shape<O_PRODUCT>::SEGMENT, Shape<DOWN>::SEGMENT));
-constexpr int SPLIT_KEYS = larger(64, BLOCK_SIZE);    // a unit of attention has a multiple of these,
-constexpr int SLOT_KEYS = larger(1, 4 * SEGMENT / HEAD_DIM / SPLIT_KEYS) * SPLIT_KEYS;    // and these in each slot
+constexpr int TILE = 16;                         // keys that a consumer attends to at once; the next ones are another's
+constexpr int STEP_KEYS = larger(TILE, BLOCK_SIZE);    // a slot has a multiple of these:
+constexpr int SLOT_KEYS = larger(1, 4 * SEGMENT / HEAD_DIM / STEP_KEYS) * STEP_KEYS;
+constexpr int SPLIT_KEYS = 256;                  // of a unit of attention, at least: a context no longer than this is one unit
 constexpr int PIECE = larger(8 * SEGMENT, 2 * HEAD_DIM * SLOT_KEYS) + 64;    // bytes; + 64, so that two use all banks
-constexpr int FITTING = (DECODE_SHARED_BYTES - 12288) / (2 * PIECE), SLOTS = FITTING < 6 ? FITTING : 6;
+constexpr int OTHERS = 8 * CONSUMERS * 4 * DECODE_BATCH * PENDING + 4 * CONSUMERS * GROUP * HEAD_DIM + 4096;    // bytes
+constexpr int FITTING = (DECODE_SHARED_BYTES - OTHERS) / (2 * PIECE), SLOTS = FITTING < 6 ? FITTING : 6;
 
 struct Shared {
     alignas(128) char ring[SLOTS][2][PIECE];     // a unit's first four segments, and their partners; or keys, and values
     Pair parts[PENDING][CONSUMERS][4 * DECODE_BATCH];    // sums over a consumer's columns, [.., sequence, segment]
-    float squares[CONSUMERS][8];                 // sums over the squares of its columns of x, [.., sequence and part]
+    Float8 heads[CONSUMERS][GROUP][HEAD_DIM / 8];        // attention over a consumer's keys
+    float squares[CONSUMERS][2 * DECODE_BATCH];          // sums over squares of its columns of x, [.., sequence and part]
     u64 full[SLOTS][2], empty[SLOTS];            // mbarriers: a piece has come; all consumers are done with the slot
     u64 done[PENDING], summed[PENDING];          // all parts are written; the reducer has read them
     volatile int tickets[PENDING];               // numbers of units; a block's grow
-    int keys[DECODE_BATCH], attention_units;     // keys before the new token's; units of a layer
+    int keys[DECODE_BATCH], attention_units;     // of a layer
     const bf16* weights[4 * DECODE_LAYERS + 1];
 };
 static_assert(sizeof(Shared) <= DECODE_SHARED_BYTES && SLOTS > BEHIND, "the ring is too large, or too short");
-static_assert(HIDDEN % 256 == 0 && HEADS % 256 == 0 && FFN % 256 == 0 && Shape<HEAD>::SHIFT < 2, "see Model.__init__");
+static_assert(HIDDEN % 512 == 0 && HEADS % 512 == 0 && FFN % 512 == 0 && Shape<HEAD>::SHIFT < 2, "see Model.__init__");
 
 struct Step {                                    // the kernel's arguments of these names
     bf16* logits; const bf16 *embed, *norm; const int *token_ids, *sampled; int layers;
@@ -145,15 +153,15 @@ __device__ inline bool missing(const Words& v) { return !v.w[0] || !v.w[1] || !v
 // Waits until the mbarrier has been passed `times` + 1 times. (Only the parity counts: nobody is two rounds behind.)
 __device__ inline void wait(u64* mbarrier, unsigned times) { while (!mbarrier_passed_soon(mbarrier, times % 2)) relax(); }
 
-// A warp reads those v[i] that are wanted from address(i) until all have come; the others are 0. While the first is
-// missing it asks for that alone, since polling takes bandwidth from the weights. Then all loads are under way together,
-// and only what was missing is read again.
+// A warp reads those v[i] that are wanted from address(i) until all have come; the others are 0. While the first is missing
+// it asks for four at most, since polling takes bandwidth from the weights. Then all loads are under way together, and only
+// what was missing is read again.
 template <int M, class Wanted, class Address>
 __device__ inline void take(Words (&v)[M], Wanted wanted, Address address) {
     for (int i = 0; i < M; ++i) for (unsigned& w : v[i].w) w = wanted(i) ? 0 : ZEROS;
     for (bool again = true; again;) {
         #pragma unroll
-        for (int i = 0; i < M; ++i) load_words_if(missing(v[i]) && (i == 0 || !missing(v[0])), v[i].w, address(i));
+        for (int i = 0; i < M; ++i) load_words_if(missing(v[i]) && (i < 4 || !missing(v[0])), v[i].w, address(i));
         again = false;
         for (int i = 0; i < M; ++i) again |= missing(v[i]);
         if ((again = __any_sync(0xffffffff, again))) relax();
@@ -175,18 +183,35 @@ template <class Role> __device__ void forward(Role& role, int layers) {
     role.template product<HEAD>(layers);              // logits = norm(x) @ head
 }
 
-struct Split { int sequence, kv_head, number, begin, end; };    // a unit of attention: keys begin .. end - 1
+struct Split { int sequence, kv_head, number, begin, end; bool last; };    // a unit of attention: keys begin .. end - 1
 
 __device__ inline int splits_of(int keys, int splits, int& share) {    // of a sequence; share: keys of each but the last
-    share = max(1, (keys + SPLIT_KEYS * splits - 1) / (SPLIT_KEYS * splits)) * SPLIT_KEYS;
+    share = max(SPLIT_KEYS, (keys + SLOT_KEYS * splits - 1) / (SLOT_KEYS * splits) * SLOT_KEYS);
     return (keys + share - 1) / share;
 }
 __device__ inline Split find_split(const Shared& shared, const Step& step, int unit) {
     int s = 0, share, units;
     for (; unit >= (units = NUM_KV_HEADS * splits_of(shared.keys[s], step.splits, share)); ++s) unit -= units;
-    const int number = unit / NUM_KV_HEADS, begin = number * share;
-    return {s, unit % NUM_KV_HEADS, number, begin, min(shared.keys[s], begin + share)};
+    const int number = unit / NUM_KV_HEADS, begin = number * share, end = min(shared.keys[s], begin + share);
+    return {s, unit % NUM_KV_HEADS, number, begin, end, end == shared.keys[s]};
 }
+
+struct Output {                                  // of attention over some keys: 8 numbers, l times too large
+    float m = -INF, l = 0;
+    Float8 numbers = {};
+    __device__ void add(float other_m, float other_l, const Float8& other) {
+        // Both may be -inf, and -inf - -inf would be NaN.
+        const float highest = fmaxf(m, other_m), mine = m == highest ? 1 : exp2_approx(m - highest),
+                    its = other_m == highest ? 1 : exp2_approx(other_m - highest);
+        for (int i = 0; i < 8; ++i) numbers.v[i] = numbers.v[i] * mine + other.v[i] * its;
+        l = l * mine + other_l * its, m = highest;
+    }
+    __device__ Words words() const {             // a sequence that only pads the batch has no keys
+        Words words;
+        for (int i = 0; i < 4; ++i) words.w[i] = l > 0 ? pack_bf16x2(numbers.v[2 * i] / l, numbers.v[2 * i + 1] / l) : 0;
+        return words;
+    }
+};
 
 // ---- The producer ---------------------------------------------------------------------------------------------------
 struct Producer {
@@ -263,23 +288,22 @@ struct Producer {
 };
 
 // ---- The consumers --------------------------------------------------------------------------------------------------
-// A warp's attention: the G queries of a kv head, and some keys. As in paged_attention, but scores = q k', and
-// out' = v' p', for which lanes weave two values together. Lane 4g + t has m and l of head g, out of 2t and 2t + 1.
+// A warp's attention: the G queries of a kv head, and some tiles of keys. As in paged_attention, but scores = q k',
+// and out' = v' p', for which lanes weave two values together. Lane 4g + t has m and l of head g, out of 2t and 2t + 1.
 struct Attention {
-    static constexpr int TILE = 32, KC = HEAD_DIM / 32, VC = HEAD_DIM / 64;    // keys; 16-byte parts of a key or value
+    static constexpr int KC = HEAD_DIM / 32, VC = HEAD_DIM / 64;    // 16-byte parts of a key or value that a lane has
     int g, t;
-    Words q[KC];
+    Words q[KC + 1];                             // and 8 numbers of the new token's key or value
     float m = -INF, l = 0, out[HEAD_DIM / 16][4] = {};    // out: [0..1] one number of either head, [2..3] the next
 
     __device__ void add_tile(const char* keys, const char* values, int start, int count, float scale) {
-        // Past the end any key will do, its probability is 0.
-        const auto part = [&](const char* rows, int key, int i) {
-            return reinterpret_cast<const Words*>(rows)[min(key, count - 1) * (HEAD_DIM / 8) + i];
+        const auto part = [&](const char* rows, int key, int i) {    // past the end any key will do, its probability is 0
+            return reinterpret_cast<const Words*>(rows)[min(start + key, count - 1) * (HEAD_DIM / 8) + i];
         };
-        float s[TILE / 8][4] = {}, highest = m;    // s [0..1]: keys 8n + 2t and the next
-        for (int n = 0; n < TILE / 8; ++n) {
+        float s[2][4] = {}, highest = m;         // s [0..1]: keys 8n + 2t and the next
+        for (int n = 0; n < 2; ++n) {
             for (int i = 0; i < KC; ++i) {
-                const Words k = part(keys, start + 8 * n + g, 4 * i + t);
+                const Words k = part(keys, 8 * n + g, 4 * i + t);
                 for (int j = 0; j < 4; j += 2) {
                     const unsigned a[4] = {q[i].w[j], 0, q[i].w[j + 1], 0};
                     mma_m16n8k16_bf16(s[n], a, &k.w[j], s[n]);
@@ -297,35 +321,26 @@ struct Attention {
         m = highest, l *= rescale;
         for (auto& four : s) for (int j = 0; j < 2; ++j) l += four[j] = exp2_approx(four[j] - m);
         for (auto& four : out) four[0] *= of_a, four[1] *= of_b, four[2] *= of_a, four[3] *= of_b;
-        for (int n = 0; n < TILE / 16; ++n) {
-            const unsigned b[2] = {pack_bf16x2(s[2 * n][0], s[2 * n][1]), pack_bf16x2(s[2 * n + 1][0], s[2 * n + 1][1])};
-            for (int c = 0; c < VC; ++c) {
-                Words v[4];    // of keys 2t, 2t + 1, 2t + 8, 2t + 9
-                for (int i = 0; i < 4; ++i) v[i] = part(values, start + 16 * n + 2 * t + i % 2 + i / 2 * 8, g + 8 * c);
-                const auto low = [](unsigned x, unsigned y) { return (x & 0xffff) | y << 16; };
-                const auto high = [](unsigned x, unsigned y) { return x >> 16 | (y & 0xffff0000); };
-                for (int i = 0; i < 4; ++i) {
-                    const unsigned a[4] = {low(v[0].w[i], v[1].w[i]), high(v[0].w[i], v[1].w[i]),
-                                           low(v[2].w[i], v[3].w[i]), high(v[2].w[i], v[3].w[i])};
-                    mma_m16n8k16_bf16(out[4 * c + i], a, b, out[4 * c + i]);
-                }
+        const unsigned b[2] = {pack_bf16x2(s[0][0], s[0][1]), pack_bf16x2(s[1][0], s[1][1])};
+        for (int c = 0; c < VC; ++c) {
+            Words v[4];                          // of keys 2t, 2t + 1, 2t + 8, 2t + 9
+            for (int i = 0; i < 4; ++i) v[i] = part(values, 2 * t + i % 2 + i / 2 * 8, g + 8 * c);
+            const auto low = [](unsigned x, unsigned y) { return (x & 0xffff) | y << 16; };
+            const auto high = [](unsigned x, unsigned y) { return x >> 16 | (y & 0xffff0000); };
+            for (int i = 0; i < 4; ++i) {
+                const unsigned a[4] = {low(v[0].w[i], v[1].w[i]), high(v[0].w[i], v[1].w[i]),
+                                       low(v[2].w[i], v[3].w[i]), high(v[2].w[i], v[3].w[i])};
+                mma_m16n8k16_bf16(out[4 * c + i], a, b, out[4 * c + i]);
             }
         }
     }
-    __device__ void leave(unsigned* partial, int splits) {    // [G, splits, PARTIAL], of the first head and this split
+    __device__ void leave(Pair* sums, Float8 (*heads)[HEAD_DIM / 8]) {    // for the reducer
         l = quad_sum(l);
-        const unsigned logsumexp = __float_as_uint(m + log2f(l));
-        if (t == 0 && g < GROUP)
-            publish(partial + g * splits * PARTIAL + HEAD_DIM / 2, {{logsumexp, logsumexp, logsumexp, logsumexp}});
-        for (int j = 0; j < 2; ++j) {
-            const float down = 1 / __shfl_sync(0xffffffff, l, 8 * t + 4 * j);
-            for (int c = 0; c < VC; ++c) {
-                Words eight;
+        if (t == 0 && g < GROUP) sums[g] = {m, l};
+        for (int j = 0; j < 2 && 2 * t + j < GROUP; ++j)
+            for (int c = 0; c < VC; ++c)
                 for (int i = 0; i < 4; ++i)
-                    eight.w[i] = pack_bf16x2(out[4 * c + i][j] * down, out[4 * c + i][j + 2] * down);
-                if (2 * t + j < GROUP) publish(partial + (2 * t + j) * splits * PARTIAL + 4 * (g + 8 * c), eight);
-            }
-        }
+                    for (int k = 0; k < 2; ++k) heads[2 * t + j][g + 8 * c].v[2 * i + k] = out[4 * c + i][j + 2 * k];
     }
 };
 
@@ -333,8 +348,8 @@ template <int S> struct Consumer {               // for up to S sequences
     Shared& shared; const Step& step;
     int warp, lane;
     unsigned ticket = 0, slot = 0, round = 0;
-    int number = 0, begin = 0, end = 0, turn = 0;    // turn: whose it is to attend
-    int g = lane / 4, t = lane % 4;
+    int number = 0, begin = 0, end = 0;
+    int g = lane / 4, t = lane % 4, r = g % 2 * 4 + g / 2;    // r: of eight rows of x, the one that is row g of A
     template <Product P> static constexpr int TILES = ((S << Shape<P>::SHIFT) + 7) / 8;    // of 8 rows of A
 
     __device__ void wait_for_slot() { for (u64& full : shared.full[slot]) wait(&full, round); }
@@ -351,36 +366,46 @@ template <int S> struct Consumer {               // for up to S sequences
     }
     // A unit's weights into registers, and its slot is free.
     template <Product P, int M> __device__ void load(Words (&w)[M]) {
-        const char* mine = shared.ring[slot][g % 2] + g / 2 * 2 * Shape<P>::SEGMENT + 64 * warp + 16 * t;
+        const char* mine = shared.ring[slot][g % 2] + g / 2 * 2 * Shape<P>::SEGMENT + 128 * warp + 16 * t;
         unsigned read = 0;
-        for (int i = 0; i < M; ++i) w[i] = *reinterpret_cast<const Words*>(mine + 64 * CONSUMERS * i), read ^= w[i].w[0];
+        for (int i = 0; i < M; ++i)
+            w[i] = *reinterpret_cast<const Words*>(mine + 128 * CONSUMERS * (i / 2) + 64 * (i % 2)), read ^= w[i].w[0];
         give_back(read);
     }
-    // A warp's columns of a product's input. A has a row for each sequence and part; lane 4g + t has of rows g, g + 8, ...
-    // eight of each 32 columns. An mma takes these for rows g and g + 8, of 16 columns. So each eight are used twice: with
-    // the weights of half of the columns, when the first eight rows of the result count, and of the other half, when the
-    // last eight do. Where a norm comes before the product, also the sum over x's squares, as product of x with itself.
+    // A warp's columns of a product's input, 64 of each 512. x has a row for each sequence and part; lane 4g + t has of rows
+    // r, r + 8, ... eight of each 32 columns. An mma takes these for rows g and g + 8 of A, of 16 columns. So each eight are
+    // used twice: with the weights of half of the columns, when the first eight rows of the result count, and of the other
+    // half, when the last eight do. Before a norm also the sum over x's squares, as product of x with itself.
     template <Product P, int M> __device__ void take_input(int layer, Words (&x)[M]) {
         using Shape = Shape<P>;
         const Vectors v(step, layer);
-        const int column = 32 * warp + 8 * t;
-        const bf16* in = (P == O_PRODUCT ? v.attention : P == GATE_UP ? v.y : P == DOWN ? v.h : v.x) + column;
-        take(x, [&](int i) { return 8 * (i / Shape::N) + g < step.sequences << Shape::SHIFT; },
-             [&](int i) { return in + (8 * (i / Shape::N) + g) * Shape::SEGMENT + 32 * CONSUMERS * (i % Shape::N); });
-        if (Shape::NORMED) {
+        const bf16* in = P == O_PRODUCT ? v.attention : P == GATE_UP ? v.y : P == DOWN ? v.h : v.x;
+        // Eight lanes read 128 bytes of a row together, since the L2 cache gives those faster than twice 64. Then lanes 8i + j
+        // and 8i + j + 4 swap, such that one has both halves of row i, the other of row i + 4.
+        const auto row = [&](int i) { return 8 * (i / Shape::N) + 4 * (i % 2) + lane / 8; };
+        const auto column = [&](int i) { return 64 * (CONSUMERS * (i % Shape::N / 2) + warp); };
+        take(x, [&](int i) { return row(i) < step.sequences << Shape::SHIFT; },
+             [&](int i) { return in + row(i) * Shape::SEGMENT + column(i) + 8 * (lane % 8); });
+        for (int i = 0; i < M; i += 2)
+            for (int j = 0; j < 4; ++j) {
+                unsigned &a = x[i].w[j], &b = x[i + 1].w[j];
+                const unsigned other = __shfl_xor_sync(0xffffffff, g % 2 ? a : b, 4);
+                (g % 2 ? a : b) = other;
+            }
+        for (int tile = 0; tile < M / Shape::N && Shape::NORMED; ++tile) {
             float sum[4][4] = {};
             for (int i = 0; i < 2 * Shape::N; ++i) {
-                const unsigned *two = x[i / 2].w + i % 2 * 2, a[4] = {two[0], 0, two[1], 0};
+                const unsigned *two = x[tile * Shape::N + i / 2].w + i % 2 * 2, a[4] = {two[0], 0, two[1], 0};
                 mma_m16n8k16_bf16(sum[i % 4], a, two, sum[i % 4]);
             }
             const float even = sum[0][0] + sum[1][0] + (sum[2][0] + sum[3][0]),
                         odd = sum[0][1] + sum[1][1] + (sum[2][1] + sum[3][1]);
-            if (t == g / 2) shared.squares[warp][g] = g % 2 ? odd : even;    // the diagonal
+            if (t == g / 2) shared.squares[warp][8 * tile + r] = g % 2 ? odd : even;    // the diagonal
         }
         if (P == HEAD)                           // the last norm has its weight to itself
-            for (int i = 0; i < Shape::N; ++i) {
-                const int part = g % (1 << Shape::SHIFT), first = column + 32 * CONSUMERS * i;
-                const Float8 norm = to_float(vec8(step.norm + part * Shape::SEGMENT + first));
+            for (int i = 0; i < M; ++i) {
+                const int first = r % (1 << Shape::SHIFT) * Shape::SEGMENT + column(i) + 32 * (i % 2) + 8 * t;
+                const Float8 norm = to_float(vec8(step.norm + first));
                 for (int j = 0; j < 4; ++j) {
                     const Pair two = unpack(x[i].w[j]);
                     x[i].w[j] = pack_bf16x2(norm.v[2 * j] * two.a, norm.v[2 * j + 1] * two.b);
@@ -397,7 +422,7 @@ template <int S> struct Consumer {               // for up to S sequences
             float sum[4][4] = {};                // four chains: each mma waits for the one before it in its chain
             for (int i = 0; i < 2 * N; ++i)
                 mma_m16n8k16_bf16(sum[i % 4], x[tile * N + i / 2].w, w[i / 2].w + i % 2 * 2, sum[i % 4]);
-            const int row = 8 * tile + g, sequence = row >> SHIFT;    // of A; its part must be the segment's
+            const int row = 8 * tile + r, sequence = row >> SHIFT;    // of x; its part must be the segment's
             if ((row ^ t) % (1 << SHIFT) == 0 && sequence < S)
                 shared.parts[(ticket - 1) % PENDING][warp][sequence * 4 + t] =
                     {sum[0][0] + sum[2][0] + (sum[1][2] + sum[3][2]), sum[0][1] + sum[2][1] + (sum[1][3] + sum[3][3])};
@@ -415,24 +440,35 @@ template <int S> struct Consumer {               // for up to S sequences
     }
     __device__ void attention(int layer) {
         const Vectors v(step, layer);
-        for (begin = end, end += shared.attention_units; number < end; turn = (turn + 1) % CONSUMERS, next()) {
-            done();
+        for (begin = end, end += shared.attention_units; number < end; next()) {
             const Split split = find_split(shared, step, number - begin);
-            const int head = split.kv_head * GROUP;
-            const bool mine = turn == warp;      // the others go along
+            const bf16* token = v.qkv + split.sequence * QKV;    // the new one's queries, keys, values
+            const bf16* query = token + (split.kv_head * GROUP + g) * HEAD_DIM;
+            // Its key and value may not be in the cache yet: the warp whose tile has them puts them into the ring.
+            const bf16* key = token + (NUM_HEADS + split.kv_head) * HEAD_DIM;
+            const int value = lane / (HEAD_DIM / 8), eight = lane % (HEAD_DIM / 8);
+            const bool puts = split.last && (split.end - 1 - split.begin) / TILE % CONSUMERS == warp && value < 2;
             Attention attention = {g, t};
+            take(attention.q, [&](int i) { return i < Attention::KC ? g < GROUP : puts; }, [&](int i) {
+                return i < Attention::KC ? query + 32 * i + 8 * t : key + value * NUM_KV_HEADS * HEAD_DIM + 8 * eight; });
+            int at = split.begin + TILE * warp;
             for (int first = split.begin; first < split.end; first += SLOT_KEYS) {
-                const bf16* query = v.qkv + split.sequence * QKV + (head + g) * HEAD_DIM + 8 * t;
                 wait_for_slot();
-                if (mine && first == split.begin)
-                    take(attention.q, [&](int) { return g < GROUP; }, [&](int i) { return query + 32 * i; });
+                auto& [keys, values] = shared.ring[slot];
                 const int count = min(SLOT_KEYS, split.end - first);
-                for (int start = 0; start < count && mine; start += Attention::TILE)
-                    attention.add_tile(shared.ring[slot][0], shared.ring[slot][1], start, count, step.scale);
+                if (puts && first + count == split.end) {
+                    Words* rows = reinterpret_cast<Words*>(shared.ring[slot][value]);
+                    rows[(count - 1) * (HEAD_DIM / 8) + eight] = attention.q[Attention::KC];
+                    fence_async_proxy();
+                }
+                __syncwarp();                    // all lanes have put theirs before one reads it; no other warp will
+                for (; at < first + count; at += TILE * CONSUMERS)
+                    attention.add_tile(keys, values, at - first, count, step.scale);
                 give_back(__float_as_uint(attention.out[0][0] + attention.out[HEAD_DIM / 16 - 1][0]));
             }
-            unsigned* partial = v.partial + (split.sequence * NUM_HEADS + head) * step.splits * PARTIAL;
-            if (mine) attention.leave(partial + split.number * PARTIAL, step.splits);
+            wait(&shared.summed[(ticket - 2) % PENDING], (ticket - 2) / PENDING);    // the unit before needs no `heads` now
+            attention.leave(shared.parts[(ticket - 1) % PENDING][warp], shared.heads[warp]);
+            done();
         }
     }
     __device__ void run() { next(), forward(*this, step.layers); }
@@ -530,57 +566,53 @@ struct Reducer {
         cache += ((page * NUM_KV_HEADS + head % NUM_KV_HEADS) * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_DIM;
         store_word(cache + row % HEAD_DIM, word);
     }
-    __device__ void attention(int) {             // has no sums
-        for (begin = end, end += shared.attention_units; number < end; next())
-            wait(&shared.done[ticket % PENDING], ticket / PENDING), summed();
+    // Of a unit of attention, a lane has 8 numbers of a head's output: a sum over consumers, each of which had other keys.
+    __device__ void attention(int layer) {
+        const Vectors v(step, layer);
+        for (begin = end, end += shared.attention_units; number < end; next()) {
+            const Split split = find_split(shared, step, number - begin);
+            const auto& sums = shared.parts[ticket % PENDING];
+            wait(&shared.done[ticket % PENDING], ticket / PENDING);
+            for (int i = lane; i < GROUP * HEAD_DIM / 8; i += 32) {
+                const int head = i / (HEAD_DIM / 8), eight = i % (HEAD_DIM / 8);
+                Output out;
+                for (int warp = 0; warp < CONSUMERS; ++warp)
+                    out.add(sums[warp][head].a, sums[warp][head].b, shared.heads[warp][head][eight]);
+                const int row = split.sequence * NUM_HEADS + split.kv_head * GROUP + head;
+                unsigned* partial = v.partial + (row * step.splits + split.number) * PARTIAL;
+                const bool whole = split.last && split.number == 0;    // these were all keys
+                publish(whole ? (void*)(v.attention + row * HEAD_DIM + 8 * eight) : partial + 4 * eight, out.words());
+                const unsigned logsumexp = __float_as_uint(out.m + log2f(out.l));
+                if (eight == 0) publish(partial + HEAD_DIM / 2, {{logsumexp, logsumexp, logsumexp, logsumexp}});
+            }
+            summed();
+        }
     }
     __device__ void run() { next(), forward(*this, step.layers); }
 };
 
 // ---- The mergers ----------------------------------------------------------------------------------------------------
-// One warp: 32 numbers of a head's output. Lane 4s + p has 8 of them, of splits s, s + 8, ...; lanes 0 to 3 also those
-// of the new token, whose key and value other blocks are just putting into the cache.
-__device__ void merge(const Step& step, int keys, int sequence, int head, int part, const Vectors& v, int lane) {
-    int share;
-    const int splits = splits_of(keys, step.splits, share), eight = lane % (HEAD_DIM / 8) * 8, four = lane % 4;
-    const unsigned* row = v.partial + (sequence * NUM_HEADS + head) * step.splits * PARTIAL;
-    const bf16* token = v.qkv + sequence * QKV;
-    const bf16 *query = token + head * HEAD_DIM, *key = token + (NUM_HEADS + head / GROUP) * HEAD_DIM;
-    const auto numbers = [](const Words& words) { return to_float(reinterpret_cast<const Bf16x8&>(words)); };
-    float m = -INF, l = 0;
-    Float8 acc = {};
-    const auto add = [&](float other_m, float other_l, const Float8& other) {
-        // Both may be -inf, and -inf - -inf would be NaN.
-        const float highest = fmaxf(m, other_m), mine = m == highest ? 1 : exp2_approx(m - highest),
-                    its = other_m == highest ? 1 : exp2_approx(other_m - highest);
-        for (int i = 0; i < 8; ++i) acc.v[i] = acc.v[i] * mine + other.v[i] * its;
-        l = l * mine + other_l * its, m = highest;
-    };
-    Words own[3];    // 8 numbers of the new token's query, key and value
-    take(own, [](int) { return true; }, [&](int i) {
-        return i < 2 ? (i ? key : query) + eight : key + NUM_KV_HEADS * HEAD_DIM + 32 * part + 8 * four; });
-    const Float8 q = numbers(own[0]), k = numbers(own[1]);
-    float score = 0;
-    for (int i = 0; i < 8; ++i) score += q.v[i] * k.v[i];
-    for (int distance = 1; distance < HEAD_DIM / 8; distance *= 2) score += __shfl_xor_sync(0xffffffff, score, distance);
-    if (lane < 4) m = score * step.scale * LOG2_E, l = 1, acc = numbers(own[2]);
-    for (int split = lane / 4; split - lane / 4 < splits; split += 32) {
-        Words got[8];    // of four splits, numbers and logsumexp
-        take(got, [&](int i) { return split + i / 2 * 8 < splits; },
-             [&](int i) { return row + (split + i / 2 * 8) * PARTIAL + (i % 2 ? HEAD_DIM / 2 : 16 * part + 4 * four); });
-        for (int i = 0; i < 4; ++i)
-            if (split + i * 8 < splits) add(__uint_as_float(got[2 * i + 1].w[0]), 1, numbers(got[2 * i]));
+// One warp: 8 P numbers of a head's output. Lane P s + p has 8 of them, of splits s, s + 32 / P, ...; there are at most four
+// times 32 / P. `row`: sequence and head.
+__device__ void merge(const Step& step, int splits, int row, int part, int P, const Vectors& v, int lane) {
+    const int first = 8 * (P * part + lane % P);
+    const unsigned* partial = v.partial + row * step.splits * PARTIAL;
+    Output out;
+    Words got[8];    // of four splits, numbers and logsumexp
+    const auto split = [&](int i) { return (32 * (i / 2) + lane) / P; };
+    take(got, [&](int i) { return split(i) < splits; },
+         [&](int i) { return partial + split(i) * PARTIAL + (i % 2 ? HEAD_DIM / 2 : first / 2); });
+    for (int i = 0; i < 8; i += 2)
+        if (split(i) < splits)
+            out.add(__uint_as_float(got[i + 1].w[0]), 1, to_float(reinterpret_cast<const Bf16x8&>(got[i])));
+    for (int distance = P; distance < 32; distance *= 2) {
+        const auto other = [&](float x) { return __shfl_xor_sync(0xffffffff, x, distance); };
+        Float8 numbers;
+        for (int i = 0; i < 8; ++i) numbers.v[i] = other(out.numbers.v[i]);
+        const float m = other(out.m), l = other(out.l);
+        out.add(m, l, numbers);
     }
-    for (int distance = 4; distance < 32; distance *= 2) {
-        const float other_m = __shfl_xor_sync(0xffffffff, m, distance);
-        const float other_l = __shfl_xor_sync(0xffffffff, l, distance);
-        Float8 other;
-        for (int i = 0; i < 8; ++i) other.v[i] = __shfl_xor_sync(0xffffffff, acc.v[i], distance);
-        add(other_m, other_l, other);
-    }
-    Words words;
-    for (int i = 0; i < 4; ++i) words.w[i] = pack_bf16x2(acc.v[2 * i] / l, acc.v[2 * i + 1] / l);
-    if (lane < 4) publish(v.attention + (sequence * NUM_HEADS + head) * HEAD_DIM + 32 * part + 8 * lane, words);
+    if (lane < P) publish(v.attention + row * HEAD_DIM + first, out.words());
 }
 
 __device__ void merge_all(Shared& shared, const Step& step, int merger, int lane) {
@@ -590,11 +622,13 @@ __device__ void merge_all(Shared& shared, const Step& step, int merger, int lane
         publish(Vectors(step, 0).x + 8 * i, reinterpret_cast<const Words*>(step.embed + (size_t)token * HIDDEN)[i % (HIDDEN / 8)]);
     }
     __syncwarp();
-    constexpr int A_HEAD = HEAD_DIM / 32, A_SEQUENCE = NUM_HEADS * A_HEAD;    // items
+    const int P = step.sequences > 4 ? 8 : 4, parts = HEAD_DIM / 8 / P;    // such that there is a warp for each part, or nearly
     for (int layer = 0; layer < step.layers; ++layer)
-        for (int item = worker; item < step.sequences * A_SEQUENCE; item += workers) {
-            const int s = item / A_SEQUENCE;
-            merge(step, shared.keys[s], s, item % A_SEQUENCE / A_HEAD, item % A_HEAD, Vectors(step, layer), lane);
+        for (int item = worker; item < step.sequences * NUM_HEADS * parts; item += workers) {
+            const int row = item / parts;
+            int share;
+            const int splits = splits_of(shared.keys[row / NUM_HEADS], step.splits, share);
+            if (splits != 1) merge(step, splits, row, item % parts, P, Vectors(step, layer), lane);
         }
 }
 
@@ -617,13 +651,19 @@ extern "C" __global__ __launch_bounds__(DECODE_THREADS, 1) void decode(
     if (me == 0) {
         int units = 0, share;
         for (int s = 0; s < sequences; ++s)
-            units += splits_of(shared.keys[s] = max(0, context_lens[s] - 1), splits, share) * NUM_KV_HEADS;
+            units += splits_of(shared.keys[s] = context_lens[s], splits, share) * NUM_KV_HEADS;
         shared.attention_units = units;
     }
     __syncthreads();    // all this is there before anyone uses it
-    if (warp < CONSUMERS && sequences <= 2) Consumer<2>{shared, step, warp, lane}.run();
-    else if (warp < CONSUMERS) Consumer<DECODE_BATCH>{shared, step, warp, lane}.run();
-    else if (warp < CONSUMERS + MERGERS) merge_all(shared, step, warp - CONSUMERS, lane);
-    else if (warp == CONSUMERS + MERGERS) Reducer{shared, step, lane}.run();
-    else Producer{shared, step, lane}.run();
+    if (warp < CONSUMERS) {
+        set_registers<CONSUMER_REGISTERS>();
+        if (sequences <= 2) Consumer<2>{shared, step, warp, lane}.run();
+        else if (sequences <= 4) Consumer<4>{shared, step, warp, lane}.run();
+        else Consumer<DECODE_NUMBERS / FFN < DECODE_BATCH ? 4 : DECODE_BATCH>{shared, step, warp, lane}.run();
+    } else {
+        set_registers<OTHER_REGISTERS>();
+        if (warp < CONSUMERS + MERGERS) merge_all(shared, step, warp - CONSUMERS, lane);
+        else if (warp == CONSUMERS + MERGERS) Reducer{shared, step, lane}.run();
+        else Producer{shared, step, lane}.run();
+    }
 }

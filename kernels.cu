@@ -207,6 +207,12 @@ __device__ inline void load_words_if(bool yes, unsigned (&w)[4], const void* p) 
 __device__ inline void store_word(void* p, unsigned w) {
     asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(p), "r"(w) : "memory");
 }
+template <int N> __device__ inline void set_registers() {    // a thread's, of four aligned warps; 168 is what decode begins with
+    if constexpr (N > 168) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(N));
+    else asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(N));
+}
+// After a thread's own writes and copies to shared memory, before bulk copies or wgmma come to the same place.
+__device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ inline void relax() {}    // between two looks at what another thread will change
 // Shared memory that may be more than 48 KB: NAME_shared_bytes tells CudaDevice.compile how much kernel NAME wants.
 // It begins at a multiple of 1,024 bytes: wgmma reads from bits 7 to 9 of an address how parts have changed places.
@@ -226,7 +232,6 @@ constexpr bool WGMMA = HEAD_DIM == 64 || HEAD_DIM == 128;
                  "%23, %24, %25, %26, %27, %28, %29, %30, %31}, " operands ";}"                                        \
                  : FOUR(d[0]), FOUR(d[1]), FOUR(d[2]), FOUR(d[3]), FOUR(d[4]), FOUR(d[5]), FOUR(d[6]), FOUR(d[7])      \
                  : __VA_ARGS__ : "memory")
-__device__ inline void wgmma_sees_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // What wgmma is told of a matrix: where it begins, in 16 bytes; that eight rows further is 1,024 bytes further; and, in the
 // highest bits, a swizzle of 128 bytes, which is place()'s. (1 << 16 is ignored.) row: a multiple of 8; part: even, and of 8
 // where rows go along k. As a sum: all matrices of a tile are one number plus constants.
@@ -258,8 +263,8 @@ __device__ inline void wgmma_shared(float (&d)[R][N][4], const A& a, At at) {
 }
 #else
 constexpr bool WGMMA = false;
-__device__ inline void wgmma_sees_copies() {}
-template <bool, int, class... Arguments> __device__ void wgmma_shared(Arguments...);    // named below, never called
+template <bool, int, class... Arguments> __device__ void wgmma_shared(Arguments...);    // both named below, never called
+__device__ inline void fence_async_proxy();
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -499,7 +504,7 @@ __device__ inline void attend(
     };
     const auto next = [&](unsigned item) {    // waits for it, and starts the copy of a later one
         cp_async_wait<SLOTS - 2>();
-        if (TOGETHER) wgmma_sees_copies();    // each thread its own, before the barrier
+        if constexpr (TOGETHER) fence_async_proxy();    // each thread its own, before the barrier
         __syncthreads();    // all threads' copies are there; and no warp still reads the slot that is filled now
         load(item + SLOTS - 1);
         return ring + item % SLOTS * TILE + warp_key * STRIDE;

@@ -412,9 +412,10 @@ class CudaDevice:
         self.gemm, self.set_stream, self.cublas = open_cublas(cupy)
         self.graph_pool, self.graph_stream = cupy.cuda.MemoryPool(), cupy.cuda.Stream()
         self.multiprocessors = properties["multiProcessorCount"]
-        self.options = ["-arch=sm_90a"] * (capability == (9, 0))    # with what this generation alone has: wgmma
         # decode.cu wants bulk copies, and 227 KB of shared memory for a block. (Attribute 97: the most that it may have.)
         self.runs_decode = capability >= (9, 0) and runtime.deviceGetAttribute(97, number) >= 227 << 10
+        # "a": also what later generations may lack again: wgmma on 9.0, and registers that go from warp to warp.
+        self.options = [f"-arch=sm_{capability[0]}{capability[1]}a"] * self.runs_decode
         clock, width = runtime.deviceGetAttribute(36, number), runtime.deviceGetAttribute(37, number)       # in kHz, in bits; two moves a clock
         self.memory_bandwidth = 2e3 * clock * width / 8 or None     # bytes/s at best; some drivers say 0
 
@@ -916,15 +917,15 @@ class Model:
         c = config
         self.config, self.weights, self.device, self.buffer = c, weights, device, step_buffer
         self.graph_sizes, self.graphs = () if enforce_eager else GRAPH_SIZES, {}       # size -> what device.record returned
-        # decode.cu deals out columns in 256s, of a row, a half or a quarter, and rows in 8s; G heads are at most 8.
-        whole = all(n % (256 << (n > 2048) + (n > 4096)) == 0 for n in (c.hidden_size, c.num_attention_heads * c.head_dim, c.intermediate_size))
+        # decode.cu deals out columns in 512s, of a row, a half or a quarter, and rows in 8s; G heads are at most 8.
+        whole = all(n % (512 << (n > 2048) + (n > 4096)) == 0 for n in (c.hidden_size, c.num_attention_heads * c.head_dim, c.intermediate_size))
         fits = (whole and device.runs_decode and c.hidden_size <= 4096 and c.num_hidden_layers <= 64 and c.head_dim in (64, 128)
                 and c.vocab_size % 8 == 0 and c.num_attention_heads <= 8 * c.num_key_value_heads)
         self.kernels = device.compile({                                                 # with this model's sizes as constants
             "HIDDEN": c.hidden_size, "NUM_HEADS": c.num_attention_heads, "NUM_KV_HEADS": c.num_key_value_heads, "HEAD_DIM": c.head_dim,
             "FFN": c.intermediate_size, "VOCAB": c.vocab_size, "BLOCK_SIZE": block_size, "RMS_EPS": f"{c.rms_norm_eps:e}f"},
             FOLDER / "kernels.cu", *[FOLDER / "decode.cu"] * fits)
-        self.decode_batch = self.kernels.DECODE_BATCH if fits else 0                    # sequences up to which decode() is used
+        self.decode_batch = min(self.kernels.DECODE_BATCH, self.kernels.DECODE_NUMBERS // c.intermediate_size) if fits else 0   # of decode(), at most
         matrices = [w for layer in weights.layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down)] + [weights.head]
         self.addresses = device.to_device(np.array([device.address(w) for w in matrices], np.uint64))
         # For attention_tiles; how many rows a block of attention owns, see kernels.cu.
@@ -991,7 +992,7 @@ class Model:
 
     def decode(self, b):
         """forward() for a few sequences that bring one token each, in one kernel."""
-        c, w, S, splits = self.config, self.weights, len(b.token_ids), max(1, 64 // len(b.token_ids))    # splits of a context, at most
+        c, w, S, splits = self.config, self.weights, len(b.token_ids), 32 // len(b.token_ids)      # splits of a context, at most
         # What blocks hand to each other, 0 at first: two words a number of Vectors (see decode.cu), for each layer and once more.
         numbers = 2 * c.hidden_size + c.qkv_size + c.num_attention_heads * (c.head_dim + splits * (c.head_dim + 8)) + c.intermediate_size
         words, logits = self.device.xp.zeros(4 + (c.num_hidden_layers + 1) * S * numbers // 2, np.int32), self.device.empty((S, c.vocab_size))
