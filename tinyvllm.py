@@ -790,7 +790,7 @@ class Scheduler:
 # Steps in which every sequence decodes are run as CUDA graphs, one for each of a few batch sizes (the smallest: as one kernel, decode.cu); a batch
 # is padded to the next of these with rows that compute nothing anyone reads (vLLM: cudagraph_capture_sizes; enforce_eager is without).
 # ======================================================================================================================
-GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256)
+GRAPH_SIZES = (1, 2, 4, 6, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256)
 
 
 @dataclass
