@@ -373,7 +373,7 @@ def check_attention(model, batch, scale=1.0, splits=1):
     cu = ints(np.cumsum([0] + [q for q, _ in batch]))
     name = "decode_attention" if all(q == 1 for q, _ in batch) else "paged_attention"
     tile_rows = ATTENTION_ROWS * (2 if h <= 128 else 1)
-    tiles = ints([(s, row) for s, (q, _) in enumerate(batch) for row in range(0, q * H // K, tile_rows)]).ravel()
+    tiles = ints([(s, row) for s, (q, _) in enumerate(batch) for row in range(0, q * H // K, tile_rows)] + [(-1, -1)]).ravel()    # -1: none
     def attend(k_cache, v_cache):
         launch(model, name, (K * splits, len(tiles) // 2), out, qkv, k_cache, v_cache, tables, ints(range(0, S * max_blocks + 1, max_blocks)), cu,
                ints([c for _, c in batch]), tiles, partial)
