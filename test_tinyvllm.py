@@ -27,6 +27,7 @@ from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")          # processes run side by side, and the simulator has threads of its own
 import numpy as np
 import pytest
 import tokenizers

@@ -37,6 +37,7 @@ from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")       # NumPy's idle threads shall sleep, not spin: the simulator wants the cores
 import ml_dtypes
 import numpy as np
 
