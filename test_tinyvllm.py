@@ -1444,6 +1444,10 @@ def test_attention_tiles():
     """Every row of every sequence is in one tile; those that see the most keys come first."""
     tiles = tinyvllm.attention_tiles(np.array([1, 100, 1]), np.array([50, 400, 900]), 3, 128).reshape(-1, 2).tolist()
     assert tiles == [[2, 0], [1, 256], [1, 128], [1, 0], [0, 0]]
+    for seed in range(300):    # never more than launch() has room for
+        rng = RNG(seed)
+        counts, group, rows = rng.integers(1, rng.choice([2, 40, 300]), rng.integers(1, 30)), int(rng.integers(1, 17)), int(rng.choice([64, 128]))
+        assert len(tinyvllm.attention_tiles(counts, counts, group, rows)) // 2 <= len(counts) + counts.sum() * group // rows
 
 
 @pytest.mark.parametrize("overlap", [0, 1])

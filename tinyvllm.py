@@ -404,7 +404,8 @@ class CudaDevice:
     def __init__(self):
         import cupy
         self.xp = cupy
-        runtime, number = cupy.cuda.runtime, cupy.cuda.runtime.getDevice()
+        runtime = cupy.cuda.runtime
+        number = runtime.getDevice()
         properties = runtime.getDeviceProperties(number)
         self.name, capability = properties["name"].decode(), (properties["major"], properties["minor"])
         if capability < (8, 0):
@@ -490,7 +491,8 @@ class CudaDevice:
         module = self.xp.RawModule(code=source, options=options, backend="nvrtc")       # compiles at the first get_function
         def get_launch(name):                               # shared memory beyond 48 KB must be asked for, at each launch as well
             function, size = module.get_function(name), f"{name}_shared_bytes"
-            num_bytes = function.max_dynamic_shared_size_bytes = int(self.xp.ndarray((), np.int32, module.get_global(size))) if size in source else 0
+            num_bytes = int(self.xp.ndarray((), np.int32, module.get_global(size))) if size in source else 0
+            function.max_dynamic_shared_size_bytes = num_bytes
             return lambda grid, block, values: function(grid, block, values, shared_mem=num_bytes)
         try:
             return Kernels(source, self.xp.ndarray, get_launch)
@@ -788,9 +790,9 @@ class Scheduler:
 #   context_lens 21 42 3                 tokens in the cache after this step
 #   block_tables 7 2 | 5 3 9 | 4         the pages of each sequence; cu_blocks 0 2 5 6
 #
-# Steps of few tokens are run as CUDA graphs, since the CPU takes longer to start their kernels than the GPU to run them. There is one for each of a
-# few sizes, to which a batch is padded with rows that nobody reads (vLLM: cudagraph_capture_sizes; enforce_eager is without): if every
-# sequence decodes, for the step as a whole (the smallest are one kernel, decode.cu), else for the layers, by tokens and sequences.
+# Steps of few tokens are run as CUDA graphs, since the CPU takes longer to start their kernels than the GPU to run them. There is one for
+# each of a few sizes, to which a batch is padded with rows that nobody reads (vLLM: cudagraph_capture_sizes; enforce_eager is without):
+# if every sequence decodes, of the whole step (the smallest are one kernel, decode.cu), else of forward(), by tokens and sequences.
 # ======================================================================================================================
 GRAPH_SIZES = (1, 2, 4, 6, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256, 384, 512)
 
@@ -924,7 +926,8 @@ class Model:
             "HIDDEN": c.hidden_size, "NUM_HEADS": c.num_attention_heads, "NUM_KV_HEADS": c.num_key_value_heads, "HEAD_DIM": c.head_dim,
             "FFN": c.intermediate_size, "VOCAB": c.vocab_size, "BLOCK_SIZE": block_size, "RMS_EPS": f"{c.rms_norm_eps:e}f"},
             FOLDER / "kernels.cu", *[FOLDER / "decode.cu"] * fits)
-        self.decode_batch = min(self.kernels.DECODE_BATCH, self.kernels.DECODE_NUMBERS // c.intermediate_size) if fits else 0   # of decode(), at most
+        # Sequences up to which decode() is used.
+        self.decode_batch = min(self.kernels.DECODE_BATCH, self.kernels.DECODE_NUMBERS // c.intermediate_size) if fits else 0
         matrices = [w for layer in weights.layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down)] + [weights.head]
         self.addresses = device.to_device(np.array([device.address(w) for w in matrices], np.uint64))
         # For attention_tiles; how many rows a block of attention owns, see kernels.cu.
