@@ -150,9 +150,8 @@ __device__ inline void cp_async_16(void* shared, const void* global, int bytes) 
 }
 // What a thread has started since its last commit is a group. Waits until at most its latest N groups are under way.
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N> __device__ inline void cp_async_wait() {
-    asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory");
-}
+template <int N>
+__device__ inline void cp_async_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
 
 __device__ inline float exp2_approx(float x) {    // 2^x, with a relative error of 2^-22
     asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
@@ -171,12 +170,15 @@ __device__ inline unsigned atomic_inc_acq_rel(unsigned* p, unsigned limit) {
     return before;
 }
 
+// After a thread's own writes to shared memory, before the copy engine or wgmma comes there (compute capability 9.0 and up).
+__device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // For decode.cu, on compute capability 9.0 and up. An mbarrier counts arrivals in shared memory, and bytes that a bulk copy
 // brings there; waiters name the parity of the phase that is to be over.
 __device__ inline unsigned shared_address(const void* p) { return __cvta_generic_to_shared(p); }
 __device__ inline void mbarrier_init(u64* b, unsigned count) {    // such that the copy engine sees it
-    asm volatile("mbarrier.init.shared.b64 [%0], %1; fence.proxy.async.shared::cta;"
-                 :: "r"(shared_address(b)), "r"(count) : "memory");
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(shared_address(b)), "r"(count) : "memory");
+    fence_async_proxy();
 }
 __device__ inline void mbarrier_arrive(u64* b) {
     asm volatile("mbarrier.arrive.shared.b64 _, [%0];" :: "r"(shared_address(b)) : "memory");
@@ -211,8 +213,6 @@ template <int N> __device__ inline void set_registers() {    // a thread's, of f
     if constexpr (N > 168) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(N));
     else asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(N));
 }
-// After a thread's own writes and copies to shared memory, before bulk copies or wgmma come to the same place.
-__device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ inline void relax() {}    // between two looks at what another thread will change
 // Shared memory that may be more than 48 KB: NAME_shared_bytes tells CudaDevice.compile how much kernel NAME wants.
 // It begins at a multiple of 1,024 bytes: wgmma reads from bits 7 to 9 of an address how parts have changed places.
@@ -389,7 +389,7 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
 //     l   = l   exp(m - m') + sum_j exp(s_j - m')
 //     acc = acc exp(m - m') + sum_j exp(s_j - m') v_j            and at the end, out = acc / l
 // Causal: the queries of a sequence are its last positions, so a query at position p sees keys 0..p, whether it is a
-// decode token (p = context - 1) or belongs to a chunk from the middle of a prompt. At p < 0 (padding) there is no key,
+// decode token (p = context - 1) or belongs to a chunk from the middle of a prompt. At p < 0 there is no key,
 // and out is 0.
 //   out [T, H h].   qkv [T, (H + 2K) h]: the rotated q is read; this step's k and v are in the cache by now.
 //   k_cache, v_cache [N, K, B, h]: of one layer.
@@ -598,7 +598,7 @@ __device__ inline void attend(
     for (int i = 0; i < MINE; ++i) {
         const unsigned row = row_of(i);
         if (row >= rows || (FEW && warp > 0)) continue;
-        const float down = l[i] > 0 ? 1 / l[i] : 0;    // a padding query has seen no key: 0, not 0 / 0
+        const float down = l[i] > 0 ? 1 / l[i] : 0;    // a query at p < 0 has seen no key: 0, not 0 / 0
         unsigned* bf16s = reinterpret_cast<unsigned*>(out + token_head(row) * HEAD_DIM) + lane % 4;
         Float2* floats = reinterpret_cast<Float2*>(partial);
         floats += (token_head(row) * splits + split) * (HEAD_DIM / 2 + 1);

@@ -508,20 +508,20 @@ def first_line(error, word=""):
 
 def open_device(name="auto"):
     """name: "cuda", "cpu", or "auto": a GPU if there is one."""
+    if name != "cpu":
+        try:
+            import cupy
+            cupy.cuda.runtime.getDeviceCount()      # raises where there is no driver or no GPU
+        except Exception as error:                  # CuPy has many kinds, an import that half works included
+            problem = f"no NVIDIA GPU can be used ({first_line(error)})"
+            if name == "cuda":
+                raise TinyVLLMError(f"{problem}: check nvidia-smi and `pip install cupy-cuda12x`, or use --device cpu") from None
+            if not isinstance(error, ModuleNotFoundError):
+                print(f"tiny-vLLM: CuPy is here, but {problem}", file=sys.stderr)
+        else:
+            return CudaDevice()
     from simulator import CpuDevice                 # here, since it imports this module
-    if name == "cpu":
-        return CpuDevice()
-    try:
-        import cupy
-        cupy.cuda.runtime.getDeviceCount()          # raises where there is no driver or no GPU
-    except Exception as error:                      # CuPy has many kinds, an import that half works included
-        problem = f"no NVIDIA GPU can be used ({first_line(error)})"
-        if name == "cuda":
-            raise TinyVLLMError(f"{problem}: check nvidia-smi and `pip install cupy-cuda12x`, or use --device cpu") from None
-        if not isinstance(error, ModuleNotFoundError):
-            print(f"tiny-vLLM: CuPy is here, but {problem}", file=sys.stderr)
-        return CpuDevice()
-    return CudaDevice()
+    return CpuDevice()
 
 
 # ======================================================================================================================
