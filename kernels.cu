@@ -401,7 +401,7 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
 //   however long their contexts. So the keys are dealt to `splits` blocks (flash-decoding), a run of tiles to each, or
 //   to fewer if there are few. Each leaves acc, m and l here, and the last one to end merges them.
 //   tiles [A, 2]: the work: a sequence, and the first of the rows of it that a block owns, ATTENTION_ROWS of them (twice
-//   as many if head_dim <= 128), or as many as there are; -1: none. What sees the most keys should come first.
+//   as many if head_dim <= 128), or as many as there are. What sees the most keys should come first.
 //   Grid (K * splits, A); A * K is at most 1,024 if splits > 1. Blocks begin in this order, heads first: so the longest
 //   tiles of all heads begin before any shorter one.
 //
@@ -641,7 +641,6 @@ __device__ inline void attend_tile(
         Bf16x8* memory, bf16* out, const bf16* qkv, const bf16* k_cache, const bf16* v_cache, const int* block_tables,
         const int* cu_blocks, const int* cu_seqlens, const int* context_lens, const int* tiles, float* partial) {
     const int sequence = tiles[2 * blockIdx.y], first_row = tiles[2 * blockIdx.y + 1];
-    if (sequence < 0) return;    // there is none: the grid of a CUDA graph is for the largest batch
     const int first_token = cu_seqlens[sequence], queries = cu_seqlens[sequence + 1] - first_token;
     const int first_seen = context_lens[sequence] - queries + 1, rows = min(queries * GROUP - first_row, MOST_ROWS);
     const int* block_table = block_tables + cu_blocks[sequence];

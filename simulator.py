@@ -66,7 +66,6 @@ class CpuDevice:
     def record(self, function):
         return function(), function
 
-    @np.errstate(all="ignore")              # rows that only pad a batch may hold anything
     def linear(self, x, w, add_to=None):
         # NumPy multiplies bfloat16 element by element, without BLAS. A weight is converted once and must not change after.
         if id(w) not in self.float32_weights:

@@ -374,7 +374,7 @@ def check_attention(model, batch, scale=1.0, splits=1):
     cu = ints(np.cumsum([0] + [q for q, _ in batch]))
     name = "decode_attention" if all(q == 1 for q, _ in batch) else "paged_attention"
     tile_rows = ATTENTION_ROWS * (2 if h <= 128 else 1)
-    tiles = ints([(s, row) for s, (q, _) in enumerate(batch) for row in range(0, q * H // K, tile_rows)] + [(-1, -1)]).ravel()    # -1: none
+    tiles = ints([(s, row) for s, (q, _) in enumerate(batch) for row in range(0, q * H // K, tile_rows)]).ravel()
     def attend(k_cache, v_cache):
         launch(model, name, (K * splits, len(tiles) // 2), out, qkv, k_cache, v_cache, tables, ints(range(0, S * max_blocks + 1, max_blocks)), cu,
                ints([c for _, c in batch]), tiles, partial)
@@ -1444,10 +1444,6 @@ def test_attention_tiles():
     """Every row of every sequence is in one tile; those that see the most keys come first."""
     tiles = tinyvllm.attention_tiles(np.array([1, 100, 1]), np.array([50, 400, 900]), 3, 128).reshape(-1, 2).tolist()
     assert tiles == [[2, 0], [1, 256], [1, 128], [1, 0], [0, 0]]
-    for seed in range(300):    # never more than launch() has room for
-        rng = RNG(seed)
-        counts, group, rows = rng.integers(1, rng.choice([2, 40, 300]), rng.integers(1, 30)), int(rng.integers(1, 17)), int(rng.choice([64, 128]))
-        assert len(tinyvllm.attention_tiles(counts, counts, group, rows)) // 2 <= len(counts) + counts.sum() * group // rows
 
 
 @pytest.mark.parametrize("overlap", [0, 1])

@@ -790,11 +790,11 @@ class Scheduler:
 #   context_lens 21 42 3                 tokens in the cache after this step
 #   block_tables 7 2 | 5 3 9 | 4         the pages of each sequence; cu_blocks 0 2 5 6
 #
-# Steps of few tokens are run as CUDA graphs, since the CPU takes longer to start their kernels than the GPU to run them. There is one for
-# each of a few sizes, to which a batch is padded with rows that nobody reads (vLLM: cudagraph_capture_sizes; enforce_eager is without):
-# if every sequence decodes, of the whole step (the smallest are one kernel, decode.cu), else of forward(), by tokens and sequences.
+# Steps in which every sequence decodes are run as CUDA graphs, since the CPU takes longer to start their kernels than the GPU to run them. There is
+# one for each of a few batch sizes (the smallest: as one kernel, decode.cu), to which a batch is padded with rows that nobody reads (vLLM:
+# cudagraph_capture_sizes; enforce_eager is without).
 # ======================================================================================================================
-GRAPH_SIZES = (1, 2, 4, 6, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256, 384, 512)
+GRAPH_SIZES = (1, 2, 4, 6, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256)
 
 
 @dataclass
@@ -816,7 +816,6 @@ class Batch:
     tiles: np.ndarray                   # [2A] int32: the work of attention, see attention_tiles
     cu_blocks: np.ndarray               # [S + 1] int32
     block_tables: np.ndarray            # [pages of all S] int32: sequence s has those from cu_blocks[s] on
-    is_decode: bool                     # whether every sequence brings one token and gets one: T = S = R
 
     @classmethod
     def build(cls, scheduled, block_size, group, tile_rows):
@@ -840,20 +839,24 @@ class Batch:
             cu_seqlens=cu_seqlens, context_lens=starts + counts, last_tokens=cu_seqlens[1:][rows] - 1,
             lengths=lengths[rows], temperatures=np.array([p.temperature for p in params], floats),
             top_ks=np.array([min(p.top_k, 2**31 - 1) for p in params], ints), top_ps=np.array([p.top_p for p in params], floats),
-            tiles=attention_tiles(counts, starts + counts, group, tile_rows), cu_blocks=cu_blocks, block_tables=block_tables,
-            is_decode=len(token_ids) == len(scheduled) == len(sampled))
+            tiles=attention_tiles(counts, starts + counts, group, tile_rows), cu_blocks=cu_blocks, block_tables=block_tables)
 
-    def padded(self, tokens, sequences, tiles):
-        """The batch with more of everything, up to these numbers: tokens that are no sequence's and go to no slot, sequences without any,
-        and tiles of no sequence (-1). What comes out for these rows may be anything."""
-        sizes = {"slot_mapping": tokens, "token_ids": tokens, "positions": tokens, "cu_seqlens": sequences + 1, "cu_blocks": sequences + 1,
-                 "tiles": 2 * tiles, "block_tables": len(self.block_tables)}
-        values = {"slot_mapping": -1, "tiles": -1, "cu_seqlens": self.cu_seqlens[-1], "cu_blocks": self.cu_blocks[-1]}
-        def fill(name):
-            array = getattr(self, name)
-            more = sizes.get(name, sequences) - len(array)
-            return np.concatenate([array, np.full(more, values.get(name, 0), array.dtype)]) if more else array
-        return replace(self, **{name: fill(name) for name in StepBuffer.ARRAYS})
+    @property
+    def is_decode(self):
+        """Whether every sequence brings one token and gets one: T = S = R."""
+        return len(self.token_ids) == len(self.context_lens) == len(self.sampled)
+
+    def padded(self, size):
+        """A batch of decodes with rows added, up to `size`: sequences of one token that write to no slot and see no key."""
+        def fill(array, value=0):
+            return np.concatenate([array, np.full(more, value, array.dtype)])
+        more, rows = size - len(self.token_ids), np.arange(size + 1, dtype=np.int32)
+        if more == 0:
+            return self
+        zeros = ("seeds", "token_ids", "positions", "context_lens", "lengths", "temperatures", "top_ks", "top_ps")
+        tiles = np.concatenate([self.tiles, np.repeat(rows[size - more:-1], 2) * np.tile([1, 0], more).astype(np.int32)])
+        return replace(self, slot_mapping=fill(self.slot_mapping, -1), cu_seqlens=rows, last_tokens=rows[:-1], tiles=tiles,
+                       cu_blocks=fill(self.cu_blocks, self.cu_blocks[-1]), **{name: fill(getattr(self, name)) for name in zeros})
 
 
 def attention_tiles(counts, context_lens, group, tile_rows):
@@ -917,7 +920,7 @@ class Model:
         """max_model_len: positions that can occur. step_buffer: for its batches. enforce_eager: no CUDA graphs."""
         c = config
         self.config, self.weights, self.device, self.buffer = c, weights, device, step_buffer
-        self.graph_sizes, self.graphs = () if enforce_eager else GRAPH_SIZES, {}       # see replay
+        self.graph_sizes, self.graphs = () if enforce_eager else GRAPH_SIZES, {}       # size -> what device.record returned
         # decode.cu deals out columns in 512s, of a row, a half or a quarter, and rows in 8s; G heads are at most 8.
         whole = all(n % (512 << (n > 2048) + (n > 4096)) == 0 for n in (c.hidden_size, c.num_attention_heads * c.head_dim, c.intermediate_size))
         fits = (whole and device.runs_decode and c.hidden_size <= 4096 and c.num_hidden_layers <= 64 and c.head_dim in (64, 128)
@@ -941,17 +944,14 @@ class Model:
         """Starts a step and does not wait for it. Returns the logits [R, V], good until the next step (a graph overwrites its own), and
         a function that waits and returns the sampled sequences' next tokens and these tokens' log-probabilities, int32 and
         float32. All may be longer than R, by padding."""
-        T, S, (group, tile_rows), upload = len(batch.token_ids), len(batch.context_lens), self.tiling, self.buffer.upload
-        tokens, sequences = (next((size for size in self.graph_sizes if size >= count), None) for count in (T, S))
-        if tokens is None:
-            b = upload(batch)
-            logits = self.head(self.forward(b), b, len(b.sampled))
-        elif batch.is_decode:
-            b = upload(batch.padded(tokens, tokens, tokens))
-            logits = self.replay(tokens, lambda: self.decode(b) if tokens <= self.decode_batch else self.head(self.forward(b), b, tokens))
+        size = next((size for size in self.graph_sizes if size >= len(batch.token_ids)), None) if batch.is_decode else None
+        b = self.buffer.upload(batch.padded(size) if size else batch)
+        if size in self.graphs:
+            logits = self.graphs[size]()
+        elif size:
+            logits, self.graphs[size] = self.device.record(lambda: (self.decode if size <= self.decode_batch else self.forward)(b))
         else:
-            b = upload(batch.padded(tokens, sequences, sequences + tokens * group // tile_rows))     # no batch has more tiles
-            logits = self.head(self.replay((tokens, sequences), lambda: self.forward(b)), b, len(b.sampled))
+            logits = self.forward(b)
         wait = self.device.fetch(self.buffer.sampled)
 
         def get_tokens():
@@ -959,25 +959,18 @@ class Model:
             return tokens, logprobs.view(np.float32)
         return logits, get_tokens
 
-    def replay(self, key, function):
-        """function(), by the CUDA graph of this key; the first time it is recorded."""
-        if key in self.graphs:
-            return self.graphs[key]()
-        result, self.graphs[key] = self.device.record(function)
-        return result
-
     def forward(self, b):
-        """Puts the new tokens' keys and values into the cache; returns the residual stream [T, D] after the last layer. b: a batch on
-        the device."""
+        """Puts the new tokens' keys and values into the cache and the sampled sequences' next tokens into the step buffer; returns
+        the logits [R, V] that chose them. b: a batch on the device."""
         c, w, kernels, linear = self.config, self.weights, self.kernels, self.device.linear
-        T, tiles = len(b.token_ids), len(b.tiles) // 2
+        T, R, tiles = len(b.token_ids), len(b.last_tokens), len(b.tiles) // 2
         D, F, heads_size = c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim
         H, K = c.num_attention_heads, c.num_key_value_heads
         # Two blocks of attention for each multiprocessor keep the memory busy: where there are fewer, split the contexts (by 32
         # at most: merging reads them all). By the batch's size alone, not by its contexts: a CUDA graph keeps its grids.
         splits = max(1, min(32, 2 * self.device.multiprocessors // (tiles * K)))
         partial = self.device.empty((T, H, splits, c.head_dim + 2), np.float32) if splits > 1 else None
-        attend = kernels.decode_attention if b.is_decode else kernels.paged_attention
+        attend = kernels.decode_attention if T == len(b.context_lens) else kernels.paged_attention
         query_scale = math.log2(math.e) / math.sqrt(c.head_dim)                         # see paged_attention
         residual, attention, activation = (self.device.empty((T, size)) for size in (D, heads_size, F))
 
@@ -994,16 +987,13 @@ class Model:
             gate_up = linear(residual, layer.gate_up)                                   # [T, 2F]
             kernels.silu_mul((cdiv(F, kernels.SILU_COLUMNS), T), activation, gate_up, residual)
             linear(activation, layer.down, add_to=residual)
-        return residual
 
-    def head(self, residual, b, R):
-        """Puts the sampled sequences' next tokens into the step buffer; returns the logits [R, V] that chose them. The head is large, so only
-        the last token of each goes through it. (R: in a padded batch the arrays are longer.)"""
         if R == 0:
             return None
-        x = self.device.empty((R, self.config.hidden_size))
-        self.kernels.rms_norm((R,), x, residual, b.last_tokens, self.weights.norm)
-        return self.sample(self.device.linear(x, self.weights.head), b)
+        x = self.device.empty((R, D))
+        kernels.rms_norm((R,), x, residual, b.last_tokens, w.norm)                      # the head is large: only these rows need it
+        logits = linear(x, w.head)
+        return self.sample(logits, b)
 
     def decode(self, b):
         """forward() for a few sequences that bring one token each, in one kernel."""
