@@ -28,7 +28,48 @@
 //   Grid: a block on each multiprocessor. All must come to be there at once, since they wait for one another.
 //   No sum depends on who draws or comes first: the same input gives the same bits.
 // ---------------------------------------------------------------------------------------------------------------------
-#ifdef SIMULATOR
+#ifndef SIMULATOR
+// PTX of compute capability 9.0. An mbarrier counts arrivals in shared memory, and bytes that a bulk copy brings there;
+// waiters name the parity of the phase that is to be over.
+__device__ inline void mbarrier_init(u64* b, unsigned count) {    // such that the copy engine sees it
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(shared_address(b)), "r"(count) : "memory");
+    fence_async_proxy();
+}
+__device__ inline void mbarrier_arrive(u64* b) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" :: "r"(shared_address(b)) : "memory");
+}
+__device__ inline void mbarrier_expect(u64* b, unsigned bytes) {    // an arrival, and this many bytes are to come
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" :: "r"(shared_address(b)), "r"(bytes) : "memory");
+}
+#define MBARRIER_TEST(name, instruction)                                                                              \
+    __device__ inline bool name(u64* b, unsigned parity) {                                                            \
+        unsigned yes;                                                                                                 \
+        asm volatile("{.reg .pred p; mbarrier." instruction ".parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"  \
+                     : "=r"(yes) : "r"(shared_address(b)), "r"(parity) : "memory");                                   \
+        return yes;                                                                                                   \
+    }
+MBARRIER_TEST(mbarrier_passed, "test_wait")
+MBARRIER_TEST(mbarrier_passed_soon, "try_wait")    // the same, but if not, it may take a nap first
+__device__ inline void bulk_copy(void* shared, const void* global, unsigned bytes, u64* b) {    // L2 need not keep it
+    asm volatile("{.reg .b64 once; createpolicy.fractional.L2::evict_first.b64 once, 1.0;"
+                 "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+                 "[%0], [%1], %2, [%3], once;}"
+                 :: "r"(shared_address(shared)), "l"(global), "r"(bytes), "r"(shared_address(b)) : "memory");
+}
+// Relaxed: what other blocks write is seen in the end. Each word by itself: 16 bytes need not come at once.
+__device__ inline void load_words_if(bool yes, unsigned (&w)[4], const void* p) {
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];}"
+                 : "+r"(w[0]), "+r"(w[1]), "+r"(w[2]), "+r"(w[3]) : "l"(p), "r"((unsigned)yes) : "memory");
+}
+__device__ inline void store_word(void* p, unsigned w) {
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(p), "r"(w) : "memory");
+}
+template <int N> __device__ inline void set_registers() {    // a thread's, of four aligned warps; 168 is what decode begins with
+    if constexpr (N > 168) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(N));
+    else asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(N));
+}
+__device__ inline void relax() {}    // between two looks at what another thread will change
+#else
 // A phase of an mbarrier is over when all have arrived, and all bytes that were announced. Copies are made at once.
 struct Mbarrier { uint8_t count, waits_for, phase; int bytes; };
 inline void mbarrier_arrive(u64* b, int arrivals = 1, int bytes = 0) {

@@ -32,6 +32,7 @@
 constexpr int GROUP = NUM_HEADS / NUM_KV_HEADS;                   // G
 constexpr int QKV = (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM;    // a token's row of qkv: its queries, keys, values
 constexpr float INF = __builtin_bit_cast(float, 0x7f800000);      // NVRTC knows no INFINITY
+constexpr float LOWEST = -3.4e38f;        // almost -INF; but LOWEST - LOWEST is 0, and not NaN
 constexpr float LOG2_E = 1.44269504f;     // exp(x) = 2^(x log2(e)), and powers of 2 are what a GPU has
 
 static_assert(HIDDEN % 8 == 0 && FFN % 8 == 0, "hidden and ffn sizes must be multiples of 8 (16 bytes)");
@@ -170,50 +171,10 @@ __device__ inline unsigned atomic_inc_acq_rel(unsigned* p, unsigned limit) {
     return before;
 }
 
+__device__ inline unsigned shared_address(const void* p) { return __cvta_generic_to_shared(p); }
 // After a thread's own writes to shared memory, before the copy engine or wgmma comes there (compute capability 9.0 and up).
 __device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// For decode.cu, on compute capability 9.0 and up. An mbarrier counts arrivals in shared memory, and bytes that a bulk copy
-// brings there; waiters name the parity of the phase that is to be over.
-__device__ inline unsigned shared_address(const void* p) { return __cvta_generic_to_shared(p); }
-__device__ inline void mbarrier_init(u64* b, unsigned count) {    // such that the copy engine sees it
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(shared_address(b)), "r"(count) : "memory");
-    fence_async_proxy();
-}
-__device__ inline void mbarrier_arrive(u64* b) {
-    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" :: "r"(shared_address(b)) : "memory");
-}
-__device__ inline void mbarrier_expect(u64* b, unsigned bytes) {    // an arrival, and this many bytes are to come
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" :: "r"(shared_address(b)), "r"(bytes) : "memory");
-}
-#define MBARRIER_TEST(name, instruction)                                                                              \
-    __device__ inline bool name(u64* b, unsigned parity) {                                                            \
-        unsigned yes;                                                                                                 \
-        asm volatile("{.reg .pred p; mbarrier." instruction ".parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"  \
-                     : "=r"(yes) : "r"(shared_address(b)), "r"(parity) : "memory");                                   \
-        return yes;                                                                                                   \
-    }
-MBARRIER_TEST(mbarrier_passed, "test_wait")
-MBARRIER_TEST(mbarrier_passed_soon, "try_wait")    // the same, but if not, it may take a nap first
-__device__ inline void bulk_copy(void* shared, const void* global, unsigned bytes, u64* b) {    // L2 need not keep it
-    asm volatile("{.reg .b64 once; createpolicy.fractional.L2::evict_first.b64 once, 1.0;"
-                 "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-                 "[%0], [%1], %2, [%3], once;}"
-                 :: "r"(shared_address(shared)), "l"(global), "r"(bytes), "r"(shared_address(b)) : "memory");
-}
-// Relaxed: what other blocks write is seen in the end. Each word by itself: 16 bytes need not come at once.
-__device__ inline void load_words_if(bool yes, unsigned (&w)[4], const void* p) {
-    asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];}"
-                 : "+r"(w[0]), "+r"(w[1]), "+r"(w[2]), "+r"(w[3]) : "l"(p), "r"((unsigned)yes) : "memory");
-}
-__device__ inline void store_word(void* p, unsigned w) {
-    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(p), "r"(w) : "memory");
-}
-template <int N> __device__ inline void set_registers() {    // a thread's, of four aligned warps; 168 is what decode begins with
-    if constexpr (N > 168) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(N));
-    else asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(N));
-}
-__device__ inline void relax() {}    // between two looks at what another thread will change
 // Shared memory that may be more than 48 KB: NAME_shared_bytes tells CudaDevice.compile how much kernel NAME wants.
 // It begins at a multiple of 1,024 bytes: wgmma reads from bits 7 to 9 of an address how parts have changed places.
 #define DYNAMIC_SHARED(bytes) extern __shared__ __align__(1024) char dynamic_shared[]
@@ -383,11 +344,12 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
 //   knows this.
 // - Grouped (GQA): query heads kv_head * G .. kv_head * G + G-1 share one kv head. Each pair (query, one of these) is a
 //   row, number query * G + head % G, and all rows of a block share the keys that it reads.
-// Online softmax: scores come tile by tile, and exp needs their maximum first, lest it overflow. So keep a running
-// maximum m, sum l and accumulator acc; when a tile raises the maximum from m to m', what was summed so far is too
-// large by exp(m' - m), and is rescaled:
+// Online softmax: scores come tile by tile, and exp(s) might overflow, exp(s - m) not, if m is near the maximum. m stands in
+// sum l and accumulator acc alike, so in the end it does not matter which. When it becomes m', what is there is rescaled:
 //     l   = l   exp(m - m') + sum_j exp(s_j - m')
 //     acc = acc exp(m - m') + sum_j exp(s_j - m') v_j            and at the end, out = acc / l
+// FlashAttention-2 has m follow the maximum, from tile to tile. But to find a tile's maximum takes as long as its exps. So
+// here m stays what it was in the first tile, until a tile's sum passes 2^32: that one is done again, with a higher m.
 // Causal: the queries of a sequence are its last positions, so a query at position p sees keys 0..p, whether it is a
 // decode token (p = context - 1) or belongs to a chunk from the middle of a prompt. At p < 0 there is no key,
 // and out is 0.
@@ -474,38 +436,40 @@ __device__ inline void attend(
     // ahead. Hazard: nothing at or past `end` is read, neither unused slots (garbage, possibly NaN) nor unused entries
     // of the block table (not even page numbers). In the tile such keys are 0: NaN times a probability of 0 would be NaN.
     constexpr unsigned LANES = PARTS <= 4 ? 4 : PARTS <= 8 ? 8 : 16, STEP = ATTENTION_THREADS / LANES;
-    const unsigned my_key = threadIdx.x / LANES, my_part = threadIdx.x % LANES;
+    const unsigned me = threadIdx.x % ATTENTION_THREADS, my_key = me / LANES, my_part = me % LANES;    // %: tells the compiler
+    const auto left = [=](unsigned tile) { return int(end) - int(tile * KEY_TILE + my_key); };    // from my first key on
     unsigned pages[KEY_TILE / STEP];
-    const auto look_up = [&](unsigned tile) {
+    const auto look_up = [&](unsigned tile) {    // all of these numbers are powers of 2
+        const int* mine = block_table + (tile * KEY_TILE / BLOCK_SIZE + my_key / BLOCK_SIZE);
         #pragma unroll
-        for (unsigned i = 0; i < KEY_TILE / STEP; ++i) {
-            const unsigned position = tile * KEY_TILE + my_key + i * STEP;
-            pages[i] = position < end ? block_table[position / BLOCK_SIZE] : 0;
-        }
+        for (int i = 0; i < KEY_TILE / STEP; ++i) pages[i] = i * int(STEP) < left(tile) ? mine[i * STEP / BLOCK_SIZE] : 0;
     };
     Bf16x8* const ring = memory + Q_ROWS * PADDED;        // for wgmma, q and tiles are multiples of 1,024 bytes
     const auto load = [&](unsigned item) {    // item 2t of the ring is K of tile t, 2t + 1 is V
-        const unsigned tile = item / 2;
+        const unsigned tile = item / 2, slot = tile * KEY_TILE % BLOCK_SIZE + my_key % BLOCK_SIZE;    // of its first key
+        // Addresses as integers, and summed up in this order: the compiler's order costs three instructions more for a copy.
+        const u64 cache = reinterpret_cast<u64>(
+            (item % 2 ? v_cache : k_cache) + ((kv_head * BLOCK_SIZE + slot) * HEAD_DIM + 8 * my_part));
         #pragma unroll
-        for (unsigned part = my_part, p = 0; p < PARTS; p += LANES, part += LANES) {
-            if (tile >= last_tile || part >= PARTS) break;
+        for (unsigned p = 0; p < PARTS; p += LANES) {
+            if (tile >= last_tile || my_part + p >= PARTS) break;
             #pragma unroll
-            for (unsigned i = 0; i < KEY_TILE / STEP; ++i) {
-                const unsigned position = tile * KEY_TILE + my_key + i * STEP;
-                const bf16* source = item % 2 ? v_cache : k_cache;
-                source += (kv_head * BLOCK_SIZE + position % BLOCK_SIZE) * HEAD_DIM + 8 * part;
-                source += (size_t)pages[i] * (NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM);    // 64 bits, as in rope_and_cache
-                cp_async_16(ring + item % SLOTS * TILE + i * STEP * STRIDE + place<KEY_TILE>(my_key, part), source,
-                            position < end ? 16 : 0);
+            for (int i = 0; i < KEY_TILE / STEP; ++i) {
+                const u64 page = pages[i] * u64(2 * NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM) + cache;
+                cp_async_16(ring + item % SLOTS * TILE + i * STEP * STRIDE + place<KEY_TILE>(my_key, my_part + p),
+                            reinterpret_cast<const bf16*>(page) + i * STEP % BLOCK_SIZE * HEAD_DIM + 8 * p,
+                            i * int(STEP) < left(tile) ? 16 : 0);
             }
         }
         cp_async_commit();                    // also a group of nothing counts
         if (item % 2) look_up(tile + 1);
     };
-    const auto next = [&](unsigned item) {    // waits for it, and starts the copy of a later one
+    const auto wait = [&](bool x) {           // for the next item in turn; returns whether any thread's x is true
         cp_async_wait<SLOTS - 2>();
         if constexpr (TOGETHER) fence_async_proxy();    // each thread its own, before the barrier
-        __syncthreads();    // all threads' copies are there; and no warp still reads the slot that is filled now
+        return __syncthreads_or(x);    // all threads' copies are there; and no warp still reads the slot that is filled next
+    };
+    const auto take = [&](unsigned item) {    // after the wait for it; starts the copy of a later one
         load(item + SLOTS - 1);
         return ring + item % SLOTS * TILE + warp_key * STRIDE;
     };
@@ -522,48 +486,59 @@ __device__ inline void attend(
     };
     // l is of this lane's columns only, until the end.
     float m[MINE], l[MINE] = {}, acc[ROW_TILES][PARTS][4] = {};
-    for (float& x : m) x = -INF;
+    for (float& x : m) x = LOWEST;
     for (unsigned tile = first_tile; tile < last_tile; ++tile) {
-        // 2. Scores
-        float s[ROW_TILES][KEYS / 8][4] = {};
-        const Bf16x8* k_tile = next(2 * tile);
+        wait(false);
+        const Bf16x8* k_tile = take(2 * tile);
         const auto k_at = [=](int row, int part) { return k_tile + place<KEY_TILE>(row, part); };
-        // Hazard: q from shared memory each time. Its fragments, loaded once, lost their registers to p's (ptxas 13.0).
-        if constexpr (TOGETHER) wgmma_shared<true, PARTS / 2>(s, q_at, k_at);
-        else mma_shared<true, STRIDE, PARTS / 2>(s, load_q, k_at);
-        // 3. Online softmax. The probabilities, rounded to bf16, are a factor of the next product.
-        const auto score = [&](int i, int n, int j) -> float& { return s[i / 2][n][i % 2 * 2 + j]; };
-        const int start = tile * KEY_TILE + warp_key;
-        const int there = FEW && rows <= 8 ? 1 : MINE;    // decode: often, the upper eight rows are not
-        unsigned p[KEYS / 16][ROW_TILES][4] = {};
-        if (start + int(KEYS) > visible(warp_row))    // unless its first row, which sees the fewest, sees all: hide some
+        unsigned p[KEYS / 16][ROW_TILES][4] = {};    // probabilities, as bf16: a factor of the next product
+        float sum[MINE] = {}, largest;
+        bool raise = tile == first_tile;
+        do {
+            // 2. Scores
+            float s[ROW_TILES][KEYS / 8][4] = {};
+            // Hazard: q from shared memory each time. Its fragments, loaded once, lost their registers to p's (ptxas 13.0).
+            if constexpr (TOGETHER) wgmma_shared<true, PARTS / 2>(s, q_at, k_at);
+            else mma_shared<true, STRIDE, PARTS / 2>(s, load_q, k_at);
+            const auto score = [&](int i, int n, int j) -> float& { return s[i / 2][n][i % 2 * 2 + j]; };
+            const int start = tile * KEY_TILE + warp_key;
+            if (start + int(KEYS) > visible(warp_row))    // unless its first row, which sees the fewest, sees all: hide some
+                #pragma unroll
+                for (int i = 0; i < MINE; ++i) {
+                    const int seen = visible(row_of(i)) - start - int(lane % 4 * 2);
+                    #pragma unroll
+                    for (int n = 0; n < KEYS / 8; ++n)
+                        for (int j = 0; j < 2; ++j) if (8 * n + j >= seen) score(i, n, j) = -INF;
+                }
+            // 3. Online softmax
+            if (raise)
+                #pragma unroll
+                for (int i = 0; i < MINE; ++i) {
+                    float highest = m[i];
+                    for (int n = 0; n < KEYS / 8; ++n) highest = max(highest, max(score(i, n, 0), score(i, n, 1)));
+                    for (int k = 1; k < 4; k *= 2) highest = max(highest, __shfl_xor_sync(0xffffffff, highest, k));
+                    const float rescale = exp2_approx(m[i] - highest);
+                    m[i] = highest, l[i] *= rescale;
+                    #pragma unroll
+                    for (int d = 0; d < 2 * PARTS; ++d) acc[i / 2][d / 2][i % 2 * 2 + d % 2] *= rescale;
+                }
+            largest = 0;
             #pragma unroll
             for (int i = 0; i < MINE; ++i) {
-                const int seen = visible(row_of(i)) - start - int(lane % 4 * 2);
+                if (FEW && i > 0 && rows <= 8) break;    // decode: often, the upper eight rows are not there
+                sum[i] = 0;
                 #pragma unroll
-                for (int n = 0; n < KEYS / 8; ++n)
-                    for (int j = 0; j < 2; ++j) if (8 * n + j >= seen) score(i, n, j) = -INF;
+                for (int n = 0; n < KEYS / 8; ++n) {
+                    const float p0 = exp2_approx(score(i, n, 0) - m[i]), p1 = exp2_approx(score(i, n, 1) - m[i]);
+                    sum[i] += p0 + p1;
+                    p[n / 2][i / 2][n % 2 * 2 + i % 2] = pack_bf16x2(p0, p1);
+                }
+                largest = max(largest, sum[i]);
             }
-        #pragma unroll
-        for (int i = 0; i < MINE; ++i) {
-            if (i >= there) break;
-            float highest = m[i];
-            for (int n = 0; n < KEYS / 8; ++n) highest = max(highest, max(score(i, n, 0), score(i, n, 1)));
-            for (int k = 1; k < 4; k *= 2) highest = max(highest, __shfl_xor_sync(0xffffffff, highest, k));
-            // Hazard: a row that has seen no key yet. Its maximum is -inf, and -inf - -inf would be NaN. (Below, likewise.)
-            const float base = highest == -INF ? 0 : highest, rescale = exp2_approx(m[i] - base);
-            m[i] = highest, l[i] *= rescale;
-            #pragma unroll
-            for (int n = 0; n < KEYS / 8; ++n) {
-                const float p0 = exp2_approx(score(i, n, 0) - base), p1 = exp2_approx(score(i, n, 1) - base);
-                l[i] += p0 + p1;
-                p[n / 2][i / 2][n % 2 * 2 + i % 2] = pack_bf16x2(p0, p1);
-            }
-            #pragma unroll
-            for (int d = 0; d < 2 * PARTS; ++d) acc[i / 2][d / 2][i % 2 * 2 + d % 2] *= rescale;
-        }
+        } while ((raise = wait(largest > 0x1p32f)));    // for V
+        for (int i = 0; i < MINE; ++i) l[i] += sum[i];
         // 4. Values
-        const Bf16x8* v_tile = next(2 * tile + 1);
+        const Bf16x8* v_tile = take(2 * tile + 1);
         const auto v_at = [=](int row, int part) { return v_tile + place<KEY_TILE>(row, part); };
         if constexpr (TOGETHER) wgmma_shared<false, KEYS / 16>(acc, p, v_at);
         else mma_shared<false, STRIDE, KEYS / 16>(acc, [&](int step) -> auto& { return p[step]; }, v_at);
@@ -583,8 +558,8 @@ __device__ inline void attend(
         __syncthreads();    // all warps' sums are written before warp 0 reads them
         for (int w = 1; w < KEY_WARPS && warp == 0; ++w)
             for (int i = 0; i < 2; ++i) {
-                const float highest = max(m[i], of_warp(w, i)), base = highest == -INF ? 0 : highest;
-                const float mine = exp2_approx(m[i] - base), its = exp2_approx(of_warp(w, i) - base);
+                const float highest = max(m[i], of_warp(w, i));
+                const float mine = exp2_approx(m[i] - highest), its = exp2_approx(of_warp(w, i) - highest);
                 m[i] = highest, l[i] = l[i] * mine + of_warp(w, 2 + i) * its;
                 for (int d = 0; d < 2 * PARTS; ++d) {
                     float& x = acc[0][d / 2][2 * i + d % 2];
@@ -621,12 +596,12 @@ __device__ inline void attend(
     for (unsigned item = threadIdx.x; item < rows * HEAD_DIM / 2; item += ATTENTION_THREADS) {
         const size_t row = token_head(item / (HEAD_DIM / 2)), d = item % (HEAD_DIM / 2);
         const Float2* found = reinterpret_cast<const Float2*>(partial) + row * splits * (HEAD_DIM / 2 + 1);
-        float highest = -INF, sum = 0, x = 0, y = 0;
+        float highest = LOWEST, sum = 0, x = 0, y = 0;
         #pragma unroll 8
         for (int i = 0; i < used_splits; ++i) highest = max(highest, found[i * (HEAD_DIM / 2 + 1) + HEAD_DIM / 2].v[0]);
         #pragma unroll 8
         for (int i = 0; i < used_splits; ++i, found += HEAD_DIM / 2 + 1) {
-            const float weight = highest == -INF ? 0 : exp2_approx(found[HEAD_DIM / 2].v[0] - highest);
+            const float weight = exp2_approx(found[HEAD_DIM / 2].v[0] - highest);
             sum += weight * found[HEAD_DIM / 2].v[1];
             x += weight * found[d].v[0];
             y += weight * found[d].v[1];

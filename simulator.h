@@ -143,8 +143,8 @@ struct Block {                      // one for each core, used for one block aft
     Launch* launch;
     int current;                    // the running thread
     int barrier_line;               // where the threads at the barrier wait; 0: nobody does
-    uint64_t random;
-    unsigned order;                 // threads run as 0 ^ order, 1 ^ order, ...: of any two, each may be the first
+    bool any, any_before;           // whether a thread at this barrier, or at the one before, brings a true
+    uint64_t random; unsigned order;    // threads run as 0 ^ order, 1 ^ order, ...: of any two, each may be the first
     Warp warps[MAX_THREADS / 32] = {};
     std::vector<Fibre> fibres{MAX_THREADS};
     char* stacks = static_cast<char*>(malloc(MAX_THREADS * STACK_BYTES));    // costs memory where it is touched
@@ -202,7 +202,7 @@ inline bool open_barrier(Block& b) {
     if (live) return std::this_thread::yield(), true;    // another block may have written what they wait for
     for (auto& warp : b.warps)
         if ((warp.runnable = warp.at_collective)) return true;    // in vain: let them say so, and fail
-    b.barrier_line = 0;
+    b.barrier_line = 0, b.any_before = std::exchange(b.any, false);
     for (auto& warp : b.warps) live |= warp.runnable = std::exchange(warp.at_barrier, 0);
     return live;
 }
@@ -238,11 +238,11 @@ inline void run_block(Block& b, Launch& launch, unsigned number) {
 }
 
 // ======== Waiting: barriers and warp collectives =====================================================================
-inline void barrier(int line) {
+inline bool barrier(int line, bool mine = false) {
     int others = std::exchange(block->barrier_line, line);
     if (others && others != line) fail(line, "__syncthreads() while others wait at the one in line %d", others);
-    block->warp().at_barrier |= block->bit();
-    suspend();
+    block->warp().at_barrier |= block->bit(), block->any |= mine;
+    return suspend(), block->any_before;
 }
 
 // Waits until all lanes of the mask are here. The last one to come calls all_here() and lets the others go.
@@ -309,6 +309,7 @@ int launch(const char* name, void (*kernel)(Args...), const unsigned grid[3], co
 // ======== What kernels call ==========================================================================================
 #define SIMULATOR_LINE int line = __builtin_LINE()    // as a default argument, the caller's
 inline void __syncthreads(SIMULATOR_LINE) { simulator::barrier(line); }
+inline int __syncthreads_or(int mine, SIMULATOR_LINE) { return simulator::barrier(line, mine); }
 inline void __syncwarp(unsigned mask = ~0u, SIMULATOR_LINE) { simulator::warp_barrier(mask, line, [] {}); }
 inline int __any_sync(unsigned mask, int predicate, SIMULATOR_LINE) {
     auto any = [=](int, auto of_lane) { for (int i = 0; i < 32; i++) if (mask >> i & 1 && of_lane(i)) return 1; return 0; };
@@ -351,8 +352,7 @@ void mma_shared(float (&d)[R][N][4], Step a, At at, SIMULATOR_LINE) {
                     (TRANSPOSED ? b[i][n] : b[n % 8][n / 8 * 8 + i]) = simulator::half(part[i], 0);
             }
             for (int row = 0; row < 16 * R; row++) {
-                auto word = of_lane(row % 8 * 4 + k % 8 / 2).a[k / 16][row / 16][row / 8 % 2 + k % 16 / 8 * 2];
-                float x = simulator::half(word, k);
+                float x = simulator::half(of_lane(row % 8 * 4 + k % 8 / 2).a[k / 16][row / 16][row / 8 % 2 + k % 16 / 8 * 2], k);
                 if (TRANSPOSED && x == 0) continue;            // rows that there are not
                 for (int n = 0; n < 8 * N; n++) sums[row][n] += x * b[k % 8][n];
             }

@@ -412,7 +412,7 @@ def test_attention_one_sequence(queries, context):
     check_attention(BASE, [(queries, context)], splits=7)
 
 
-@pytest.mark.parametrize("scale", [30.0, 1e9])
+@pytest.mark.parametrize("scale", [3.0, 30.0, 1e9])
 def test_attention_extreme_scores(scale):
     """Differences of thousands between scores: one key takes it all, and nothing may overflow on the way."""
     check_attention(BASE, RAGGED, scale)
@@ -641,6 +641,12 @@ extern "C" __global__ __launch_bounds__(32) void warp(long long* out, int* votes
     votes[lane] = lane < 16 ? __any_sync(0xffff, lane == 20) : __any_sync(0xffff0000, lane == 20);
 }
 
+// out [256]: what of two votes each thread learned: whether one of the threads from `first` on was there, and of those after 300
+extern "C" __global__ __launch_bounds__(THREADS) void block_vote(int* out, int first) {
+    const int any = __syncthreads_or(threadIdx.x >= first);
+    out[threadIdx.x] = 2 * any + __syncthreads_or(threadIdx.x > 300);
+}
+
 // count [1] += all threads; turns [1] counts them from 0 to 999 again and again; total [1] += 0.5 a thread
 extern "C" __global__ __launch_bounds__(THREADS) void atomics(int* count, int* turns, float* total) {
     atomicAdd(count, 1);
@@ -756,6 +762,13 @@ def test_warp_shuffles_and_votes(kernels):
     lane = np.arange(32)
     assert (out - 10**12 == lane ^ 5).all()
     assert (votes == (lane >= 16)).all()
+
+
+def test_block_votes(kernels):
+    for first in 0, 255, 256:
+        out = np.full(256, -1, np.int32)
+        kernels.block_vote((1,), out, first)
+        assert (out == 2 * (first < 256)).all()
 
 
 def test_atomics_across_cores(kernels):
