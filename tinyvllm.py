@@ -1283,18 +1283,24 @@ class LLM:
             if len(prompt) == 0:
                 raise TinyVLLMError("the prompt is empty: expected at least one token")
             output.prompt_token_ids = ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-            if not all(issubclass(kind, (int, np.integer)) for kind in set(map(type, ids))) or min(ids) < 0 or max(ids) >= self.config.vocab_size:
-                wrong = [i for i in ids if not (isinstance(i, (int, np.integer)) and 0 <= i < self.config.vocab_size)]
-                raise TinyVLLMError(f"the prompt has the token id {wrong[0]!r}, the vocabulary has 0 to {self.config.vocab_size - 1}")
             if len(ids) >= self.max_model_len:
                 raise TinyVLLMError(
                     f"the prompt has {len(ids)} tokens, and with one new token the limit is {self.max_model_len} (the model's is "
                     f"{self.config.max_position_embeddings}; see --max-model-len, --gpu-memory-utilization, --no-chunked-prefill)")
+            max_len = min(self.max_model_len, len(ids) + (params.max_tokens or self.max_model_len))
+            try:
+                sequence = Sequence(params, output, StreamDecoder(self.tokenizer), max_len)
+                tokens = np.frombuffer(sequence.token_ids, np.int32)
+                known = tokens.min() >= 0 and tokens.max() < self.config.vocab_size
+            except (TypeError, OverflowError):      # an id is no integer, or a large one
+                known = False
+            if not known:
+                wrong = [i for i in ids if not (isinstance(i, (int, np.integer)) and 0 <= i < self.config.vocab_size)]
+                raise TinyVLLMError(f"the prompt has the token id {wrong[0]!r}, the vocabulary has 0 to {self.config.vocab_size - 1}")
         except (TinyVLLMError, TokenizerError) as error:
             output.finish_reason, output.error = "error", str(error)
             return output
-        max_len = min(self.max_model_len, len(ids) + (params.max_tokens or self.max_model_len))
-        self.engine.scheduler.waiting.append(Sequence(params, output, StreamDecoder(self.tokenizer), max_len))
+        self.engine.scheduler.waiting.append(sequence)
         return output
 
     def run(self, outputs):
