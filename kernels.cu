@@ -144,7 +144,7 @@ __device__ inline void mma_shared(float (&d)[R][N][4], Step a, At at) {
     }
 }
 
-// Starts a copy of 16 bytes from global to shared memory, past the registers. `bytes` of them are read, the rest is 0.
+// Starts a copy of 16 bytes from global to shared memory, not through registers. `bytes` of them are read, the rest is 0.
 __device__ inline void cp_async_16(void* shared, const void* global, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                  :: "r"((unsigned)__cvta_generic_to_shared(shared)), "l"(global), "r"(bytes) : "memory");
@@ -180,7 +180,7 @@ __device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async.sha
 #define DYNAMIC_SHARED(bytes) extern __shared__ __align__(1024) char dynamic_shared[]
 #endif
 
-// On compute capability 9.0, four warps together multiply faster, mma reaches two thirds of it: d [64, 64] += a [64, 16] @
+// On compute capability 9.0, four warps together multiply faster (mma: two thirds of that speed): d [64, 64] += a [64, 16] @
 // b [16, 64], each warp with 16 of the rows, in fragments as above. The tensor cores read b from shared memory themselves, and
 // a too if it is no fragment. It must lie there as place() puts it: rows of 128 bytes, whose parts of 16 bytes have changed
 // places. The simulator has none of this: only tests on such a GPU run it.
@@ -349,10 +349,11 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
 //     l   = l   exp(m - m') + sum_j exp(s_j - m')
 //     acc = acc exp(m - m') + sum_j exp(s_j - m') v_j            and at the end, out = acc / l
 // FlashAttention-2 has m follow the maximum, from tile to tile. But to find a tile's maximum takes as long as its exps. So
-// here m stays what it was in the first tile, until a tile's sum passes 2^32: that one is done again, with a higher m.
+// here m stays what it was in the first tile, until a lane's share of a sum passes 2^32: then the block does the tile again,
+// with higher m's.
 // Causal: the queries of a sequence are its last positions, so a query at position p sees keys 0..p, whether it is a
-// decode token (p = context - 1) or belongs to a chunk from the middle of a prompt. At p < 0 there is no key,
-// and out is 0.
+// decode token (p = context - 1) or belongs to a chunk from the middle of a prompt. At p < 0 (padding) there
+// is no key, and out is 0.
 //   out [T, H h].   qkv [T, (H + 2K) h]: the rotated q is read; this step's k and v are in the cache by now.
 //   k_cache, v_cache [N, K, B, h]: of one layer.
 //   block_tables [pages of all S], cu_blocks [S + 1]: the pages of sequence s, one for each B tokens, stand in
@@ -377,7 +378,7 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
 constexpr int ATTENTION_THREADS = 128;   // four warps, with 16 of every 64 rows each: wgmma wants just these, all at once
 constexpr int ATTENTION_ROWS = 64;       // of a block; twice as many if head_dim <= 128:
 constexpr int MOST_ROWS = HEAD_DIM <= 128 ? 2 * ATTENTION_ROWS : ATTENTION_ROWS;
-constexpr int WARPS = ATTENTION_THREADS / 32, PARTS = HEAD_DIM / 8;          // 16-byte parts of a row of q, K or V
+constexpr int PARTS = HEAD_DIM / 8;      // 16-byte parts of a row of q, K or V
 constexpr int SMALL_TILE = HEAD_DIM <= 64 ? 64 : HEAD_DIM <= 128 ? 32 : 16;    // keys: at most 8 KB of K or V
 constexpr int SMALL_BYTES = 48 << 10;    // of shared memory in all: what needs no asking for
 constexpr int PREFILL_TILE = WGMMA ? 64 : SMALL_TILE, PREFILL_BYTES = PREFILL_TILE > SMALL_TILE ? 80 << 10 : SMALL_BYTES;
@@ -436,7 +437,7 @@ __device__ inline void attend(
     // ahead. Hazard: nothing at or past `end` is read, neither unused slots (garbage, possibly NaN) nor unused entries
     // of the block table (not even page numbers). In the tile such keys are 0: NaN times a probability of 0 would be NaN.
     constexpr unsigned LANES = PARTS <= 4 ? 4 : PARTS <= 8 ? 8 : 16, STEP = ATTENTION_THREADS / LANES;
-    const unsigned me = threadIdx.x % ATTENTION_THREADS, my_key = me / LANES, my_part = me % LANES;    // %: tells the compiler
+    const unsigned me = threadIdx.x % ATTENTION_THREADS, my_key = me / LANES, my_part = me % LANES;    // %: tells the compiler how many
     const auto left = [=](unsigned tile) { return int(end) - int(tile * KEY_TILE + my_key); };    // from my first key on
     unsigned pages[KEY_TILE / STEP];
     const auto look_up = [&](unsigned tile) {    // all of these numbers are powers of 2
@@ -502,7 +503,7 @@ __device__ inline void attend(
             else mma_shared<true, STRIDE, PARTS / 2>(s, load_q, k_at);
             const auto score = [&](int i, int n, int j) -> float& { return s[i / 2][n][i % 2 * 2 + j]; };
             const int start = tile * KEY_TILE + warp_key;
-            if (start + int(KEYS) > visible(warp_row))    // unless its first row, which sees the fewest, sees all: hide some
+            if (start + int(KEYS) > visible(warp_row))    // unless its first row, which sees the fewest, sees all
                 #pragma unroll
                 for (int i = 0; i < MINE; ++i) {
                     const int seen = visible(row_of(i)) - start - int(lane % 4 * 2);
@@ -535,7 +536,7 @@ __device__ inline void attend(
                 }
                 largest = max(largest, sum[i]);
             }
-        } while ((raise = wait(largest > 0x1p32f)));    // for V
+        } while ((raise = wait(largest > 0x1p32f)));    // for V: too early, if the tile is done again
         for (int i = 0; i < MINE; ++i) l[i] += sum[i];
         // 4. Values
         const Bf16x8* v_tile = take(2 * tile + 1);
@@ -545,7 +546,7 @@ __device__ inline void attend(
     }
     for (float& x : l) x = quad_sum(x);
 
-    // 5. Warp 0 adds up the warps that shared keys. They have the same rows: lane i wants what the others' lane i has.
+    // 5. Warp 0 adds up the warps that split each tile's keys. They have the same rows: lane i wants what the others' lane i has.
     cp_async_wait<0>();
     __syncthreads();    // no copy is under way, and no warp still reads the ring: its memory is free
     if (KEY_WARPS > 1) {

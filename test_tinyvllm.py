@@ -412,11 +412,11 @@ def test_attention_one_sequence(queries, context):
     check_attention(BASE, [(queries, context)], splits=7)
 
 
-@pytest.mark.parametrize("scale", [3.0, 30.0, 1e9])
-def test_attention_extreme_scores(scale):
+@pytest.mark.parametrize("model, scale", [(BASE, 3.0), (BASE, 30.0), (BASE, 1e9), (MODELS[2], 30.0), (MODELS[4], 30.0)])
+def test_attention_extreme_scores(model, scale):
     """Differences of thousands between scores: one key takes it all, and nothing may overflow on the way."""
-    check_attention(BASE, RAGGED, scale)
-    check_attention(BASE, RAGGED, scale, splits=2)
+    check_attention(model, RAGGED, scale)
+    check_attention(model, RAGGED, scale, splits=2)
 
 
 @pytest.mark.skipif(ON_GPU, reason="would copy gigabytes; the simulator's memory is touched page by page")
@@ -1279,7 +1279,7 @@ def test_forward_equals_numpy(tmp_path, changes):
     write_model(tmp_path, sizes=config)
     weights = {name: tensor.astype(np.float64) for name, tensor in load_file(tmp_path / "model.safetensors").items()}
     llm = LLM(tmp_path, max_num_batched_tokens=50)                          # 70 and 140 come in chunks that start in the middle of a page
-    prompts = [RNG(n).integers(0, config["vocab_size"], n).tolist() for n in (1, 15, 16, 17, 70, 140)]
+    prompts = [RNG(n).integers(0, config["vocab_size"], n).tolist() for n in (1, 2, 15, 16, 17, 70, 140)]
     outputs, recorded = run_recorded(llm, prompts, SamplingParams(max_tokens=20, ignore_eos=True))
     for prompt, output, logits in zip(prompts, outputs, recorded):
         expected = numpy_llama(config, weights, prompt + output.token_ids)[len(prompt) - 1:-1]

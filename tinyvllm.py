@@ -554,9 +554,10 @@ class BlockAllocator:
         blocks = [self.free.popitem(last=False)[0] for _ in range(count)]
         for block in blocks:
             self.ref_counts[block] = 1
-            key, _ = self.chains.pop(block, (None, None))
-            if self.cached.get(key) == block:
-                del self.cached[key]
+            if block in self.chains:
+                key, _ = self.chains.pop(block)
+                if self.cached.get(key) == block:
+                    del self.cached[key]
         return blocks
 
     def release(self, blocks):
