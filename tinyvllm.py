@@ -791,9 +791,9 @@ class Scheduler:
 #   context_lens 21 42 3                 tokens in the cache after this step
 #   block_tables 7 2 | 5 3 9 | 4         the pages of each sequence; cu_blocks 0 2 5 6
 #
-# Steps in which every sequence decodes are run as CUDA graphs, since the CPU takes longer to start their kernels than the GPU to run them. There is
-# one for each of a few batch sizes (the smallest: as one kernel, decode.cu), to which a batch is padded with rows that nobody reads (vLLM:
-# cudagraph_capture_sizes; enforce_eager is without).
+# Steps in which every sequence decodes are run as CUDA graphs, since the CPU takes longer to start their kernels than the GPU to run
+# them. There is one for each of a few batch sizes (the smallest: as one kernel, decode.cu), to which a batch is padded with rows that
+# nobody reads (vLLM: cudagraph_capture_sizes; enforce_eager is without).
 # ======================================================================================================================
 GRAPH_SIZES = (1, 2, 4, 6, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256)
 
