@@ -98,6 +98,8 @@ __device__ inline T block_reduce(T x, Op op) {
 // PTX: instructions that C++ has no words for. simulator.h has the same functions for a CPU, and says who holds what
 // ---------------------------------------------------------------------------------------------------------------------
 #ifndef SIMULATOR
+__device__ inline unsigned shared_address(const void* p) { return __cvta_generic_to_shared(p); }    // as PTX wants it
+
 // d [16, 8] = a [16, 16] @ b [16, 8] + c [16, 8] on the tensor cores: a warp holds them in fragments.
 __device__ inline void mma_m16n8k16_bf16(float* d, const unsigned (&a)[4], const unsigned* b, const float* c) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
@@ -108,7 +110,7 @@ __device__ inline void mma_m16n8k16_bf16(float* d, const unsigned (&a)[4], const
 // Fragments of four matrices [8, 8] in shared memory: lane 8m + i says where row i of number m lies.
 template <bool TRANSPOSED>
 __device__ inline void ldmatrix_x4(unsigned (&r)[4], const void* row) {
-    const unsigned address = __cvta_generic_to_shared(row);
+    const unsigned address = shared_address(row);
     if (TRANSPOSED)
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
@@ -147,7 +149,7 @@ __device__ inline void mma_shared(float (&d)[R][N][4], Step a, At at) {
 // Starts a copy of 16 bytes from global to shared memory, not through registers. `bytes` of them are read, the rest is 0.
 __device__ inline void cp_async_16(void* shared, const void* global, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 :: "r"((unsigned)__cvta_generic_to_shared(shared)), "l"(global), "r"(bytes) : "memory");
+                 :: "r"(shared_address(shared)), "l"(global), "r"(bytes) : "memory");
 }
 // What a thread has started since its last commit is a group. Waits until at most its latest N groups are under way.
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -171,7 +173,6 @@ __device__ inline unsigned atomic_inc_acq_rel(unsigned* p, unsigned limit) {
     return before;
 }
 
-__device__ inline unsigned shared_address(const void* p) { return __cvta_generic_to_shared(p); }
 // After a thread's own writes to shared memory, before the copy engine or wgmma comes there (compute capability 9.0 and up).
 __device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
