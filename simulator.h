@@ -56,6 +56,8 @@ inline float __uint_as_float(unsigned x) { return __builtin_bit_cast(float, x); 
 namespace simulator { inline float half(unsigned word, int k) { return __uint_as_float(word >> k % 2 * 16 << 16); } }
 // A bfloat16 is the upper half of a float32. Conversions only: the kernels compute in float32.
 struct __nv_bfloat16 { unsigned short bits; };
+using bf16 = __nv_bfloat16;
+using u64 = unsigned long long;
 inline float __bfloat162float(__nv_bfloat16 x) { return __uint_as_float(unsigned(x.bits) << 16); }
 inline __nv_bfloat16 __float2bfloat16(float x) {
     unsigned word = __float_as_uint(x), rounded = word + 0x7fff + (word >> 16 & 1);    // to nearest, ties to even
@@ -389,6 +391,41 @@ inline void relax(SIMULATOR_LINE) {    // between two looks at what another thre
     if (b.launch->failed || ++b.fibre().looks > 1 << 20) simulator::fail(line, "waits in vain");
     b.warp().relaxing |= b.bit(), simulator::suspend();
 }
+
+// A phase of an mbarrier is over when all have arrived, and all bytes that were announced. Copies are made at once.
+struct Mbarrier { uint8_t count, waits_for, phase; int bytes; };
+inline void mbarrier_arrive(u64* b, int arrivals = 1, int bytes = 0) {
+    auto& [count, waits_for, phase, to_come] = *reinterpret_cast<Mbarrier*>(b);
+    waits_for -= arrivals, to_come += bytes;
+    if (!waits_for && !to_come) waits_for = count, phase ^= 1;
+}
+inline void mbarrier_init(u64* b, uint8_t count) { *reinterpret_cast<Mbarrier*>(b) = {count, count, 0, 0}; }
+inline void mbarrier_expect(u64* b, int bytes) { mbarrier_arrive(b, 1, bytes); }
+inline bool mbarrier_passed(u64* b, unsigned parity) { return reinterpret_cast<Mbarrier*>(b)->phase != parity; }
+inline bool mbarrier_passed_soon(u64* b, unsigned parity) { return mbarrier_passed(b, parity); }
+inline void bulk_copy(void* shared, const void* global, int bytes, u64* b, SIMULATOR_LINE) {
+    if ((uintptr_t(shared) | uintptr_t(global) | bytes) % 16) simulator::fail(line, "bulk copies go by 16 bytes");
+    memcpy(shared, global, bytes), mbarrier_arrive(b, 0, -bytes);
+}
+template <int N> void set_registers() {}
+inline void fence_async_proxy() {}
+inline void store_word(void* p, unsigned w) { __atomic_store_n((unsigned*)p, w, __ATOMIC_RELAXED); }
+inline void load_words_if(bool yes, unsigned (&w)[4], const void* p) {
+    for (int i = 0; i < 4 && yes; i++) w[i] = __atomic_load_n((const unsigned*)p + i, __ATOMIC_RELAXED);
+}
+inline void mma_m16n8k16_bf16(float* d, const unsigned (&a)[4], const unsigned* b, const float*, SIMULATOR_LINE) {
+    struct { float* d; const unsigned *a, *b; } mine = {d, a, b};    // c is d
+    simulator::collective(~0u, mine, line, [](int lane, auto of) {
+        for (int i = 0; i < 64; i++) {
+            int e = i / 16, k = i % 16, row = lane / 4 * 4 + k % 8 / 2, column = (lane % 4 * 2 + e % 2) * 4 + k % 8 / 2;
+            of(lane).d[e] += simulator::half(of(row).a[e / 2 + k / 8 * 2], k) * simulator::half(of(column).b[k / 8], k);
+        }
+        return 0;
+    });
+}
+
+constexpr bool HAS_WGMMA = false;
+template <bool, int, class... Arguments> void wgmma_shared(Arguments...);    // named in kernels.cu, never called
 
 // Compiled with -fvisibility=hidden, only these are seen from outside: each library keeps its own shared memory.
 #define SIMULATOR_PUBLIC extern "C" __attribute__((visibility("default"), used))

@@ -486,7 +486,7 @@ class CudaDevice:
 
     def compile(self, defines, *paths):
         """NVRTC compiles for this very GPU; CuPy caches the result in ~/.cupy/kernel_cache."""
-        source = "".join(path.read_text() for path in paths)
+        source = "".join(path.read_text() for path in (FOLDER / "ptx.h", *paths))
         options = ("-std=c++17", *self.options, *(f"-D{name}={value}" for name, value in defines.items()))
         module = self.xp.RawModule(code=source, options=options, backend="nvrtc")       # compiles at the first get_function
         def get_launch(name):                               # shared memory beyond 48 KB must be asked for, at each launch as well
