@@ -8,6 +8,9 @@
 using bf16 = __nv_bfloat16;
 using u64 = unsigned long long;
 
+// A constant that Python reads too: compile_kernels() looks for lines that begin with EXPORT(, and reads exported_NAME.
+#define EXPORT(name, value) constexpr int name = value; extern "C" __device__ const int exported_##name = name
+
 __device__ inline unsigned shared_address(const void* p) { return __cvta_generic_to_shared(p); }    // as PTX wants it
 
 // d [16, 8] = a [16, 16] @ b [16, 8] + c [16, 8] on the tensor cores: a warp holds them in fragments.

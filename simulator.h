@@ -48,6 +48,8 @@
 #define __global__
 #define __device__
 #define __launch_bounds__(...)
+#define EXPORT(name, value) \
+    constexpr int name = value; extern "C" __attribute__((visibility("default"))) const int exported_##name = name
 #define DYNAMIC_SHARED(bytes) alignas(1024) __shared__ char dynamic_shared[bytes]
 static thread_local struct uint3 { unsigned x, y, z; } threadIdx, blockIdx, blockDim, gridDim;
 
