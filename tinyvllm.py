@@ -1268,8 +1268,9 @@ class Engine:
             scheduled = self.scheduler.schedule()
             if scheduled:
                 self.launch(scheduled)
+            num_unread = self.num_unread(scheduled)
             got_token = []
-            while len(self.in_flight) > self.num_unread(scheduled):
+            while len(self.in_flight) > num_unread:
                 got_token += self.finish()
             return got_token
         except BaseException:
