@@ -423,7 +423,7 @@ def html_trace(recorder, max_steps=MAX_STEPS, max_requests=300):
     steps = list(islice(recorder.steps, max_steps))
     first = recorder.num_steps - len(recorder.steps)
     end = first + len(steps)
-    last_number = requests[-1].number if requests else 0
+    left_out = {request.number for request in recorder.requests[max_requests:]}
 
     def microseconds(at):
         return round((at - recorder.start) * 1e6)
@@ -449,7 +449,7 @@ def html_trace(recorder, max_steps=MAX_STEPS, max_requests=300):
         "requests": [describe(request) for request in requests],
         "steps": [figures(step) for step in steps],
         "changes": [[step - first, number, pages] for step, number, pages in recorder.all_changes()
-                    if step <= end and number <= last_number]}
+                    if step <= end and number not in left_out]}
     text = json.dumps(data, separators=(",", ":"))
     text = text.replace("<", "\\u003c")         # an answer with </script> must not end the script
     return PAGE.read_text("utf-8").replace("@DATA@", text)
