@@ -15,6 +15,24 @@ def embedded(page):
     return json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.S)[1])
 
 
+def end(sequence, reason, scheduler):
+    sequence.output.finish_reason = reason
+    sequence.output.finish_time = views.time.perf_counter()
+    scheduler.remove(sequence)
+
+
+def come_or_go(rng, scheduler):
+    """Now and then a request arrives, or is given up while it runs or waits."""
+    if rng.random() < 0.3 and len(scheduler.running) + len(scheduler.waiting) < 12:
+        output = RequestOutput([1] * int(rng.integers(1, 30)), arrival_time=views.time.perf_counter())
+        length = len(output.prompt_token_ids) + int(rng.integers(1, 40))
+        scheduler.waiting.append(Sequence(SamplingParams(), output, None, length))
+    elif rng.random() < 0.05 and scheduler.running:
+        end(scheduler.running[int(rng.integers(len(scheduler.running)))], "abort", scheduler)
+    elif rng.random() < 0.05 and scheduler.waiting:
+        end(scheduler.waiting[-1], "abort", scheduler)
+
+
 def forgetting_run(monkeypatch, seed, keep, num_iterations, look):
     """(recorder that keeps all, recorder that forgets, [(reference counts, cached pages)] of each step).
     Requests that often begin alike come, are preempted, end and are given up. There is no model, and
@@ -36,20 +54,8 @@ def forgetting_run(monkeypatch, seed, keep, num_iterations, look):
             recorder.told(event, what)
         look(recorders[1], pools)
 
-    def end(sequence, reason):
-        sequence.output.finish_reason = reason
-        sequence.output.finish_time = clock[0]
-        scheduler.remove(sequence)
-
     for _ in range(num_iterations):
-        if rng.random() < 0.3 and len(recorders[0].live) < 12:
-            output = RequestOutput([1] * int(rng.integers(1, 30)), arrival_time=clock[0])
-            length = len(output.prompt_token_ids) + int(rng.integers(1, 40))
-            scheduler.waiting.append(Sequence(SamplingParams(), output, None, length))
-        elif rng.random() < 0.05 and scheduler.running:
-            end(scheduler.running[int(rng.integers(len(scheduler.running)))], "abort")
-        elif rng.random() < 0.05 and scheduler.waiting:
-            end(scheduler.waiting[-1], "abort")
+        come_or_go(rng, scheduler)
         tell("schedule")
         scheduled = scheduler.schedule()
         if not scheduled:
@@ -67,7 +73,7 @@ def forgetting_run(monkeypatch, seed, keep, num_iterations, look):
             sequence.token_ids.append(1)
             sequence.output.token_ids.append(1)
             if sequence.is_full:
-                end(sequence, "length")
+                end(sequence, "length", scheduler)
         tell("done", sampled)
     return *recorders, pools
 

@@ -5,12 +5,12 @@ observer and keeps the facts: the tokens of each step, the pages of each request
 Every view is made from a Recorder: the live view on a terminal, the two kinds of trace, the table
 of times.
 
-Which step owns a moment? Steps lie end to end, although the engine launches a step before it reads
-the tokens of the step before. The time of step n begins when the tokens of step n - 1 arrive, or
-with the launch of step n if no step is in flight. It ends when the tokens of step n arrive; in the
+Which step owns a moment? Steps lie end to end, although the engine launches step n + 1 before the
+tokens of step n are read. The time of step n begins when the tokens of step n - 1 arrive, or with
+the launch of step n if no step is in flight. The time ends when the tokens of step n arrive; in the
 simulator, when the launch returns. A request spends the time of a step on the tokens that the
-request brought to the step, and the time between its steps waiting. So no moment counts twice, and
-none is left out.
+request brought to the step, and the time between two steps waiting. So no moment counts twice, and
+no moment is left out.
 """
 import contextlib
 import io
@@ -23,7 +23,7 @@ import time
 import unicodedata
 from collections import deque
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 PARTS = {       # of a request's time
@@ -47,7 +47,7 @@ PAGE = Path(__file__).with_name("views.html")
 class Segment:
     """How a request spent the steps `first` to `last`. Decode steps in a row are one segment; a
     prefill chunk is a segment of its own."""
-    kind: str                   # a key of PARTS; not "stalled", a part of decode: Request.account()
+    kind: str                   # a key of PARTS, but not "stalled": account() takes that from decode
     first: int
     last: int                   # first - 1 for a wait that ended before a whole step had passed
     begin: float
@@ -69,7 +69,7 @@ class Request:
         self.state = "queued"                   # a key of PARTS, or "done"
         self.since = self.output.arrival_time
         self.segments = []
-        self.table = sequence.block_table       # the very array: without pages, a sequence gets a new array
+        self.table = sequence.block_table       # the very array: a new one means that the pages went
         self.num_pages = 0                      # pages of the table that the Recorder has seen
         self.high_water = 0                     # tokens that were computed at least once
         self.alone = []                         # seconds of decode steps without others' prefill
@@ -93,7 +93,7 @@ class Request:
         self.since = until
 
     def wait(self, step, until):
-        """The request waited in all steps before `step`, and waited until `until`."""
+        """The request was in no step since the latest segment and before `step`."""
         if self.segments:
             self.spend("preempted", self.segments[-1].last + 1, step - 1, until)
         else:
@@ -115,7 +115,7 @@ class Step:
     """The plan of a step, and the pool at that moment."""
     number: int = -1
     planned: float = 0.0
-    scheduled: tuple = ()       # of (request, kind, start, count); emptied by Recorder.account_step()
+    scheduled: tuple = ()       # of (request, kind, start, count), until the tokens arrive
     decode: int = 0             # tokens
     prefill: int = 0            # tokens, recomputed tokens too
     used: int = 0               # pages that requests have
@@ -136,7 +136,7 @@ class Recorder:
         self.scheduler = llm.engine.scheduler
         self.allocator = self.scheduler.allocator
         self.start = time.perf_counter()
-        # Counts of the whole run, forgotten requests and steps too
+        # Counts of the whole run, with forgotten requests and steps
         self.num_requests = 0
         self.num_steps = 0                  # launched; also the number of the next step
         self.num_tokens = 0                 # of answers
@@ -146,16 +146,17 @@ class Recorder:
         self.live = {}                      # sequence -> Request
         self.steps = deque()
         self.planned = Step()               # the latest plan
-        self.in_flight = deque(Step() for _ in llm.engine.in_flight)    # those bring surplus tokens
+        # Steps whose tokens are not read. At first: steps of requests that have ended, if any.
+        self.in_flight = deque(Step() for _ in llm.engine.in_flight)
         self.last_end = 0.0                 # of the latest step whose tokens have arrived
         self.events = deque()               # (name, time, step)
         # Pages now
-        self.users = {}                     # page -> numbers of its requests
+        self.users = {}                     # page -> numbers of the requests that have it
         self.shared = set()                 # pages of several requests
         self.kept = set()                   # cached pages
-        # Changes of block tables. (step, request number, pages): the pages that the request got just
-        # before the step's launch. (step, request number, -1 - n): the request gave all pages back,
-        # and the first n stay cached.
+        # Changes of block tables. (step, request number, pages): new pages of the request, just before
+        # the step's launch. (step, request number, -1 - n): the request gave all pages back, and the
+        # first n stay cached.
         self.changes = deque()
         # The pages before the first of the changes
         self.old_tables = {}                # request number -> pages
@@ -197,7 +198,7 @@ class Recorder:
                 self.requests.append(request)
 
     def look_at_tokens(self, sampled):
-        """The sampled sequences have a new token."""
+        """Each of the sampled sequences has a new token."""
         self.num_tokens += len(sampled)
         for sequence in sampled:
             request = self.live[sequence]
@@ -206,7 +207,7 @@ class Recorder:
                 self.end_request(request, request.output.finish_time)
 
     def look_at_pages(self, now):
-        """Finds how the block tables have changed since the last look, and which requests are over."""
+        """Finds the changes of the block tables since the last look, and the end of requests."""
         for request in self.live.values():
             if request.output.finish_reason and request.state != "done":    # given up by the caller
                 self.end_request(request, now)
@@ -220,7 +221,7 @@ class Recorder:
             del self.live[request.sequence]
 
     def give_back(self, request):
-        """The request's table is gone: each of its pages has a user less."""
+        """The request's table is gone: each page in the table has a user less."""
         pages = list(request.table[:request.num_pages])
         request.table = request.sequence.block_table
         request.num_pages = 0
@@ -267,14 +268,15 @@ class Recorder:
         prefill = sum(count for _, count in scheduled) - decode
         used = self.allocator.num_blocks - len(self.allocator.free)
         shared = len(self.shared)
-        self.planned = Step(self.num_steps, now, entries, decode, prefill, used, shared, len(self.kept))
+        cached = len(self.kept)
+        self.planned = Step(self.num_steps, now, entries, decode, prefill, used, shared, cached)
 
     def account_step(self, step, now):
-        """The tokens of a step have arrived: gives its time to its requests."""
+        """The tokens of a step have arrived: gives the time of the step to the requests in it."""
         step.begin = max(step.planned, self.last_end)
         step.end = step.launched if self.llm.device.is_simulated else now
         for request, kind, start, count in step.scheduled:
-            if request.state == "done":             # with the step before: the token is surplus
+            if request.state == "done":             # since the step before: a surplus token
                 continue
             if request.since != self.last_end:      # the request was not in the step before
                 request.wait(step.number, max(step.begin, request.since))
@@ -286,8 +288,8 @@ class Recorder:
         self.last_end = step.end
 
     def end_request(self, request, now):
-        """A request has ended: in a wait, or just after a step. Handing out the token is part of the
-        step."""
+        """A request has ended: in a wait, or just after a step, which includes handing out the
+        token."""
         if request.segments and request.since == self.last_end:
             request.segments[-1].end = now
             request.since = now
@@ -399,7 +401,7 @@ def chrome_trace(recorder):
 
     add("M", "process_name", 1, 0, zero, {"name": "engine"})
     add("M", "process_name", 2, 0, zero, {"name": "requests"})
-    for (name, begin, step), (_, end, _) in zip(recorder.events, islice(recorder.events, 1, None)):
+    for (name, begin, step), (_, end, _) in pairwise(recorder.events):
         if name in ("schedule", "launch", "wait", "read"):
             add("X", name, 1, 1, begin, {"step": step}, dur=(end - begin) * 1e6)
     for request in recorder.requests:
@@ -417,8 +419,8 @@ def chrome_trace(recorder):
 
 
 def html_trace(recorder, max_steps=MAX_STEPS, max_requests=300):
-    """The run as a page: the first steps and requests that the Recorder remembers. Steps are counted
-    from there. The page stores the changes of block tables and replays them."""
+    """The run as a page: the first of the remembered steps and requests. The page counts steps from
+    the first remembered step. Its block tables are stored as changes, and replayed."""
     requests = recorder.requests[:max_requests]
     steps = list(islice(recorder.steps, max_steps))
     first = recorder.num_steps - len(recorder.steps)
@@ -472,7 +474,7 @@ def mark(number, text="", width=1):
 
 
 def tail(text, columns):
-    """The end of a text, so many columns at most. East Asian characters take two columns. Control
+    """The end of a text, at most `columns` wide. East Asian characters take two columns. Control
     characters could harm the terminal and become spaces."""
     text = "".join(c if c.isprintable() else " " for c in text[-columns:])
     while sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text) > columns:
@@ -481,8 +483,8 @@ def tail(text, columns):
 
 
 class Watch:
-    """An observer that draws a Recorder's facts on the second screen of stderr's terminal. Meanwhile
-    all text for stderr is held back, and for stdout if stdout is a terminal; it is printed after."""
+    """An observer that draws a Recorder's facts on the second screen of stderr's terminal. Text for
+    a terminal, stderr and mostly stdout, is held back until the second screen is closed."""
 
     def __init__(self, recorder):
         self.recorder = recorder
@@ -491,7 +493,7 @@ class Watch:
         self.held = contextlib.ExitStack()
         self.drawn = 0.0
         self.size = None                        # columns and lines of the terminal
-        self.history = deque(maxlen=30)         # of frames: (time, new tokens, decode's bytes, and seconds)
+        self.history = deque(maxlen=30)         # (time, tokens, bytes and seconds of decode) of frames
 
     def __enter__(self):
         if not self.fits():
@@ -537,7 +539,7 @@ class Watch:
             return
         self.drawn = now
         before = self.size
-        if not self.fits():     # any more; the notice is held back until the second screen is closed
+        if not self.fits():     # any more; the notice appears when the second screen is closed
             self.held.close()
             return
         stats = self.engine.stats
@@ -555,7 +557,9 @@ class Watch:
         shown = [*self.recorder.live.values(), *done]
         room = lines - len(frame) - 1
         frame += [self.row(request, columns) for request in shown[:room]]
-        return frame + ([f"and {len(shown) - room} more"] if len(shown) > room else [])
+        if len(shown) > room:
+            frame.append(f"and {len(shown) - room} more")
+        return frame
 
     def row(self, request, columns):
         """A request: letter, state and tokens, a bar of pages, and the end of the answer."""
@@ -571,7 +575,7 @@ class Watch:
         return f"{mark(request.number)}{lead}{bar}{space} {text}"
 
     def head(self, size):
-        """Three lines: the run so far; the latest step in a bar of `size` cells, the budget; none."""
+        """The run so far; the latest step as a bar, `size` cells for the budget; an empty line."""
         recorder = self.recorder
         now, *latest = self.history[-1]
         then, *oldest = self.history[0]
@@ -593,8 +597,8 @@ class Watch:
                 ""]
 
     def grid(self, width, rows):
-        """The page pool: a line of figures, then lines of cells. A cell stands for a page; in a large
-        pool for several pages."""
+        """The page pool: a line of figures, then lines of cells. A cell stands for a page, or, in a
+        large pool, for several pages."""
         recorder = self.recorder
         pages = recorder.allocator.num_blocks
         wide = 2 if 2 * pages <= width * rows else 1        # columns of a cell
@@ -609,8 +613,7 @@ class Watch:
         return [note, *("".join(cells[i:i + across]) for i in range(0, len(cells), across))]
 
     def cell(self, group, wide):
-        """A group of pages, shown as the page with the most users; if all are unused, as cached or
-        free."""
+        """The cell of a group of pages: the page with the most users, or cached, or free."""
         numbers = max((self.recorder.users.get(page, []) for page in group), key=len)
         if not numbers:
             sign = "+" if any(page in self.recorder.kept for page in group) else "."
