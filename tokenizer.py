@@ -82,7 +82,7 @@ class Tokenizer:
             if isinstance(template, list):  # several templates, each with a name
                 template = next((entry["template"] for entry in template if entry["name"] == "default"), "")
             if not isinstance(template, str):
-                raise ValueError(f"the chat_template {template!r:.40}")
+                raise TypeError(f"the chat_template {template!r:.40}")
         except (ValueError, TypeError, AttributeError, KeyError) as error:  # no JSON, or JSON of another form
             raise TokenizerError(f"expected valid JSON in {file} and a text in {template_file.name}, "
                                  f"got: {error}. Download the file again") from error
@@ -98,15 +98,15 @@ class Tokenizer:
         return self._hf.token_to_id(name)
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
-        """A text's ids. `add_bos`: begin as tokenizer.json says, with BOS (Llama) or not (SmolLM2)."""
+        """A text's ids. `add_bos`: as tokenizer.json says, with BOS (Llama) or none (SmolLM2)."""
         try:
             return self._hf.encode(text, add_special_tokens=add_bos).ids
         except TypeError as error:  # no str, or half of a surrogate pair (JSON's "\ud83e")
-            raise TokenizerError(f"expected a str of valid Unicode, got {ascii(text):.80}") from error
+            raise TokenizerError(f"expected a str of valid Unicode, got {text!a:.80}") from error
 
     @lru_cache(maxsize=None)
     def token_bytes(self, token_id: int) -> bytes:
-        """A token's bytes; none for a special token or an id past the vocabulary (padded logits)."""
+        """A token's bytes; none for special tokens and ids past the vocabulary (padded logits)."""
         if token_id in self._added_text:
             return self._added_text[token_id].encode()
         token = self._hf.id_to_token(token_id) or ""
@@ -124,8 +124,8 @@ class Tokenizer:
     # Chat prompts
     #
     # Special tokens separate the turns of a chat; the text ends where the answer begins. `chat`
-    # inserts special tokens by id and encodes each text between by itself: the ids of the whole
-    # rendered prompt, for no merge crosses a special token. Not handled: tools, images, other layouts.
+    # inserts special tokens by id and encodes each text between by itself: the ids of the rendered
+    # prompt, since no merge crosses a special token. Not handled: tools, images, other layouts.
     # ----------------------------------------------------------------------------------------------
     def chat(self, messages: list[dict], today: date | None = None) -> list[int]:
         """The ids of the prompt for [{"role": "user", "content": "Hi"}, ...], up to the answer.
