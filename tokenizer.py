@@ -35,7 +35,7 @@ class TokenizerError(Exception):
 #   byte-level (GPT-2, Llama 3, SmolLM2): one printable character a byte; " é" (20 C3 A9) is "ĠÃ©"
 #   sentencepiece (Llama 1 and 2, TinyLlama): "▁" is a space, "<0xF0>" a byte of a rare character
 # --------------------------------------------------------------------------------------------------
-# Byte-level: a printable Latin-1 character is its own byte; U+0100, U+0101, ... are the other 68.
+# Byte-level: a printable Latin-1 character is its own byte; U+0100, U+0101, ... are the rest.
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 UNPRINTABLE = [byte for byte in range(256) if byte not in PRINTABLE]
 BYTE_OF = {chr(byte): byte for byte in PRINTABLE}
@@ -142,8 +142,8 @@ class Tokenizer:
         turns = [(message["role"], message["content"]) for message in messages]
         parts = self._llama3(turns, today) if self._layout == LLAMA_3 else self._chatml(turns)
         # A part is a token (int) or a text (str). Users send only str, so nobody can forge a token.
-        return [i for part in parts
-                for i in ([part] if isinstance(part, int) else self.encode(part, add_bos=False))]
+        parts_as_ids = [[part] if isinstance(part, int) else self.encode(part, add_bos=False) for part in parts]
+        return [i for part in parts_as_ids for i in part]
 
     def _llama3(self, turns, today) -> list[int | str]:
         """A turn is <|start_header_id|>role<|end_header_id|>, a blank line, the trimmed content,
@@ -157,7 +157,7 @@ class Tokenizer:
             day = f"{today.day:02} {MONTHS[today.month - 1]} {today.year}"
             dates = f"Cutting Knowledge Date: December 2023\nToday Date: {day}\n\n"
             turns.insert(0, ("system", dates + system))
-        # Blank line and content are one text: one token may hold newlines and content.
+        # Blank line and content are one text: a token may hold newlines and content.
         parts = [part for role, content in turns for part in (start, role, end, "\n\n" + content, eot)]
         return [begin, *parts, start, "assistant", end, "\n\n"]
 

@@ -44,8 +44,8 @@ LEAST_MARGIN = 1.0                      # the logit lead that the saved weights 
 LONG_TEXT = 600                         # characters
 LEAST_UNSEEN = 95                       # of the 100 unseen questions must get "I am a parrot"
 
-# Llama 3's special tokens and its pattern: the pattern cuts a text into pieces, BPE merges only
-# within a piece.
+# Llama 3's special tokens and pattern. The pattern cuts a text into pieces; BPE merges only within
+# a piece.
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
            "<|eom_id|>", "<|eot_id|>"]
 PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -223,8 +223,8 @@ class Conversations:
         return question
 
     def more_turns(self, count):
-        """Whether a conversation of `count` turns gets one more. Most stay at one turn; the rest grow
-        to several, mostly 12 at most."""
+        """Whether a conversation of `count` turns gets another turn. Most have a single turn; the rest
+        have several, seldom more than 12."""
         if self.rng.random() < 0.15:
             return True
         return 1 < count < 12 and self.rng.random() < 0.7
