@@ -142,8 +142,8 @@ class Tokenizer:
         turns = [(message["role"], message["content"]) for message in messages]
         parts = self._llama3(turns, today) if self._layout == LLAMA_3 else self._chatml(turns)
         # A part is a token (int) or a text (str). Users send only str, so nobody can forge a token.
-        parts_as_ids = [[part] if isinstance(part, int) else self.encode(part, add_bos=False) for part in parts]
-        return [i for part in parts_as_ids for i in part]
+        parts_ids = [[part] if isinstance(part, int) else self.encode(part, add_bos=False) for part in parts]
+        return [i for part in parts_ids for i in part]
 
     def _llama3(self, turns, today) -> list[int | str]:
         """A turn is <|start_header_id|>role<|end_header_id|>, a blank line, the trimmed content,
