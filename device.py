@@ -1,4 +1,4 @@
-"""How Python compiles and starts kernels: on an NVIDIA GPU, or on a CPU in simulator.py.
+"""How Python compiles and starts kernels: on an NVIDIA GPU, or in a simulator on the CPU.
 
 CudaDevice and CpuDevice have the same members. Above this module nothing depends on the kind:
 
@@ -28,7 +28,7 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 class TinyVLLMError(Exception):
-    """A user's mistake, in one line: the expectation, the actual value, the advice."""
+    """A user's mistake, in one line: what was expected, what came, what to do."""
 
 
 def first_line(error, word=""):
@@ -245,7 +245,7 @@ class CudaDevice:
         target.data.copy_from_host_async(source.ctypes.data, source.nbytes)
 
     def fetch(self, array):
-        """Starts a copy to the host. Returns wait(), which waits for the copy and returns it."""
+        """Starts a copy to the host. Returns wait(), which waits and returns a NumPy array."""
         host = self.pinned(array.nbytes)
         event = self.xp.cuda.Event(disable_timing=True)
         array.data.copy_to_host_async(host.ctypes.data, array.nbytes)
@@ -257,8 +257,8 @@ class CudaDevice:
         return wait
 
     def linear(self, x, w, add_to=None):
-        """x [T, in] @ w [out, in] transposed -> [T, out], bfloat16, summed in float32. add_to [T,
-        out]: the product is added to this array, and the array returned."""
+        """x [T, in] @ w [out, in] transposed -> [T, out] in bfloat16, with sums in float32. add_to:
+        an array [T, out]; the product is added to this array, and the array returned."""
         # cuBLAS stores matrices by columns: our x [T, in] is x' [in, T] for cuBLAS. cuBLAS computes
         # w x'; the columns of w x' are our rows of [T, out].
         T, columns = x.shape
@@ -281,8 +281,7 @@ class CudaDevice:
         kernels. A CUDA graph starts all at once, with the arguments of the recording: everything
         that changes from step to step must be data at fixed addresses.
         """
-        # The graph's stream does not wait for the current stream, where kernels write function()'s
-        # input.
+        # The graph's stream does not wait for the current stream, which writes function()'s input.
         self.xp.cuda.get_current_stream().synchronize()
         # A graph's arrays must not be reused while the graph may run: their pool lives as long as
         # the device. All graphs share the pool: graphs run in turn, and each result stays taken.

@@ -86,7 +86,7 @@ def cdiv(a, b):
 # the architecture: each tensor is taken by name, and its shape checked.
 #
 # Two changes are made on the way to the device:
-# - q, k and v are products with the same input, so their matrices are stacked into one, like gate
+# - q, k and v are products with the same input, so the matrices are stacked into one, like gate
 #   and up. A layer then has two large products instead of five smaller products.
 # - In front of both stands an RMSNorm, x / rms(x) * g. The weight g is multiplied into the matrix,
 #   since (x * g) @ W.T = x @ (W * g).T. The remaining factor, 1 / rms(x), is one scalar per token;
@@ -155,8 +155,8 @@ def positive(settings, name, file, kind=int):
 
 
 # Fields of config.json and the values supported by this engine. None: the field is absent.
-# A bias on q, k and v would change attention_bias here, LayerWeights, layer() in load_weights,
-# decode_weight_bytes, and the kernels rope_and_cache and decode: bias comes after 1 / rms(x).
+# A bias on q, k and v would change attention_bias here, LayerWeights, take() and layer() in
+# load_weights, and the kernels rope_and_cache and decode, to add the bias after 1 / rms(x).
 SUPPORTED = {
     "architectures": (["LlamaForCausalLM"], ["MistralForCausalLM"]),
     "hidden_act": ("silu", None),
@@ -282,9 +282,9 @@ SHAPES = {          # for --load-format dummy: models without a download
 @dataclass(frozen=True)
 class LayerWeights:
     """One layer's weights, on the device."""
-    qkv: object                         # [(H + 2K) h, D], multiplied by the weight of the norm before it
+    qkv: object                         # [(H + 2K) h, D], multiplied by the weight of the preceding norm
     o: object                           # [D, H h]
-    gate_up: object                     # [2F, D], multiplied by the weight of the norm before it
+    gate_up: object                     # [2F, D], multiplied by the weight of the preceding norm
     down: object                        # [D, F]
 
 
@@ -306,8 +306,7 @@ class Checkpoint:
     A safetensors file is the length of the header in 8 bytes, the header in JSON: {name: {"dtype",
     "shape", "data_offsets": [begin, end]}}, and the numbers. The package validates the header. The
     numbers are mapped, not read: the operating system copies a tensor from its page cache to the
-    device, five times as fast as the package does.
-    """
+    device, five times as fast as the package does."""
     DTYPES = {"BF16": BFLOAT16, "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 
     def __init__(self, folder):
@@ -414,12 +413,12 @@ def load_weights(checkpoint, config, device):
 # ==================================================================================================
 # Pages
 #
-# The KV cache keeps each token's key and value in every layer for the later tokens. All keys and
-# values live in one pool of N pages (vLLM: blocks) of B tokens each. A sequence holds a list of
-# page numbers, its block table. The token at position p has the offset p % B within its page and
-# the slot block_table[p // B] * B + p % B within the pool. Pages are taken as the text grows and
-# may lie anywhere in the pool. Only the unfilled part of each last page is wasted. This section is
-# bookkeeping on the CPU; only kernels touch keys and values.
+# The KV cache keeps each token's key and value in every layer. Later tokens read both instead of
+# computing both again. All keys and values live in one pool of N pages (vLLM: blocks) of B tokens
+# each. A sequence holds a list of page numbers, its block table. The token at position p has the
+# offset p % B within its page and the slot block_table[p // B] * B + p % B within the pool. Pages
+# are taken as the text grows and may lie anywhere in the pool. Only the unfilled part of each last
+# page is wasted. This section is bookkeeping on the CPU; only kernels touch keys and values.
 #
 # Prefix caching: a full page never changes, and its content depends only on its own tokens and the
 # tokens before. So all sequences with the same beginning (a system prompt, the turns of a chat so
@@ -466,7 +465,7 @@ class BlockAllocator:
                     self.free.move_to_end(block, last=False)        # not findable: reuse it first
 
     def register(self, block, before, tokens):
-        """Makes a full page findable. before: the page before it, or None; tokens: a tuple."""
+        """Makes a full page findable. before: the preceding page, or None; tokens: a tuple."""
         chain_before = 0 if before is None else self.chains[before][1]
         key = (chain_before, tokens)
         # At the same time, two sequences may fill a page each with the same tokens. `cached` keeps
@@ -496,7 +495,7 @@ class BlockAllocator:
             self.free.pop(block, None)
 
     def check_integrity(self, block_tables):
-        """Each page counts its users, unused pages are free, and cached pages know their keys."""
+        """Counts match block tables, exactly unused pages are free, cached pages know the key."""
         users = Counter(block for table in block_tables for block in table)
         pages = range(self.num_blocks)
         assert self.ref_counts == [users[page] for page in pages], f"{self.ref_counts} users, not {users}"
@@ -517,7 +516,7 @@ class BlockAllocator:
 # Admission moves the first waiting sequence to running. There must be a place among max_num_seqs,
 # budget left in the step (has_room), and enough free pages (admit).
 #
-# A sequence's tokens are its prompt and its answer so far. The keys and values of the first
+# A sequence's tokens are the prompt and the answer so far. The keys and values of the first
 # num_computed_tokens tokens are in the cache:
 #
 #   token_ids    [ prompt .................... | answer so far ]
@@ -528,7 +527,7 @@ class BlockAllocator:
 # ==================================================================================================
 @dataclass
 class SamplingParams:
-    """How to choose tokens and when to stop, under vLLM's names. Raises TinyVLLMError."""
+    """How to choose tokens and when to stop, named as in vLLM. Nonsense raises TinyVLLMError."""
     temperature: float = 0.0            # 0: greedy
     top_k: int = 0                      # keep the k most probable tokens; 0 or -1: all
     top_p: float = 1.0                  # of the kept tokens, keep the most probable up to a sum of p
@@ -554,14 +553,14 @@ class SamplingParams:
 
 @dataclass
 class RequestOutput:
-    """A request's answer. It grows during the request. finish_reason makes it final."""
+    """A request's answer. The output grows with each token, and is final with a finish_reason."""
     prompt_token_ids: list
     text: str = ""
     token_ids: list = field(default_factory=list)
     # "stop": an eos or stop token (the last of token_ids); "length": a limit; "error"; "abort"
     finish_reason: str | None = None
     error: str | None = None            # why the request was refused
-    logprobs: list | None = None        # for each token {token id: log-probability}, the n best included
+    logprobs: list | None = None        # for each token {token id: log-probability}, of itself and the n best
     delta: str = ""                     # the new text since LLM.run or .stream last yielded this output
     num_cached_tokens: int = 0          # tokens found in the prefix cache, summed over all admissions
     num_preemptions: int = 0
@@ -599,7 +598,7 @@ class Sequence:
 
 
 class Scheduler:
-    """Decides which tokens run in the next step, and gives pages to their sequences."""
+    """Decides on the tokens of the next step, and gives pages to the sequences."""
 
     def __init__(self, allocator, max_num_batched_tokens, max_num_seqs, chunked_prefill=True,
                  static_batching=False):
@@ -691,8 +690,8 @@ class Scheduler:
         return True
 
     def preempt(self, sequence):
-        """Takes a sequence's pages. The sequence keeps its tokens. After readmission their keys and
-        values are computed again, except in pages that are still cached."""
+        """Takes a sequence's pages, not the tokens. After readmission the keys and values are
+        computed again, except in pages still cached."""
         self.remove(sequence)
         sequence.num_computed_tokens = 0
         sequence.output.num_preemptions += 1
@@ -708,8 +707,8 @@ class Scheduler:
         sequence.num_registered_blocks = 0
 
     def register_full_blocks(self, sequence):
-        """Makes the sequence's full pages findable. Call this after the launch of the step that
-        fills the pages: only later steps then read the pages, after the write."""
+        """Makes full pages findable. Call this after the launch of the step that fills the pages: a
+        sequence that finds a page runs in a later step, so its kernels read after the write."""
         if not self.allocator.prefix_caching:
             return
         size = self.allocator.block_size
@@ -756,7 +755,7 @@ class Scheduler:
 # declare a kernel, and forward() calls kernels.NAME(grid, ...).
 # ==================================================================================================
 GRAPH_SIZES = (1, 2, 4, 6, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256)
-MAX_SPLITS = 32                         # thread blocks for one context; merging reads all their results
+MAX_SPLITS = 32                         # thread blocks for one context; merging reads all results
 
 
 def cumulative(counts):
@@ -806,7 +805,7 @@ class Batch:
         pages = block_tables[np.repeat(cu_blocks[:-1], counts) + positions // block_size]       # [T]
         slot_mapping = pages.astype(np.int64) * block_size + positions % block_size     # [T]
 
-        chosen = np.flatnonzero(context_lens == lengths)        # [R] numbers of the sampled sequences
+        chosen = np.flatnonzero(context_lens == lengths)        # [R] indices of the sampled sequences
         sampled = [sequences[s] for s in chosen]
         params = [s.params for s in sampled]
         return cls(
@@ -881,7 +880,7 @@ class StepBuffer:
     graph therefore finds all batches of its size at the addresses of its recording."""
     # Slot, id, position, and a share of a tile: 8 bytes for at least 64 query rows, or 4 tokens.
     TOKEN_BYTES = 8 + 4 + 4 + 2
-    SEQUENCE_BYTES = 8 + 8 * 4 + 8      # seed, eight arrays of 4 bytes, a last tile that is not full
+    SEQUENCE_BYTES = 8 + 8 * 4 + 8      # seed, eight arrays of 4 bytes, a last, partial tile
 
     def __init__(self, device, max_tokens, max_seqs, max_blocks):
         """max_blocks: entries of all block tables. Shared pages make more entries than pages."""
@@ -891,7 +890,7 @@ class StepBuffer:
         self.target = device.empty(num_bytes, np.uint8)
         # Two sources, used in turn: the copy of the previous step may still read the other source.
         self.sources = [device.pinned(num_bytes), device.pinned(num_bytes)]
-        # Of the latest step: [0] token ids, [1] their log-probabilities, float32 seen as int32.
+        # Of the latest step: [0] token ids, [1] log-probabilities, float32 seen as int32.
         self.sampled = device.empty((2, max_seqs), np.int32)
 
     def upload(self, batch):
@@ -953,7 +952,8 @@ class Model:
                     for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down)]
         addresses = [device.address(matrix) for matrix in [*matrices, weights.head]]
         self.addresses = device.to_device(np.array(addresses, np.uint64))               # [4L + 1]
-        # [l, 0]: keys of layer l, [l, 1]: values. Within a page each head's tokens are consecutive.
+        # Keys are kv_cache[l, 0], values kv_cache[l, 1] of layer l. Within a page each head's
+        # tokens are consecutive.
         self.kv_cache = device.empty(
             (c.num_hidden_layers, 2, num_blocks, c.num_key_value_heads, args.block_size, c.head_dim))
         angles = np.arange(max_model_len)[:, None] * rope_frequencies(c)                # [max_model_len, h/2]
@@ -998,7 +998,7 @@ class Model:
         # splits must not depend on the contexts: a CUDA graph repeats its recording's grid.
         splits = max(1, min(MAX_SPLITS, 2 * self.device.multiprocessors // (num_tiles * K)))
         partial = self.device.empty((T, H, splits, h + 2), np.float32) if splits > 1 else None
-        # Same results. Single queries need fewer registers, so more thread blocks run at once.
+        # Same results, but single queries need fewer registers: more thread blocks run at once.
         attend = kernels.decode_attention if T == len(b.context_lens) else kernels.paged_attention
         residual = self.device.empty((T, D))
         attention = self.device.empty((T, H * h))
@@ -1023,7 +1023,7 @@ class Model:
 
         if R == 0:
             return None
-        x = self.device.empty((R, D))                       # no other tokens: the head is large
+        x = self.device.empty((R, D))                       # of sampled sequences only: the head is large
         kernels.rms_norm((R,), x, residual, b.last_tokens, w.norm)
         logits = linear(x, w.head)
         return self.sample(logits, b)
@@ -1066,7 +1066,8 @@ CUBLAS_AND_CODE_BYTES = 2**28           # cuBLAS's workspace, and the kernels
 
 
 def decode_weight_bytes(config):
-    """Bytes of weights read by a decode step: all but an untied embedding table."""
+    """Bytes of weights read by a decode step: each weight once. An untied embedding table is left
+    out: a step reads only a row of the table per token."""
     c = config
     layer = c.hidden_size * (c.qkv_size + c.heads_size + 3 * c.intermediate_size)
     head = c.hidden_size * c.vocab_size
@@ -1122,7 +1123,7 @@ def kv_cache_blocks(config, memory, args):
 def plan_pool(config, device, args):
     """(num_blocks, max_model_len): the pages of the KV cache, and the limit of prompt and answer in
     tokens. A sequence that fits the pool alone (and, without chunked prefill, a step) can always
-    finish by preemption of all others: max_model_len is the only limit for requests."""
+    finish, if the rest is preempted: max_model_len is the only limit for requests."""
     limit = args.max_model_len or config.max_position_embeddings
     check("max_model_len", limit, lambda n: n <= config.max_position_embeddings,
           f"at most the model's {config.max_position_embeddings}")
@@ -1150,10 +1151,10 @@ def plan_pool(config, device, args):
 # ==================================================================================================
 # Engine
 #
-# A model, a scheduler, and the loop between them. All work of a server happens in step().
+# A model, a scheduler, and the loop between the two. All work of a server happens in step().
 #
 # The GPU takes a millisecond for a step. Python takes half a millisecond to plan the next step and
-# to hand out tokens. In turn, the GPU would be idle for a third of the time. So step n + 1 is
+# to hand out tokens. Without overlap, the GPU would idle a third of the time. So step n + 1 is
 # launched before the tokens of step n are read (vLLM: async scheduling):
 #
 #            launch 1   launch 2        read 1   launch 3        read 2   ...
@@ -1197,7 +1198,7 @@ class Engine:
     """Runs requests by continuous batching."""
 
     def __init__(self, model, scheduler, overlap):
-        """overlap: start a step before reading the previous: the GPU never waits for Python."""
+        """overlap: start a step before reading the previous one: the GPU never waits for Python."""
         self.model = model
         self.scheduler = scheduler
         self.overlap = overlap
@@ -1242,7 +1243,7 @@ class Engine:
         return 0 if needs_logits else 1
 
     def launch(self, scheduled):
-        """Starts a step and books its tokens by number, so that the next step can be planned."""
+        """Starts a step and books its tokens: the number is enough to plan the next step."""
         start = time.perf_counter()
         self.tell("launch", scheduled)
         model = self.model
@@ -1258,8 +1259,8 @@ class Engine:
         self.tell("launched")
 
     def finish(self):
-        """Waits for the oldest step in flight, hands out the tokens and returns the sequences.
-        Ended or abandoned sequences get none."""
+        """Waits for the oldest step in flight, hands out the tokens and returns the sequences. A
+        sequence that has ended or was given up in the meantime gets no token."""
         flight = self.in_flight[0]
         self.tell("wait")
         tokens, logprobs = (array.tolist() for array in flight.get_tokens())
@@ -1427,8 +1428,7 @@ class LLM:
         prompts: a text or a list of token ids, or a list of several. Texts are taken unchanged: a
         chat passes the ids of tokenizer.chat(messages). sampling_params: one for all, or a list. A
         refused prompt gets an output with finish_reason "error" and the reason in `error`, and the
-        rest run. A refused prompt alone raises the error.
-        """
+        rest run. A refused prompt alone raises the error."""
         is_text = isinstance(prompts, str)
         is_alone = is_text or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer)))
         outputs = self.submit([prompts] if is_alone else prompts, sampling_params)
@@ -1500,7 +1500,7 @@ class LLM:
         exception, Ctrl-C, a closed generator) gives the requests up and frees their pages."""
         # Outputs change, so dicts know them by id(). unseen: outputs not yet yielded as final.
         unseen = {id(output): output for output in outputs if not output.finish_reason}
-        num_shown = dict.fromkeys(unseen, 0)                            # characters that were yielded
+        num_shown = dict.fromkeys(unseen, 0)                            # characters already yielded
         try:
             while unseen:
                 # Another caller's steps may have ended some outputs.
@@ -1518,7 +1518,7 @@ class LLM:
             self.abort(outputs)
 
     def finished(self, outputs, bar=True):
-        """run(), but yields each output only when final. bar: count outputs if on a terminal."""
+        """run(), but only final outputs. bar: count several outputs, if stderr is a terminal."""
         is_hidden = not bar or len(outputs) < 2 or not sys.stderr.isatty()
         with tqdm(total=len(outputs), unit="answer", disable=is_hidden) as count:
             for output in self.run(outputs):
@@ -1527,7 +1527,7 @@ class LLM:
                     yield output
 
     def abort(self, outputs):
-        """Gives up running or waiting requests, and frees their pages."""
+        """Gives up running or waiting requests, and frees the pages."""
         mine = {id(output) for output in outputs}
         scheduler = self.engine.scheduler
         for sequence in [*scheduler.running, *scheduler.waiting]:
@@ -1558,7 +1558,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def check_writable(name, path):
-    """Raises TinyVLLMError for an unwritable path: better before a run than after."""
+    """Raises TinyVLLMError before a run, not after, for an unwritable path. Leaves no file."""
     is_new = not os.path.exists(path)
     try:
         open(path, "a").close()
@@ -1622,8 +1622,8 @@ def prompt_ids(llm, text, args):
 
 def answer(llm, texts, args, params):
     """Runs prompts together and returns their outputs. The answer to a single prompt is streamed.
-    Several answers are printed whole, each under its prompt, in input order, as soon as possible. A
-    refused prompt is reported in its place, and the rest run."""
+    Several answers are printed whole, each under its prompt, in input order, once all earlier
+    answers are printed. A refused prompt is reported in its place, and the rest run."""
     def submit(text):
         try:
             return llm.add_request(prompt_ids(llm, text, args), params)
@@ -1704,7 +1704,8 @@ def as_flags(message):
 
 def run_program(main, argv=None):
     """Runs main(argv) and exits with main's exit code, 2 for a user's mistake, 130 for Ctrl-C."""
-    # Characters beyond stdout's encoding become "?". The tokenizer refuses bytes that are no text.
+    # Characters beyond stdout's encoding become "?". Bytes of stdin that are no text are kept for
+    # the tokenizer, to refuse the prompt.
     for stream, errors in (sys.stdout, "replace"), (sys.stdin, "surrogateescape"):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=errors)
