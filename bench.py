@@ -203,7 +203,8 @@ def ablation_rows(mix):
     for name, off in {"all-on": [], **{f"no-{idea}": [idea] for idea in IDEAS}, "all-off": IDEAS}.items():
         what = name.replace("-", " ").replace("cuda", "CUDA").replace("no continuous", "static")
         rows[f"ablation-{name}"] = BenchRow(
-            measure_ablation, f"half of the mix, prefixes, documents: {what}", load, setup=setup | {"off": off})
+            measure_ablation, f"half of the mix, prefixes, documents: {what}", load,
+            setup=setup | {"off": off})
     for batch in 1, 8:
         for name, off in ("", []), ("-no-fused-decode", ["fused-decode"]):
             what = f"a decode step, {batch} x context 128: {'no fused decode' if off else 'all on'}"
@@ -449,19 +450,19 @@ def written_model(engine_args, folder):
         raise TinyVLLMError("row start reads weights from files already, this row needs --load-format dummy")
     # Written by a new process: as soon as the process ends, the card's memory is free again.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        process.submit(write_model, engine_args.model, folder).result()
+        process.submit(write_model, engine_args, folder).result()
     return replace(engine_args, model=str(folder), load_format="auto")
 
 
-def write_model(model, folder):
-    """Writes the weights of --load-format dummy into a folder, in the Hugging Face layout."""
-    config = tinyvllm.SHAPES[model]
+def write_model(engine_args, folder):
+    """Writes the model of --load-format dummy into a folder, in the Hugging Face layout."""
+    source, config = tinyvllm.open_config(engine_args)
     free = shutil.disk_usage(folder).free
     if weight_bytes(config) > 0.9 * free:
         raise TinyVLLMError(
             f"the weights have {weight_bytes(config) / 1e9:.3f} GB, {folder.parent} has {free / 1e9:.3f} GB "
             "of free space: set TMPDIR to a folder on another disk")
-    device = tinyvllm.open_device()
+    device = tinyvllm.open_device(engine_args.device)
     checkpoint = DummyCheckpoint(device)
     take = checkpoint.take
     tensors = {}
@@ -479,7 +480,7 @@ def write_model(model, folder):
     if config.rope_scaling:
         fields["rope_scaling"]["rope_type"] = "llama3"
     (folder / "config.json").write_text(json.dumps(fields), "utf-8")
-    shutil.copy(tinyvllm.FOLDER / "parrot" / "tokenizer.json", folder)
+    shutil.copy(source / "tokenizer.json", folder)
 
 
 # ======================================================================================================
