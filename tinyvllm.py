@@ -1268,8 +1268,9 @@ class Engine:
             scheduled = self.scheduler.schedule()
             if scheduled:
                 self.launch(scheduled)
+            num_unread = self.num_unread(scheduled)
             got_token = []
-            while len(self.in_flight) > self.num_unread(scheduled):
+            while len(self.in_flight) > num_unread:
                 got_token += self.finish()
             return got_token
         except BaseException:
@@ -1779,7 +1780,7 @@ def run_program(main, argv=None):
     except OSError as error:                    # the disk is full, the cache folder is not ours, ...
         print(f"tinyvllm: {error}", file=sys.stderr)
         discard_stdout()
-    except (TinyVLLMError, TokenizerError, views.ViewsError) as error:
+    except (TinyVLLMError, TokenizerError) as error:
         print(f"tinyvllm: {as_flags(str(error))}", file=sys.stderr)
     sys.exit(2)
 
