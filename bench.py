@@ -75,15 +75,15 @@ def measure_card(device):
     b = checkpoint.take("", size, size)
 
     def fastest(start_kernel, repeats=20):
-        """Seconds of a kernel: the mean of `repeats` runs, in the fastest of four rounds."""
-        rounds = []
+        """Seconds of a kernel: four times the mean of `repeats` runs, and the least of the four."""
+        means = []
         for _ in range(4):
             start = time.perf_counter()
             for _ in range(repeats):
                 start_kernel()
             device.fetch(out[:1])()             # waits: the copy comes behind all kernels on the device
-            rounds.append((time.perf_counter() - start) / repeats)
-        return min(rounds)
+            means.append((time.perf_counter() - start) / repeats)
+        return min(means)
 
     reading = fastest(lambda: kernels.stream_read((thread_blocks,), out, x, rounds))
     multiplying = fastest(lambda: device.linear(a, b))
@@ -92,12 +92,13 @@ def measure_card(device):
 
 
 def step_at_best(config, card, tokens, rows, pairs, context):
-    """The least seconds of a step on a card of the given rates. tokens: in the whole step. rows: tokens
-    that go through the head. pairs: how often a query meets a key. context: tokens read from the cache."""
+    """The least time of a step, in seconds, on a card of the given rates. tokens: of the whole step.
+    rows: tokens that go through the head. pairs: how often a query meets a key. context: tokens with
+    keys and values that attention reads from the cache."""
     c = config
     head = c.vocab_size * c.hidden_size
     layers = decode_weight_bytes(c) / BYTES - head          # weights, each multiplied with every token
-    # Query times key, probability times value: for each of head_dim numbers two operations.
+    # Query times key, then probability times value: two operations for each of head_dim numbers.
     a_pair = 4 * c.num_hidden_layers * c.num_attention_heads * c.head_dim
     num_bytes = decode_weight_bytes(c) + kv_bytes_per_token(c) * context
     operations = 2 * (tokens * layers + rows * head) + a_pair * pairs
@@ -105,8 +106,8 @@ def step_at_best(config, card, tokens, rows, pairs, context):
 
 
 def seconds_at_best(config, card, requests):
-    """(prefill, decode): the least seconds for requests of (prompt tokens, new tokens) on a card of the
-    given rates, if one step computes all prompts, and then all unfinished requests decode together."""
+    """(prefill, decode): the least time, in seconds, of requests of (prompt tokens, new tokens) on a card
+    of the given rates. One step computes all prompts; then all unfinished requests decode together."""
     tokens = sum(prompt for prompt, _ in requests)
     pairs = sum(prompt * (prompt + 1) / 2 for prompt, _ in requests)
     prefill = step_at_best(config, card, tokens, len(requests), pairs, context=0)
@@ -128,9 +129,9 @@ def seconds_at_best(config, card, requests):
 class BenchRow:
     """A load, and how to measure the load. All requests arrive together, and none stops early.
 
-    measure: function (llm, row, card) -> figures: "value", "unit", and more. Where the card's rates give
-    a floor, "best" is the floor and "share" the reached share. Only measure_start takes (engine_args,
-    row): the LLM of this process would hold the memory that new processes need.
+    measure: function (llm, row, card) -> figures: "value", "unit", and more. Rows with a floor have
+    "best", the value that the card's rates allow, and "share", the part of "best" that is reached.
+    Only measure_start takes (engine_args, row): an LLM would hold the memory that new processes need.
     """
     measure: object
     what: str                   # for the table
@@ -213,16 +214,17 @@ def ablation_rows(mix):
     return rows
 
 
+# Ideas that a row can turn off.
 IDEAS = ["cuda-graphs", "fused-decode", "overlap", "chunked-prefill", "prefix-caching", "continuous-batching"]
 
 
 def switches(engine):
-    """{idea: [(object, attribute, value while the idea is off)]}, of all IDEAS."""
+    """{idea: [(object, attribute, value while the idea is off)]}, for all IDEAS."""
     model = engine.model
     scheduler = engine.scheduler
     return {
         "cuda-graphs": [(model, "graph_sizes", ())],
-        # An empty dict of graphs: the recorded graphs contain decode.cu's kernel.
+        # The recorded graphs start decode.cu's kernel: without the idea, other graphs are recorded.
         "fused-decode": [(model, "decode_batch", 0), (model, "graphs", {})],
         "overlap": [(engine, "overlap", False)],
         "chunked-prefill": [(scheduler, "chunked_prefill", False)],
@@ -273,7 +275,7 @@ def step_until_all_decode(llm, outputs):
 
 
 def measure_decode(llm, row, card, steps=64):
-    """A decode step: the mean of `steps`, when all prompts have been read."""
+    """The time of a decode step: the mean of `steps`, after all prompts are read."""
     outputs = submit(llm, row, random_prompts(llm, row))
     step_until_all_decode(llm, outputs)
     start = time.perf_counter()
@@ -299,7 +301,7 @@ def measure_prefill(llm, row, card):
 
 
 def throughput(llm, row, card, tokens):
-    """`tokens` over the seconds from the first arrival to the last token, and the times of the requests."""
+    """`tokens` a second, from the first arrival to the last token; and the times of the requests."""
     seconds, busy, outputs = time_run(llm, row)
     best = sum(seconds_at_best(llm.config, card, row.requests))
     figures = {"value": tokens / seconds, "unit": "tokens/s", "best": tokens / best, "share": best / seconds,
