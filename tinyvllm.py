@@ -34,6 +34,7 @@ import math
 import os
 import re
 import sys
+import threading
 import time
 from array import array as int_array
 from collections import Counter, OrderedDict, deque, namedtuple
@@ -71,6 +72,11 @@ def check(name, value, is_good, expected):
 def is_int(value, least=1, most=math.inf):
     """Whether the value is a whole number from `least` to `most`."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and least <= value <= most
+
+
+def is_sequence(value):
+    """Whether the value can be a prompt, or a list of prompts."""
+    return isinstance(value, (str, list, tuple)) or (isinstance(value, np.ndarray) and value.ndim > 0)
 
 
 def cdiv(a, b):
@@ -441,7 +447,7 @@ class BlockAllocator:
         self.prefix_caching = prefix_caching
         self.free = OrderedDict.fromkeys(range(num_blocks))     # pages without users; the first goes first
         self.ref_counts = [0] * num_blocks
-        self.cached = {}                                            # (chain before, tokens) -> page
+        self.cached = {}                                            # (chain before, tokens) -> [pages]
         self.chains = {}                                            # page -> (its key in cached, its chain)
         self.new_chain = itertools.count(1).__next__
 
@@ -453,7 +459,8 @@ class BlockAllocator:
             self.ref_counts[block] = 1
             if block in self.chains:
                 key, _ = self.chains.pop(block)
-                if self.cached.get(key) == block:
+                self.cached[key].remove(block)
+                if not self.cached[key]:
                     del self.cached[key]
         return blocks
 
@@ -471,10 +478,11 @@ class BlockAllocator:
         """Makes a full page findable. before: the preceding page, or None; tokens: a tuple."""
         chain_before = 0 if before is None else self.chains[before][1]
         key = (chain_before, tokens)
-        # At the same time, two sequences may fill a page each with the same tokens. `cached` keeps
-        # the first page. The second page gets the same chain, so that its successors can be found.
-        first = self.cached.setdefault(key, block)
-        chain = self.new_chain() if first == block else self.chains[first][1]
+        # At the same time, two sequences may fill a page each with the same tokens. Both pages have
+        # the same chain: after the eviction of one, the other and its successors are still found.
+        twins = self.cached.setdefault(key, [])
+        chain = self.chains[twins[0]][1] if twins else self.new_chain()
+        twins.append(block)
         self.chains[block] = (key, chain)
 
     def find(self, token_ids):
@@ -484,11 +492,11 @@ class BlockAllocator:
         chain = 0
         size = self.block_size
         for start in range(0, len(token_ids) - size, size):
-            block = self.cached.get((chain, tuple(token_ids[start:start + size])))
-            if block is None:
+            twins = self.cached.get((chain, tuple(token_ids[start:start + size])))
+            if twins is None:
                 break
-            blocks.append(block)
-            _, chain = self.chains[block]
+            blocks.append(twins[0])
+            _, chain = self.chains[twins[0]]
         return blocks
 
     def share(self, blocks):
@@ -504,7 +512,8 @@ class BlockAllocator:
         assert self.ref_counts == [users[page] for page in pages], f"{self.ref_counts} users, not {users}"
         assert set(self.free) == {page for page in pages if not users[page]}, (
             f"{list(self.free)} are free, but used are {users}")
-        assert all(self.chains[page][0] == key for key, page in self.cached.items())
+        assert all(self.chains[page][0] == key for key, twins in self.cached.items() for page in twins)
+        assert sum(map(len, self.cached.values())) == len(self.chains)
 
 
 # ==================================================================================================
@@ -549,7 +558,10 @@ class SamplingParams:
         want("seed", lambda seed: seed is None or is_int(seed, 0, 2**64 - 1),
              "a whole number from 0 to 2^64 - 1")
         want("max_tokens", lambda n: n is None or is_int(n), "a whole number of 1 or more")
-        want("stop_token_ids", lambda ids: not isinstance(ids, str) and all(is_int(i, 0) for i in ids),
+        if not isinstance(self.stop_token_ids, (str, bytes)):
+            with contextlib.suppress(TypeError):
+                self.stop_token_ids = tuple(self.stop_token_ids)        # a generator serves once
+        want("stop_token_ids", lambda ids: isinstance(ids, tuple) and all(is_int(i, 0) for i in ids),
              "a list of token ids")
         want("logprobs", lambda n: n is None or is_int(n, 0), "a whole number of 0 or more")
 
@@ -588,6 +600,9 @@ class Sequence:
         self.block_table = int_array("i")
         self.num_registered_blocks = 0      # the first pages, findable by other sequences
         self.seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little")
+        self.listeners = []                 # deques of LLM.run that get the output after each new token
+        self.was_admitted = False
+        self.blocked_at = -1                # admission failed with this number of spare pages
 
     @property
     def remaining(self):
@@ -598,6 +613,14 @@ class Sequence:
     def is_complete(self):
         """Whether the sequence has all its tokens; the last may be a placeholder (see Engine)."""
         return len(self.token_ids) == self.max_len
+
+    def restart(self):
+        """Goes back to the known tokens, without pages."""
+        self.token_ids = int_array("i", self.output.prompt_token_ids) + int_array("i", self.output.token_ids)
+        self.num_computed_tokens = 0
+        self.block_table = int_array("i")
+        self.num_registered_blocks = 0
+        self.blocked_at = -1
 
 
 class Scheduler:
@@ -615,68 +638,129 @@ class Scheduler:
         self.static_batching = static_batching
         self.waiting = deque()
         self.running = []
+        self.turn = 0                       # see take_turns
+
+    def reset(self):
+        """Forgets all sequences and the content of all pages."""
+        old = self.allocator
+        self.allocator = BlockAllocator(old.num_blocks, old.block_size, old.prefix_caching)
+        self.waiting = deque()
+        self.running = []
 
     def schedule(self):
         """[(sequence, number of tokens to compute)]: decodes, then prefill as the budget allows."""
-        scheduled = []
+        decodes = []
         prefills = []
-        budget = self.max_num_batched_tokens
         # 1. Running sequences, oldest first: one token for each decode. The rest of a prompt waits
         #    for 3, and has had pages since admission. A decode without room for its token preempts
-        #    the youngest sequence, not yet reached by this loop. max_num_seqs is never greater than
-        #    the budget, so the budget covers all decodes.
+        #    the youngest sequence, not yet reached by this loop.
         for sequence in list(self.running):
             if not sequence.block_table:
                 break                       # just preempted, and so are all sequences after this one
             if sequence.remaining > 1:
                 prefills.append(sequence)
             elif not sequence.is_complete and self.grow(sequence):
-                scheduled.append((sequence, 1))
-                budget -= 1
+                decodes.append(sequence)
         # 2. Waiting sequences, in order of arrival.
-        planned = sum(sequence.remaining for sequence in prefills)
+        room = self.prefill_room(len(decodes))
         was_idle = not self.running
-        while self.waiting and self.has_room(planned, budget, was_idle) and self.admit(self.waiting[0]):
-            sequence = self.running[-1]
-            prefills.append(sequence)
-            planned += sequence.remaining
-        # 3. Prompts, as far as the budget goes.
-        for sequence in prefills:
-            chunk = min(sequence.remaining, budget)
+        while self.waiting and self.has_room(prefills, room, was_idle) and self.admit(prefills):
+            prefills.append(self.running[-1])
+        # 3. Prompts, as far as the room goes, and decodes in the rest of the budget.
+        chunks = self.divide(prefills, room)
+        budget = self.max_num_batched_tokens - sum(chunk for _, chunk in chunks)
+        return [(sequence, 1) for sequence in self.take_turns(decodes, budget)] + chunks
+
+    def prefill_room(self, num_decodes):
+        """The prompt tokens of a step: what the decodes leave of the budget. But a quarter of the
+        budget at least, or many decodes would hold a prompt up for as many steps as it has tokens."""
+        return max(self.max_num_batched_tokens - num_decodes, self.max_num_batched_tokens // 4)
+
+    def take_turns(self, decodes, budget):
+        """As many of the decodes as the budget has room for. The rest comes first in the next step."""
+        if len(decodes) <= budget:
+            return decodes
+        first = self.turn % len(decodes)
+        self.turn = first + budget
+        return (decodes + decodes)[first:first + budget]
+
+    def divide(self, prefills, room):
+        """[(sequence, chunk)]: prompts in order of arrival, until the room is used up. Short prompts
+        pass a long one in half of the room; the other half lets the long prompt get on."""
+        chunks = []
+        passing = []
+        if self.chunked_prefill and prefills and prefills[0].remaining > room:
+            short_room = room // 2
+            for sequence in sorted(prefills[1:], key=lambda sequence: sequence.remaining):
+                if sequence.remaining > short_room:
+                    break
+                passing.append(sequence)
+                short_room -= sequence.remaining
+        for sequence in passing + [sequence for sequence in prefills if sequence not in passing]:
+            chunk = min(sequence.remaining, room)
             if chunk < sequence.remaining and not self.chunked_prefill:
                 break                       # until a step has room for the whole prompt
             if chunk:
-                scheduled.append((sequence, chunk))
-                budget -= chunk
-        return scheduled
+                chunks.append((sequence, chunk))
+                room -= chunk
+        return chunks
 
-    def has_room(self, planned, budget, was_idle):
-        """Whether a step with `planned` prompt tokens can take in the first waiting sequence."""
+    def has_room(self, prefills, room, was_idle):
+        """Whether the step of these prompts can take in the first waiting sequence."""
         if self.waiting[0].is_complete:
             return False        # preempted with the last token in flight: nothing is left to compute
         if len(self.running) >= self.max_num_seqs:
             return False
-        return was_idle if self.static_batching else planned < budget
+        if self.static_batching:
+            return was_idle
+        planned = sum(sequence.remaining for sequence in prefills)
+        if self.chunked_prefill and prefills and prefills[0].remaining > room:
+            planned -= prefills[0].remaining - cdiv(room, 2)        # the half that divide() keeps for it
+        return planned < room
 
-    def admit(self, sequence):
+    def admit(self, prefills):
         """Moves the first waiting sequence to running, with pages for all its tokens and the next
         token. False unless one page stays free for each running sequence: short of pages, the
         running sequences would soon preempt the newcomer, and its prefill would be wasted."""
+        sequence = self.waiting[0]
         allocator = self.allocator
+        spare = len(allocator.free) - len(self.running)
+        if spare <= sequence.blocked_at:    # not again: to look up a long prompt takes milliseconds
+            return False
         cached = allocator.find(sequence.token_ids)
+        if self.is_worth_waiting(sequence, len(cached) * allocator.block_size, prefills):
+            return False
         num_tokens = len(sequence.token_ids) + 1
         needed = cdiv(num_tokens, allocator.block_size) - len(cached)
         # Found pages without users still count as free, but share() is about to take them.
-        free = len(allocator.free) - sum(block in allocator.free for block in cached)
-        if needed + len(self.running) > free:
+        if needed > spare - sum(block in allocator.free for block in cached):
+            sequence.blocked_at = spare
             return False
         allocator.share(cached)
         sequence.block_table = int_array("i", cached + allocator.allocate(needed))
         sequence.num_registered_blocks = len(cached)
         sequence.num_computed_tokens = len(cached) * allocator.block_size
-        sequence.output.num_cached_tokens += sequence.num_computed_tokens
+        sequence.blocked_at = -1
+        if not sequence.was_admitted:
+            sequence.was_admitted = True
+            sequence.output.num_cached_tokens = sequence.num_computed_tokens
         self.running.append(self.waiting.popleft())
         return True
+
+    def is_worth_waiting(self, sequence, num_cached, prefills):
+        """Whether half of the tokens to compute, or more, are about to be computed in one of these
+        prompts: a step later, their pages can be found."""
+        if not self.allocator.prefix_caching:
+            return False
+        size = self.allocator.block_size
+        tokens = sequence.token_ids
+        for other in prefills:
+            same = 0                        # tokens of equal pages, without the page of the last token
+            while same + size < len(tokens) and tokens[same:same + size] == other.token_ids[same:same + size]:
+                same += size
+            if 2 * (same - num_cached) >= len(tokens) - num_cached:
+                return True
+        return False
 
     def grow(self, sequence):
         """Adds a page for the next token if the sequence's pages are full. False if the sequence
@@ -1171,6 +1255,11 @@ def plan_pool(config, device, args):
 # The CPU notices the end of an answer one step late. Step n + 1 then computes a token too many, and
 # finish() drops the token. Its key and value may go to a page that already has a new owner. Steps
 # run in order on the GPU: the new owner writes later, so no harm is done.
+#
+# A step can be interrupted between any two statements: by Ctrl-C, by an error of the device. All
+# state is then in doubt, but for two things: the requests, and the known tokens of each answer. Both
+# change by one call that happens whole or not at all. The next step derives all other state from
+# these two anew (rebuild), and computes the keys and values again.
 # ==================================================================================================
 @dataclass
 class Stats:
@@ -1206,18 +1295,35 @@ class Engine:
         self.scheduler = scheduler
         self.overlap = overlap
         self.stats = Stats()
+        self.sequences = {}                 # id(output) -> Sequence of all unfinished requests, by arrival
         self.in_flight = deque()            # of Flights, oldest first
+        self.aborted = deque()              # outputs of abandoned requests, until a step drops them
         self.observers = []                 # objects with told(event, what), such as views.Recorder
+        self.lock = threading.Lock()        # threads take turns at steps
+        self.is_torn = False                # True between steps: the last step did not come to its end
 
     def tell(self, event, what=None):
         """Tells the observers of a beginning or an end."""
         for observer in self.observers:
             observer.told(event, what)
 
+    def add(self, sequences):
+        """Queues new sequences, all or none."""
+        with self.lock:
+            was_torn = self.is_torn
+            self.is_torn = True
+            self.sequences.update({id(sequence.output): sequence for sequence in sequences})
+            self.scheduler.waiting.extend(sequences)
+            self.is_torn = was_torn
+
     def step(self):
         """Starts a step and returns the sequences with a new token: from this step or, with
         overlap, from the previous step. Call step() while there is work."""
-        try:
+        with self.lock:
+            if self.is_torn:
+                self.rebuild()
+            self.is_torn = True
+            self.drop_aborted()
             self.tell("schedule")
             scheduled = self.scheduler.schedule()
             if scheduled:
@@ -1226,16 +1332,49 @@ class Engine:
             got_token = []
             while len(self.in_flight) > num_unread:
                 got_token += self.finish()
-            return got_token
-        except BaseException:
-            # Ctrl-C can come between any two statements. Reading all steps in flight removes all
-            # placeholders. Then each running sequence must compute at least its last token: a
-            # repeated token writes the same key and value. LLM.run gives its own requests up.
-            while self.in_flight:
-                self.finish()
-            for sequence in self.scheduler.running:
-                sequence.num_computed_tokens = min(sequence.num_computed_tokens, len(sequence.token_ids) - 1)
-            raise
+            self.is_torn = False
+        return got_token
+
+    def rebuild(self):
+        """Derives all state anew from the requests and their known tokens. A rebuild may itself be
+        interrupted: the next rebuild starts from the same facts."""
+        self.in_flight.clear()
+        self.scheduler.reset()
+        for sequence in list(self.sequences.values()):
+            output = sequence.output
+            if output.finish_reason is None:
+                sequence.restart()
+                self.scheduler.waiting.append(sequence)
+                self.read_again(sequence)
+            else:                           # final, but not yet taken out
+                self.forget(sequence)
+        self.tell("rebuilt")
+
+    def read_again(self, sequence):
+        """Derives the text and the end of an answer from its tokens."""
+        output = sequence.output
+        sequence.decoder.reset()
+        text = ""
+        reason = None
+        for position, token in enumerate(output.token_ids, len(output.prompt_token_ids)):
+            piece, reason = self.read_token(sequence, position, token)
+            text += piece
+        output.text = text
+        if output.logprobs is not None:
+            del output.logprobs[len(output.token_ids):]
+        if reason:
+            self.end(sequence, reason)
+        else:
+            self.notify(sequence)
+
+    def drop_aborted(self):
+        """Ends abandoned requests. abort() may come at any moment, also from the garbage collector
+        in the middle of a step, so it only leaves a note in self.aborted."""
+        while self.aborted:
+            sequence = self.sequences.get(id(self.aborted[0]))
+            if sequence:
+                self.end(sequence, "abort")
+            self.aborted.popleft()          # last: the note is not lost if this loop is interrupted
 
     def num_unread(self, scheduled):
         """The number of steps that may stay in flight when step() returns."""
@@ -1270,9 +1409,10 @@ class Engine:
         got_token = []
         positions = batch.lengths.tolist()
         for row, (sequence, position) in enumerate(zip(batch.sampled, positions)):
-            # No placeholder: an earlier finish() of this step passed here, then Ctrl-C interrupted.
-            has_placeholder = position < len(sequence.token_ids) and sequence.token_ids[position] < 0
-            if not has_placeholder or sequence.output.finish_reason:
+            if sequence.output.finish_reason:
+                continue
+            if math.isnan(logprobs[row]):
+                self.end(sequence, "error", "the model's logits are no numbers (NaN or infinity): check the weights")
                 continue
             count = sequence.params.logprobs
             if count is not None:
@@ -1289,21 +1429,52 @@ class Engine:
     def append(self, sequence, position, token):
         """Gives a sequence its new token: adds the text, and ends a complete answer."""
         output = sequence.output
-        params = sequence.params
         sequence.token_ids[position] = token
-        output.token_ids.append(token)
+        output.token_ids.append(token)      # from here on, the token is known
         output.first_token_time = output.first_token_time or time.perf_counter()
+        text, reason = self.read_token(sequence, position, token)
+        output.text += text
+        if reason:
+            self.end(sequence, reason)
+        else:
+            self.notify(sequence)
+
+    def read_token(self, sequence, position, token):
+        """(a token's text, why the answer ends or None). position: the token's, in the sequence."""
+        params = sequence.params
         is_eos = token in self.model.config.eos_token_ids and not params.ignore_eos
         if is_eos or token in params.stop_token_ids:
-            output.finish_reason = "stop"                       # the token's own text is not in the answer
-        else:
-            output.text += sequence.decoder.push(token)
-            if position + 1 == sequence.max_len:
-                output.finish_reason = "length"
-        if output.finish_reason:
-            output.text += sequence.decoder.flush()
-            output.finish_time = time.perf_counter()
-            self.scheduler.remove(sequence)
+            return "", "stop"               # the token's own text is not in the answer
+        return sequence.decoder.push(token), "length" if position + 1 == sequence.max_len else None
+
+    def end(self, sequence, reason, error=None):
+        """Makes the output of a running or waiting sequence final."""
+        output = sequence.output
+        output.text += sequence.decoder.flush()
+        output.error = error
+        output.finish_time = time.perf_counter()
+        output.finish_reason = reason
+        self.scheduler.remove(sequence)
+        self.forget(sequence)
+
+    def forget(self, sequence):
+        """Takes out a sequence whose output is final."""
+        self.sequences.pop(id(sequence.output), None)
+        self.notify(sequence)
+
+    def listen(self, output, news):
+        """Appends the output to a deque now, after each new token, and at its end."""
+        sequence = self.sequences.get(id(output))
+        if sequence:
+            sequence.listeners.append(news)
+        elif output.finish_reason is None:
+            raise TinyVLLMError("run: expected outputs of this LLM's submit(), got another's")
+        news.append(output)
+
+    def notify(self, sequence):
+        """Tells the callers in LLM.run of an output's new token or end."""
+        for listener in sequence.listeners:
+            listener.append(sequence.output)
 
     def best_logprobs(self, logits, count):
         """{token id: log-probability} of the `count` best tokens. logits: [V], on the device."""
@@ -1318,9 +1489,10 @@ class Engine:
 # API
 #
 # The calls for programs, named as in vLLM. There is no thread: callers step the engine for tokens.
-# Each step serves the requests of all callers (two streams, say), who find their tokens later. An
-# abandoned request frees its pages at once. An unanswerable prompt is refused before it takes a
-# page, as an output with an error; the rest of its list runs.
+# Each step serves the requests of all callers (two streams, say), who find their tokens later.
+# Callers in several threads take turns at steps. An abandoned request frees its pages with the next
+# step. An unanswerable prompt is refused before it takes a page, as an output with an error; the
+# rest of its list runs.
 # ==================================================================================================
 def option(default, text, flag=None, **arguments):
     """A field of EngineArgs. text: the help; flag: the command line's spelling, if not the name;
@@ -1431,55 +1603,83 @@ class LLM:
         chat passes the ids of tokenizer.chat(messages). sampling_params: one for all, or a list. A
         refused prompt gets an output with finish_reason "error" and the reason in `error`, and the
         rest run. A refused prompt alone raises the error."""
-        is_text = isinstance(prompts, str)
-        is_alone = is_text or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer)))
-        outputs = self.submit([prompts] if is_alone else prompts, sampling_params)
-        if is_alone and outputs[0].error:
-            raise TinyVLLMError(outputs[0].error)
-        for _ in self.finished(outputs):
-            pass
-        return outputs
+        check("prompts", prompts, is_sequence, "a text, a list of token ids, or a list of several")
+        is_alone = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer)))
+        outputs = []
+        try:
+            outputs = self.submit([prompts] if is_alone else prompts, sampling_params)
+            if is_alone and outputs[0].error:
+                raise TinyVLLMError(outputs[0].error)
+            for _ in self.finished(outputs):
+                pass
+            return outputs
+        finally:
+            self.abort(outputs)
 
     def stream(self, prompt, sampling_params=None):
         """Yields the prompt's RequestOutput after each token; output.delta is the new text."""
-        [output] = self.submit([prompt], sampling_params)
-        if output.error:
-            raise TinyVLLMError(output.error)
-        yield from self.run([output])
+        outputs = []
+        try:
+            outputs = self.submit([prompt], sampling_params)
+            if outputs[0].error:
+                raise TinyVLLMError(outputs[0].error)
+            yield from self.run(outputs)
+        finally:
+            self.abort(outputs)
 
     def submit(self, prompts, sampling_params=None):
-        """Queues prompts and returns their RequestOutputs, for run()."""
+        """Queues prompts and returns their RequestOutputs, for run(). All or, if interrupted, none."""
         if not isinstance(sampling_params, (list, tuple)):
             sampling_params = [sampling_params or SamplingParams()] * len(prompts)
         are_params = all(isinstance(params, SamplingParams) for params in sampling_params)
         if len(sampling_params) != len(prompts) or not are_params:
             raise TinyVLLMError(f"sampling_params: expected a SamplingParams, or one for each of "
                                 f"{len(prompts)} prompts, got {len(sampling_params)} in the list")
-        return [self.add_request(prompt, params) for prompt, params in zip(prompts, sampling_params)]
+        outputs = []
+        try:
+            sequences = [self.prepare(prompt, params) for prompt, params in zip(prompts, sampling_params)]
+            outputs = [sequence.output for sequence in sequences]
+            self.engine.add([sequence for sequence in sequences if not sequence.output.error])
+            return outputs
+        except BaseException:
+            self.abort(outputs)
+            raise
 
     def add_request(self, prompt, params):
         """Queues a prompt. Returns the RequestOutput, with an error for an unanswerable prompt."""
+        return self.submit([prompt], params)[0]
+
+    def prepare(self, prompt, params):
+        """The Sequence of a prompt, whose output has an error if the prompt is unanswerable."""
+        params = replace(params)            # a copy, checked again: the caller may change its own
         output = RequestOutput([], arrival_time=time.perf_counter(),
                                logprobs=None if params.logprobs is None else [])
         try:
             output.prompt_token_ids = self.encode_prompt(prompt)
-            num_tokens = len(output.prompt_token_ids)
-            max_len = min(self.max_model_len, num_tokens + (params.max_tokens or self.max_model_len))
-            sequence = Sequence(params, output, StreamDecoder(self.tokenizer), max_len)
         except (TinyVLLMError, TokenizerError) as error:
             output.finish_reason = "error"
             output.error = str(error)
-            return output
-        self.engine.scheduler.waiting.append(sequence)
-        return output
+        num_tokens = len(output.prompt_token_ids)
+        max_len = min(self.max_model_len, num_tokens + (params.max_tokens or self.max_model_len))
+        return Sequence(params, output, StreamDecoder(self.tokenizer), max_len)
+
+    def check_length(self, text):
+        """Raises TinyVLLMError for a text longer than all prompts that fit: nobody waits for its
+        tokens."""
+        most = self.max_model_len * self.tokenizer.longest_token
+        if len(text) > most:
+            raise TinyVLLMError(f"the prompt: expected at most {most} characters, {self.max_model_len} tokens of "
+                                f"{self.tokenizer.longest_token}, got {len(text)} characters (see max_model_len)")
 
     def encode_prompt(self, prompt):
         """The token ids of a prompt. Raises TinyVLLMError for an unanswerable prompt."""
-        check("the prompt", prompt, lambda prompt: isinstance(prompt, (str, list, tuple, np.ndarray)),
-              "a text or a list of token ids")
-        if len(prompt) == 0:
+        check("the prompt", prompt, is_sequence, "a text or a list of token ids")
+        if isinstance(prompt, str):
+            self.check_length(prompt)
+            prompt = self.tokenizer.encode(prompt)
+        ids = list(prompt)
+        if not ids:
             raise TinyVLLMError("the prompt: expected at least one token, got none")
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if len(ids) >= self.max_model_len:
             raise TinyVLLMError(
                 f"the prompt: expected less than {self.max_model_len} tokens, to leave room for one more, "
@@ -1493,29 +1693,34 @@ class LLM:
             are_known = False
         if not are_known:
             wrong = next(i for i in ids if not (isinstance(i, (int, np.integer)) and 0 <= i < vocab_size))
-            raise TinyVLLMError(f"the prompt: expected token ids from 0 to {vocab_size - 1}, got {wrong!r}")
+            raise TinyVLLMError(f"the prompt: expected token ids from 0 to {vocab_size - 1}, got {wrong!r:.60}")
         return ids
 
     def run(self, outputs):
         """Steps the engine until all outputs are final. Yields each output after its new tokens
         (several, if another caller stepped in between), and once when final. An early end (an
-        exception, Ctrl-C, a closed generator) gives the requests up and frees their pages."""
-        # Outputs change, so dicts know them by id(). unseen: outputs not yet yielded as final.
-        unseen = {id(output): output for output in outputs if not output.finish_reason}
-        num_shown = dict.fromkeys(unseen, 0)                            # characters already yielded
+        exception, Ctrl-C, a closed generator) gives the requests up."""
+        news = deque()                      # outputs with a new token or an end
+        unseen = {}                         # id(output) -> (tokens, characters) yielded, not as final
         try:
+            for output in outputs:
+                unseen[id(output)] = (0, 0)
+                self.engine.listen(output, news)
             while unseen:
-                # Another caller's steps may have ended some outputs.
-                ended = [output for output in unseen.values() if output.finish_reason]
-                for output in ended or [sequence.output for sequence in self.engine.step()]:
-                    key = id(output)
-                    if key not in unseen:
-                        continue
-                    output.delta = output.text[num_shown[key]:]
-                    num_shown[key] = len(output.text)
-                    if output.finish_reason:
-                        del unseen[key]
-                    yield output
+                if not news:
+                    self.engine.step()
+                    continue
+                output = news.popleft()
+                key = id(output)
+                is_final = output.finish_reason is not None
+                num_tokens, num_characters = unseen.get(key, (len(output.token_ids), 0))
+                if key not in unseen or (num_tokens == len(output.token_ids) and not is_final):
+                    continue                # another caller's step came first
+                unseen[key] = (len(output.token_ids), len(output.text))
+                if is_final:
+                    del unseen[key]
+                output.delta = output.text[num_characters:]
+                yield output
         finally:
             self.abort(outputs)
 
@@ -1529,14 +1734,9 @@ class LLM:
                     yield output
 
     def abort(self, outputs):
-        """Gives up running or waiting requests, and frees the pages."""
-        mine = {id(output) for output in outputs}
-        scheduler = self.engine.scheduler
-        for sequence in [*scheduler.running, *scheduler.waiting]:
-            if id(sequence.output) in mine:
-                sequence.output.finish_reason = "abort"
-                sequence.output.finish_time = time.perf_counter()
-                scheduler.remove(sequence)
+        """Gives up unfinished requests. The next step ends them and frees their pages. Any thread
+        and the garbage collector may call this at any moment."""
+        self.engine.aborted.extend(output for output in outputs if output.finish_reason is None)
 
 
 # ==================================================================================================
@@ -1616,6 +1816,7 @@ def prompt_ids(llm, text, args):
     """Token ids of a prompt in the model's chat format, or raw."""
     if not text.strip():
         raise TinyVLLMError("the prompt is empty: expected some text")
+    llm.check_length(text)
     if args.raw or not llm.tokenizer.has_chat_template:
         return llm.tokenizer.encode(text)
     system = [{"role": "system", "content": args.system}] if args.system else []
