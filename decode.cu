@@ -24,6 +24,7 @@
 //   token_ids [S]: ~i is number i of sampled, see gather_rows.
 //   weights: addresses of qkv, o, gate_up and down of each layer, and of the head.   kv_cache [L, 2, N, K, B, h].
 //   words: 4, of which the first counts tickets; then Vectors, L + 1 times. All 0.
+//   query_scale: log2(e) / sqrt(h), for scores whose powers of 2 are their softmax's.
 //   The other arrays: see rope_and_cache and paged_attention.
 //   Grid: a block on each multiprocessor. All must come to be there at once, since they wait for one another.
 //   No sum depends on who draws or comes first: the same input gives the same bits.
@@ -103,7 +104,7 @@ EXPORT(DECODE_BATCH, FITS ? SEQUENCES : 0);      // 0: this kernel does nothing
 struct Step {                                    // the kernel's arguments of these names
     bf16* logits; const bf16 *embed, *norm; const int *token_ids, *sampled; int layers;
     const float* cos_sin; const int* positions; const long long* slot_mapping; bf16* kv_cache; int num_blocks;
-    const int *block_tables, *cu_blocks, *context_lens; float scale; unsigned* words; int *tickets, sequences, splits;
+    const int *block_tables, *cu_blocks, *context_lens; float query_scale; unsigned* words; int *tickets, sequences, splits;
     __device__ bf16* cache(int layer, int values) const {
         return kv_cache + (2 * layer + values) * (size_t)num_blocks * NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM;
     }
@@ -273,7 +274,7 @@ struct Attention {
     Words q[KC + 1];                             // and 8 numbers of the new token's key or value
     float m = -INF, l = 0, out[HEAD_DIM / 16][4] = {};    // out: [0..1] one number of either head, [2..3] the next
 
-    __device__ void add_tile(const char* keys, const char* values, int start, int count, float scale) {
+    __device__ void add_tile(const char* keys, const char* values, int start, int count, float query_scale) {
         const auto part = [&](const char* rows, int key, int i) {    // past the end any key will do, its probability is 0
             return reinterpret_cast<const Words*>(rows)[min(start + key, count - 1) * (HEAD_DIM / 8) + i];
         };
@@ -287,7 +288,7 @@ struct Attention {
                 }
             }
             for (int j = 0; j < 2; ++j) {
-                s[n][j] = start + 8 * n + 2 * t + j < count ? s[n][j] * scale * LOG2_E : -INF;    // for exp2
+                s[n][j] = start + 8 * n + 2 * t + j < count ? s[n][j] * query_scale : -INF;
                 highest = fmaxf(highest, s[n][j]);
             }
         }
@@ -440,7 +441,7 @@ template <int S> struct Consumer {               // for up to S sequences
                 }
                 __syncwarp();                    // all lanes have put theirs before one reads it; no other warp will
                 for (; at < first + count; at += TILE * CONSUMERS)
-                    attention.add_tile(keys, values, at - first, count, step.scale);
+                    attention.add_tile(keys, values, at - first, count, step.query_scale);
                 give_back(__float_as_uint(attention.out[0][0] + attention.out[HEAD_DIM / 16 - 1][0]));
             }
             wait(&shared.summed[(ticket - 2) % PENDING], (ticket - 2) / PENDING);    // the unit before needs no `heads` now
@@ -613,14 +614,14 @@ __device__ void merge_all(Shared& shared, const Step& step, int merger, int lane
 extern "C" __global__ __launch_bounds__(DECODE_THREADS, 1) void decode(
         bf16* logits, const bf16* embed, const bf16* norm, const int* token_ids, const int* sampled, const u64* weights,
         int layers, const float* cos_sin, const int* positions, const long long* slot_mapping, bf16* kv_cache,
-        int num_blocks, const int* block_tables, const int* cu_blocks, const int* context_lens, float scale, int* words,
+        int num_blocks, const int* block_tables, const int* cu_blocks, const int* context_lens, float query_scale, int* words,
         int sequences, int splits) {
     if constexpr (FITS) {
         DYNAMIC_SHARED(decode_shared_bytes);
         Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
         const int me = threadIdx.x, warp = me / 32, lane = me % 32;
         const Step step = {logits, embed, norm, token_ids, sampled, layers, cos_sin, positions, slot_mapping, kv_cache,
-                           num_blocks, block_tables, cu_blocks, context_lens, scale, reinterpret_cast<unsigned*>(words) + DECODE_TICKET_WORDS,
+                           num_blocks, block_tables, cu_blocks, context_lens, query_scale, reinterpret_cast<unsigned*>(words) + DECODE_TICKET_WORDS,
                            words, sequences, splits};
         if (me < 2 * SLOTS) mbarrier_init(&shared.full[me / 2][me % 2], 1);
         if (me < SLOTS) mbarrier_init(&shared.empty[me], CONSUMERS);
