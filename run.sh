@@ -70,7 +70,7 @@ if [[ $python == "$venv/bin/python" ]]; then
     if [[ $check ]] && ! "$python" -c 'import pytest, jinja2' 2>/dev/null; then install pytest jinja2; fi
 else
     check_version "$python"
-    error=$("$python" -c "import numpy, ml_dtypes, tokenizers${check:+, safetensors, pytest}" 2>&1) ||
+    error=$("$python" -c "import numpy, ml_dtypes, safetensors, tokenizers${check:+, pytest}" 2>&1) ||
         fail "$python needs the packages of requirements.txt${check:+, and pytest}: ${error##*$'\n'}"
 fi
 if [[ ! $check ]]; then exec "$python" "$here/tinyvllm.py" "$@"; fi
@@ -87,7 +87,7 @@ import time
 folder, check = sys.argv[1:]
 os.chdir(folder)
 sys.path.insert(0, folder)
-from tinyvllm import TinyVLLMError, open_device
+from device import TinyVLLMError, open_device
 
 LIMIT = 1800            # seconds for one part: more is a hang
 QUICK_TESTS = ["test_gather_rows", "test_rope_and_cache", "test_attention_one_sequence", "test_silu_mul",

@@ -119,7 +119,7 @@ def compute(scheduler, scheduled):
         scheduler.register_full_blocks(sequence)
         if not sequence.remaining:
             sequence.token_ids.append(0)
-            if sequence.is_full:
+            if sequence.is_complete:
                 scheduler.remove(sequence)
 
 
@@ -246,10 +246,11 @@ def demonstration():
     command = re.search(r"tinyvllm\.py --watch(.*?)\n```", readme, re.S)[1].replace("\\\n", " ")
     model = ["--model", str(ROOT / "parrot"), "--device", "cpu"]
     args = tinyvllm.parse_arguments([*model, *shlex.split(command)])
-    args.watch = args.trace = None
+    args.watch = False
+    args.trace = None
     args.stats = False
     with contextlib.redirect_stderr(io.StringIO()):
-        llm = tinyvllm.open_llm(args)
+        llm = tinyvllm.open_llm(tinyvllm.EngineArgs.from_namespace(args))
         params = SamplingParams(max_tokens=None)
         outputs = [llm.add_request(tinyvllm.prompt_ids(llm, text, args), params) for text in args.prompts]
         with views.looking_inside(llm, args) as recorder:

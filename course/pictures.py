@@ -3,16 +3,17 @@ import html
 import math
 import re
 import unicodedata
+from dataclasses import replace
 
 import numpy as np
 
 import figures
 from figures import BENCH, CARD, LLAMA, ROOT, ROWS
-from tinyvllm import (BFLOAT16, BlockAllocator, Scheduler, Tokenizer, cdiv, decode_weight_bytes, replace,
-                      rope_frequencies)
+from device import BFLOAT16
+from tinyvllm import BlockAllocator, Scheduler, Tokenizer, cdiv, decode_weight_bytes, rope_frequencies
 from views import PAGE
 
-HUES = re.findall(r'"(#\w+)"', re.search(r"const HUES = \[(.*?)\]", PAGE, re.S)[1])
+HUES = re.findall(r'"(#\w+)"', re.search(r"const HUES = \[(.*?)\]", PAGE.read_text("utf-8"), re.S)[1])
 STYLE = """\
 text{font:13px system-ui,sans-serif;fill:#24292f}.s{font-size:11px;fill:#57606a}.d{fill:#10131a}\
 .m{font-family:ui-monospace,monospace}
