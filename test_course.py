@@ -20,6 +20,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "course"))
 import bench
+import device
 import exercises
 import figures
 import make
@@ -30,7 +31,7 @@ import tokenizer
 import views
 
 ROOT = Path(__file__).parent
-MODULES = [tinyvllm, bench, views, tokenizer, simulator]
+MODULES = [tinyvllm, device, bench, views, tokenizer, simulator]
 CUDA_FILES = sorted(path.name for path in ROOT.iterdir() if path.suffix in (".cu", ".h"))
 SOURCES = [*(f"{module.__name__}.py" for module in MODULES), *CUDA_FILES]
 TEXT = {name: (ROOT / name).read_text("utf-8") for name in SOURCES}
