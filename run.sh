@@ -25,7 +25,7 @@ cupy_wheel() {          # the wheel for this machine's driver; nothing where the
     [[ $(nvidia-smi 2>/dev/null) =~ CUDA[A-Za-z\ ]*:\ *([0-9]+) ]] || return 0
     case ${BASH_REMATCH[1]} in
         ? | 10 | 11)
-            echo "run.sh: no GPU is used: expected a driver of CUDA 12 or newer, got ${BASH_REMATCH[1]}" >&2 ;;
+            echo "run.sh: no GPU is used: expected a driver with CUDA 12, got ${BASH_REMATCH[1]}" >&2 ;;
         12) echo "cupy-cuda12x[ctk]" ;;         # [ctk]: with CUDA's libraries and headers
         *)  echo "cupy-cuda13x[ctk]" ;;
     esac
