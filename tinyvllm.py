@@ -212,10 +212,13 @@ class ModelConfig:
         hidden_size = positive(settings, "hidden_size", file)
         defaults = {"num_key_value_heads": heads, "head_dim": hidden_size // heads, "rope_theta": 10000.0}
         settings = defaults | settings
-        numbers = {f.name: positive(settings, f.name, file, f.type)
-                   for f in fields(cls) if f.type in (int, float)}
+        whole_numbers = {name: positive(settings, name, file) for name in (
+            "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings")}
         config = cls(
-            **numbers,
+            **whole_numbers,
+            rms_norm_eps=positive(settings, "rms_norm_eps", file, float),
+            rope_theta=positive(settings, "rope_theta", file, float),
             rope_scaling=cls.read_rope_scaling(settings, file),
             tie_word_embeddings=bool(settings.get("tie_word_embeddings")),
             eos_token_ids=cls.read_eos_token_ids(settings, folder))
@@ -852,6 +855,7 @@ class Batch:
             cu_blocks=fill(self.cu_blocks, self.cu_blocks[-1]))
 
 
+Tiling = namedtuple("Tiling", "group tile_rows")            # attention's, see attention_tiles
 BATCH_ARRAYS = [f.name for f in fields(Batch) if f.name != "sampled"]
 DeviceBatch = namedtuple("DeviceBatch", BATCH_ARRAYS)       # a Batch's arrays in the device's memory
 
@@ -937,7 +941,6 @@ class Model:
         self.buffer = buffer
         self.graph_sizes = () if args.enforce_eager else GRAPH_SIZES
         self.graphs = {}                    # size -> replay(), see device.record
-        self.group = c.num_attention_heads // c.num_key_value_heads
         # 1 / sqrt(h), times log2(e): the kernels' softmax takes powers of 2.
         self.query_scale = math.log2(math.e) / math.sqrt(c.head_dim)
         has_decode_kernel = args.fused_decode and device.runs_decode
@@ -946,6 +949,7 @@ class Model:
             "HIDDEN": c.hidden_size, "FFN": c.intermediate_size, "NUM_LAYERS": c.num_hidden_layers,
             "NUM_HEADS": c.num_attention_heads, "NUM_KV_HEADS": c.num_key_value_heads, "HEAD_DIM": c.head_dim,
             "VOCAB": c.vocab_size, "BLOCK_SIZE": args.block_size, "RMS_EPS": f"{c.rms_norm_eps:e}f"}, code)
+        self.tiling = Tiling(c.num_attention_heads // c.num_key_value_heads, self.kernels.ATTENTION_ROWS)
         # The greatest batch for decode(). 0: decode.cu cannot divide this model's sizes.
         self.decode_batch = self.kernels.DECODE_BATCH if has_decode_kernel else 0
         matrices = [matrix for layer in weights.layers      # in the order of the forward pass
@@ -1177,16 +1181,15 @@ class Stats:
     decode_seconds: float = 0.0
     last_time: float = 0.0              # when the tokens of the latest step were read
 
-    def add(self, flight, config):
+    def add(self, batch, start, config):
         """Counts a step just read. Its time begins with its launch or with the reading of the
         previous step, whichever is later, and includes Python and the recording of CUDA graphs. A
         short run therefore shows less than the card can do."""
         now = time.perf_counter()
-        batch = flight.batch
         if len(batch.token_ids) == len(batch.context_lens):
             context_bytes = kv_bytes_per_token(config) * int(batch.context_lens.sum())
             self.decode_bytes += decode_weight_bytes(config) + context_bytes
-            self.decode_seconds += now - max(flight.start, self.last_time)
+            self.decode_seconds += now - max(start, self.last_time)
         self.last_time = now
 
 
@@ -1247,8 +1250,7 @@ class Engine:
         start = time.perf_counter()
         self.tell("launch", scheduled)
         model = self.model
-        block_size = self.scheduler.allocator.block_size
-        batch = Batch.build(scheduled, block_size, model.group, model.kernels.ATTENTION_ROWS)
+        batch = Batch.build(scheduled, self.scheduler.allocator.block_size, *model.tiling)
         logits, get_tokens = model.launch(batch)
         self.in_flight.append(Flight(batch, logits, get_tokens, start))
         for sequence, count in scheduled:
@@ -1261,26 +1263,26 @@ class Engine:
     def finish(self):
         """Waits for the oldest step in flight, hands out the tokens and returns the sequences. A
         sequence that has ended or was given up in the meantime gets no token."""
-        flight = self.in_flight[0]
+        batch, logits, get_tokens, start = self.in_flight[0]
         self.tell("wait")
-        tokens, logprobs = (array.tolist() for array in flight.get_tokens())
+        tokens, logprobs = (array.tolist() for array in get_tokens())
         self.tell("read")
         got_token = []
-        positions = flight.batch.lengths.tolist()
-        for row, (sequence, position) in enumerate(zip(flight.batch.sampled, positions)):
+        positions = batch.lengths.tolist()
+        for row, (sequence, position) in enumerate(zip(batch.sampled, positions)):
             # No placeholder: an earlier finish() of this step passed here, then Ctrl-C interrupted.
             has_placeholder = position < len(sequence.token_ids) and sequence.token_ids[position] < 0
             if not has_placeholder or sequence.output.finish_reason:
                 continue
             count = sequence.params.logprobs
             if count is not None:
-                best = self.best_logprobs(flight.logits[row], count) if count else {}
+                best = self.best_logprobs(logits[row], count) if count else {}
                 # The sampled token need not be among the best.
                 sequence.output.logprobs.append(best | {tokens[row]: logprobs[row]})
             self.append(sequence, position, tokens[row])
             got_token.append(sequence)
         self.in_flight.popleft()
-        self.stats.add(flight, self.model.config)
+        self.stats.add(batch, start, self.model.config)
         self.tell("done", got_token)
         return got_token
 
@@ -1350,7 +1352,7 @@ class EngineArgs:
     fused_decode: bool = option(
         True, "compute steps of a few sequences by many kernels, not by decode.cu's one", "--no-fused-decode")
     overlap: bool = option(True, "read a step's tokens before the next step is launched", "--no-overlap")
-    enable_prefix_caching: bool = option(
+    prefix_caching: bool = option(
         True, "compute every prompt whole, even if an earlier one began with the same tokens",
         "--no-prefix-caching")
     enable_chunked_prefill: bool = option(
@@ -1417,7 +1419,7 @@ class LLM:
         max_blocks = args.max_num_seqs * cdiv(self.max_model_len, args.block_size)
         buffer = StepBuffer(self.device, max_tokens, max_seqs, max_blocks)
         model = Model(self.config, weights, self.device, num_blocks, self.max_model_len, buffer, args)
-        allocator = BlockAllocator(num_blocks, args.block_size, args.enable_prefix_caching)
+        allocator = BlockAllocator(num_blocks, args.block_size, args.prefix_caching)
         scheduler = Scheduler(allocator, args.max_num_batched_tokens, args.max_num_seqs,
                               args.enable_chunked_prefill, args.static_batching)
         self.engine = Engine(model, scheduler, args.overlap)
