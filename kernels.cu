@@ -26,7 +26,7 @@
 //
 // Numbers are stored as bfloat16 (the upper half of a float32) and computed in float32. This file
 // is compiled for one model: sizes are -D macros, so loops have constant bounds. compile_kernels()
-// in tinyvllm.py puts ptx.h in front for a GPU, simulator.h for a CPU, and reads this text too:
+// in device.py puts ptx.h in front for a GPU, simulator.h for a CPU, and reads this text too:
 //   extern "C" __global__ __launch_bounds__(THREADS) void name(parameters)
 //     declares a kernel. THREADS is a number or an exported constant (a second bound may follow);
 //     a parameter is a bf16, float, int, long long or u64, or a pointer to such numbers.
@@ -44,10 +44,8 @@ static_assert(HEAD_DIM % 16 == 0 && HEAD_DIM >= 32 && HEAD_DIM <= 256,
               "head_dim must be 32, 48, 64, ... or 256");
 static_assert(NUM_HEADS % NUM_KV_HEADS == 0 && GROUP <= 16, "1 to 16 query heads must share each kv head");
 
-// -------------------------------------------------------------------------------------------------
-// Eight numbers at a time: a GPU moves memory best in 16 bytes a thread, one load instruction for
-// eight bf16. The address must be a multiple of 16.
-// -------------------------------------------------------------------------------------------------
+// A GPU moves memory best in 16 bytes a thread: eight bf16, one load instruction. The address must
+// be a multiple of 16.
 struct alignas(16) Bf16x8 { bf16 v[8]; };    // in memory
 struct Float8 { float v[8]; };               // in registers, to compute with
 struct alignas(8) Float2 { float v[2]; };
@@ -76,7 +74,6 @@ __device__ inline Bf16x8 to_bf16(const Float8& x) {
 //   Grid (T): a thread block copies one row, a thread 16 bytes of the row at a time.
 // -------------------------------------------------------------------------------------------------
 EXPORT(GATHER_THREADS, 128);
-
 extern "C" __global__ __launch_bounds__(GATHER_THREADS) void gather_rows(
         bf16* out, const bf16* table, const int* rows, const int* sampled) {
     const int row = rows[blockIdx.x];
@@ -86,9 +83,7 @@ extern "C" __global__ __launch_bounds__(GATHER_THREADS) void gather_rows(
     for (int i = 8 * threadIdx.x; i < HIDDEN; i += 8 * GATHER_THREADS) vec8(target + i) = vec8(source + i);
 }
 
-// -------------------------------------------------------------------------------------------------
-// Sums and maxima over a warp or a thread block
-// -------------------------------------------------------------------------------------------------
+// ---- Sums and maxima over a warp or a thread block ------------------------------------------------
 struct Sum { template <class T> __device__ T operator()(T a, T b) const { return a + b; } };
 struct Max { template <class T> __device__ T operator()(T a, T b) const { return a > b ? a : b; } };
 
@@ -124,12 +119,11 @@ __device__ inline T block_reduce(T x, Op op) {
 // The norm: x / rms(x) * weight, with rms(x) = sqrt(mean(x^2) + eps)
 //
 // A layer's two norms need no kernel of their own. load_weights() folds a norm's weight into the
-// matrix behind the norm; folded numbers are rounded to bf16, since the matrix is stored so, once
-// more than in Hugging Face's model, where the weight multiplies the vector. The remaining factor,
-// 1 / rms(x), is one number a token: the kernel that reads the token's products (rope_and_cache,
-// silu_mul) computes the factor from x and multiplies by it.
+// matrix behind the norm. (The folded matrix is bf16 again: one rounding more than in Hugging Face's
+// model, where the weight multiplies the vector.) The remaining factor, 1 / rms(x), is one number a
+// token: the kernel that reads the token's products (rope_and_cache, silu_mul) computes the factor
+// from x and multiplies by it.
 // -------------------------------------------------------------------------------------------------
-
 // 1 / rms(x) of a row, for all threads of a thread block. All must call: block_reduce has barriers.
 __device__ inline float inverse_rms(const bf16* x) {
     float squares = 0;
@@ -150,19 +144,18 @@ __device__ inline float inverse_rms(const bf16* x) {
 // Meta's own files. With the wrong pairs text stays fluent for some twenty tokens and then decays,
 // so only a test can tell.
 //   qkv [T, (H + 2K) h]: q is replaced; k and v are only read.
-//   x [T, D]: the residual stream before the norm; qkv is the product of x and the folded matrix.
+//   x [T, D]: the residual stream before the norm; qkv is x @ the folded matrix.
 //   cos_sin [max_len, h]: for each position the cosines of h/2 angles, then the sines.
 //   positions [T].
 //   slot_mapping [T]: slot = page * B + offset. Negative for a padding token: nothing is written.
 //   k_cache, v_cache [N, K, B, h]: within a page, one head's keys are consecutive, as attention
 //     reads them.
 //   query_scale: multiplies every query (see paged_attention).
-//   Grid (T): a thread block owns one token. A thread owns eight pairs of a head, numbers i to i + 7
-//     and h/2 further (so h must be a multiple of 16), and reads both halves before it writes
+//   Grid (T): a thread block owns one token. A thread owns eight pairs of a head, numbers i to i +
+//     7 and h/2 further (so h must be a multiple of 16), and reads both halves before it writes
 //     either: no barrier is needed in between. Shared memory: block_reduce's.
 // -------------------------------------------------------------------------------------------------
 EXPORT(ROPE_THREADS, 256);
-
 extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
         bf16* qkv, const bf16* x, const float* cos_sin, const int* positions, const long long* slot_mapping,
         bf16* k_cache, bf16* v_cache, float query_scale) {
@@ -217,8 +210,8 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
 // Powers of 2. Queries come multiplied by log2(e) / sqrt(h) (query_scale of rope_and_cache), so
 // exp(q . k / sqrt(h)) is 2^(q . k), a single instruction. Below, exp means this power of 2.
 //
-// Online softmax. Keys come tile by tile. exp(s) of a score s might overflow; exp(s - m) does not if
-// m is near the maximum. The factor exp(-m) is in the sum l and in the accumulator acc alike, so
+// Online softmax. Keys come tile by tile. exp(s) of a score s might overflow; exp(s - m) does not
+// if m is near the maximum. The factor exp(-m) is in the sum l and in the accumulator acc alike, so
 // out = acc / l is the same for any m. When m becomes m', l and acc are rescaled:
 //     l   = l   exp(m - m') + sum_j exp(s_j - m')
 //     acc = acc exp(m - m') + sum_j exp(s_j - m') v_j
@@ -231,22 +224,23 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
 // query has p < 0: it sees no key, and out is 0.
 //
 // Splits (flash-decoding). A few decode tokens make too few thread blocks for a GPU, however long
-// their contexts. So each row's keys are dealt to `splits` thread blocks, a run of tiles to each
-// (to fewer if there are few keys). Each leaves acc, m and l in `partial`. The last thread block to
-// end merges them.
+// their contexts. So a row's keys are dealt to `splits` thread blocks, a run of tiles to each (to
+// fewer if there are few keys). Each leaves acc, m and l in `partial`; the last to end merges them.
 //
 //   out [T, H h].
 //   qkv [T, (H + 2K) h]: the rotated q is read; this step's k and v are in the cache by now.
 //   k_cache, v_cache [N, K, B, h]: of one layer.
 //   block_tables [pages of all S], cu_blocks [S + 1]: sequence s has the pages
 //     block_tables[cu_blocks[s] .. cu_blocks[s + 1] - 1], each with B tokens.
-//   cu_seqlens [S + 1]: sequence s brings tokens cu_seqlens[s] .. cu_seqlens[s + 1] - 1 of the step.
+//   cu_seqlens [S + 1]: sequence s brings tokens cu_seqlens[s] .. cu_seqlens[s + 1] - 1 of the
+//     step.
 //   context_lens [S]: how many tokens the sequence has by now, this step's included.
-//   tiles [A, 2]: the work, in tiles of rows. Tile a is ATTENTION_ROWS rows (or as many as are left)
-//     of sequence tiles[a, 0], from row tiles[a, 1] on. Put the tiles that see the most keys first.
+//   tiles [A, 2]: the work, in tiles of rows. Tile a is ATTENTION_ROWS rows (or as many as are
+//     left) of sequence tiles[a, 0], from row tiles[a, 1] on. Put the tiles that see the most keys
+//     first.
 //   partial [T, H, splits, h + 2] float: acc, m, l. Null if splits is 1.
-//   Grid (K * splits, A), with A * K at most 1,024 if splits > 1. Thread blocks start in this order,
-//     heads first: so the longest tiles of all heads start before any shorter tile.
+//   Grid (K * splits, A), with A * K at most 1,024 if splits > 1. Thread blocks start in this
+//     order, heads first: so the longest tiles of all heads start before any shorter tile.
 //
 // What a thread block does:
 //
@@ -284,7 +278,6 @@ constexpr bool WGMMA = HAS_WGMMA && (HEAD_DIM == 64 || HEAD_DIM == 128);
 constexpr int PREFILL_TILE = WGMMA ? 64 : SMALL_TILE;     // keys
 constexpr int PREFILL_BYTES = PREFILL_TILE > SMALL_TILE ? 80 << 10 : SMALL_BYTES;
 EXPORT(paged_attention_shared_bytes, PREFILL_BYTES);
-constexpr int MOST_STAGES = 5;                            // of the ring
 constexpr int MIN_SPLIT = 256;                            // keys of a split, at least: merging costs time
 constexpr float MOST_SUM = 0x1p32f;                       // of a lane and row in a tile: beyond, m is raised
 constexpr int MOST_COUNTERS = 1024;                       // A * K, if there are splits
@@ -301,8 +294,7 @@ template <int ROWS> __device__ inline unsigned place(unsigned row, unsigned part
     return PARTS % 8 == 0 ? part / 8 * 8 * ROWS + row * 8 + (part % 8 ^ row % 8) : row * STRIDE + part;
 }
 
-// Of each a < A and kv head, how many splits have ended. 0 between launches.
-__device__ unsigned arrived[MOST_COUNTERS];
+__device__ unsigned arrived[MOST_COUNTERS];    // splits that have ended, of a kv head and tile of rows; then 0
 
 struct AttentionWork {         // of one thread block: some rows of one sequence
     bf16* out;
@@ -312,8 +304,7 @@ struct AttentionWork {         // of one thread block: some rows of one sequence
     const int* block_table;    // the sequence's pages
     unsigned first_token;      // the sequence's first in the batch
     int first_seen;            // keys that the query of first_token sees
-    unsigned first_row;        // the thread block's first, of the sequence's rows
-    unsigned rows;
+    unsigned first_row, rows;  // the thread block's, of the sequence's rows
 };
 
 template <bool FEW>            // whether the rows are 16 at most
@@ -328,7 +319,8 @@ struct AttentionBlock : AttentionWork {
     static constexpr unsigned BYTES = FEW ? SMALL_BYTES : PREFILL_BYTES;
     static constexpr unsigned STAGE = KEY_TILE * PADDED;                // parts
     static constexpr unsigned FITTING = (BYTES / 16 - Q_ROWS * PADDED) / STAGE;
-    static constexpr unsigned STAGES = FITTING < MOST_STAGES ? FITTING : MOST_STAGES;
+    static constexpr unsigned STAGES = FITTING < 5 ? FITTING : 5;       // of the ring
+    static constexpr int PAIRS = HEAD_DIM / 2 + 1;    // that a split leaves of a row: acc, then m and l
     // To copy K and V, LANES threads share a key, so the thread block copies STEP keys at once. All
     // of these numbers, B included, are powers of 2.
     static constexpr unsigned LANES = PARTS <= 4 ? 4 : PARTS <= 8 ? 8 : 16;
@@ -352,7 +344,8 @@ struct AttentionBlock : AttentionWork {
     unsigned me = threadIdx.x % ATTENTION_THREADS;       // %: tells the compiler how many threads there are
     unsigned my_key = me / LANES;                        // the first that this thread copies, of each tile,
     unsigned my_part = me % LANES;                       // and which part (two parts, if head_dim > 128)
-    // A split's keys are whole tiles: only the last tile of all can be partial. There may be no tile.
+    // A split's keys are whole tiles: only the last tile of all can be partial. There may be no
+    // tile.
     unsigned end = max(visible(rows - 1), 0);            // keys that the last row sees
     unsigned all_tiles = (end + KEY_TILE - 1) / KEY_TILE;
     unsigned share = max((all_tiles + splits - 1) / splits, unsigned(MIN_SPLIT / KEY_TILE));
@@ -395,7 +388,9 @@ struct AttentionBlock : AttentionWork {
         return int(end) - int(tile * KEY_TILE + my_key);
     }
     __device__ Bf16x8* q_at(int row, int part) const { return memory + place<Q_ROWS>(row, part); }
-    __device__ static float& at(Scores& s, int i, int n, int j) { return s[i / 2][n][i % 2 * 2 + j]; }
+    __device__ static float& at(Scores& s, int i, int n, int j) {    // row i, column 8n + 2t + j (see ptx.h)
+        return s[i / 2][n][i % 2 * 2 + j];
+    }
 
     // ---- Copies ----
     __device__ void copy_queries() const {    // part of the first group of copies. Rows past the last are 0
@@ -452,7 +447,8 @@ struct AttentionBlock : AttentionWork {
         return __syncthreads_or(x);
     }
 
-    // After the wait for an item: starts to copy a later item, returns the warp's keys of this item.
+    // After the wait for an item: starts to copy a later item, returns the warp's keys of this
+    // item.
     __device__ const Bf16x8* take(Pages& pages, unsigned item) const {
         load(pages, item + STAGES - 1);
         return ring + item % STAGES * STAGE + warp_key * STRIDE;
@@ -587,7 +583,7 @@ struct AttentionBlock : AttentionWork {
             const float down = l[i] > 0 ? 1 / l[i] : 0;    // a query at p < 0 has seen no key: 0, not 0 / 0
             unsigned* bf16s = reinterpret_cast<unsigned*>(out + token_head(row) * HEAD_DIM) + lane % 4;
             Float2* floats = reinterpret_cast<Float2*>(partial);
-            floats += (token_head(row) * splits + split) * (HEAD_DIM / 2 + 1);
+            floats += (token_head(row) * splits + split) * PAIRS;
             for (int d = 0; d < PARTS; ++d) {
                 const float x = acc[i / 2][d][i % 2 * 2];
                 const float y = acc[i / 2][d][i % 2 * 2 + 1];
@@ -601,11 +597,9 @@ struct AttentionBlock : AttentionWork {
     // The last of the splits to end merges them all, in the same order whoever is last. atomicInc
     // wraps the counter around to 0, for the next launch.
     __device__ void merge_splits() const {
-        constexpr int PAIRS = HEAD_DIM / 2 + 1;    // Float2s of a row and split: acc, then m and l
         unsigned* before = reinterpret_cast<unsigned*>(memory);
         unsigned* counter = &arrived[blockIdx.y * NUM_KV_HEADS + kv_head];
-        __syncthreads();    // all threads have written their results before thread 0 says so, and warp 0 has
-                            // read the warps' sums before `before` overwrites them
+        __syncthreads();    // all results are written before thread 0 says so, and warp 0 has read all sums
         if (threadIdx.x == 0) *before = atomic_inc_acq_rel(counter, used_splits - 1);
         __syncthreads();    // all know who is last, and see all splits' results, before anyone reads them
         if (*before < used_splits - 1) return;
@@ -680,10 +674,9 @@ extern "C" __global__ __launch_bounds__(ATTENTION_THREADS, HEAD_DIM <= 128 ? 4 :
 //
 //   out [T, F].
 //   gate_up [T, 2F]: a token's gates, then its ups (one matrix product makes both).
-//   x [T, D]: the residual stream before the norm; gate_up is the product of x and the folded
-//     matrix.
-//   Grid (ceil(F / SILU_COLUMNS), T): a thread owns two groups of eight columns of one token. Shared
-//     memory: block_reduce's.
+//   x [T, D]: the residual stream before the norm; gate_up is x @ the folded matrix.
+//   Grid (ceil(F / SILU_COLUMNS), T): a thread owns two groups of eight columns of one token.
+//     Shared memory: block_reduce's.
 // -------------------------------------------------------------------------------------------------
 EXPORT(SILU_THREADS, 256);
 EXPORT(SILU_COLUMNS, 4096);    // of a thread block
@@ -726,7 +719,6 @@ extern "C" __global__ __launch_bounds__(SILU_THREADS) void silu_mul(
 //     memory: block_reduce's.
 // -------------------------------------------------------------------------------------------------
 EXPORT(NORM_THREADS, 256);
-
 extern "C" __global__ __launch_bounds__(NORM_THREADS) void rms_norm(
         bf16* out, const bf16* residual, const int* rows, const bf16* weight) {
     const bf16* x = residual + (size_t)rows[blockIdx.x] * HIDDEN;
@@ -760,14 +752,14 @@ extern "C" __global__ __launch_bounds__(NORM_THREADS) void rms_norm(
 // number E, and take the token with the least E / exp(logit / temperature): token t with
 // probability exp(logit_t / temperature) / sum. (An "exponential race": the runner of rate r
 // arrives first with probability r / sum of rates.) In logarithms, that is the token with the
-// greatest logit / temperature - log E: an argmax like greedy's, with -log E, "Gumbel noise", added.
+// greatest logit / temperature - log E: an argmax like greedy's, with -log E, "Gumbel noise",
+// added.
 //
 // Histograms are sums of integers (probabilities are multiples of 2^-40 of the most probable
 // token's). No order of addition changes an integer sum: threads add as they come, and equal logits
 // give equal bits.
-//   token [R].
+//   token [R].   logits [R, V].
 //   logprob [R]: log-softmax of the logits as given, before temperature and cuts.
-//   logits [R, V].
 //   temperature [R].   top_k [R]: off if <= 0 or >= V.   top_p [R]: off if >= 1.
 //   seed [R].   position [R]: of the new token in its text.
 //   Grid (R): a thread block owns one row, a thread every 1,024th group of eight logits.
@@ -785,9 +777,8 @@ __device__ inline unsigned ordered(float x) {
     return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-// The same for a bf16 logit: as a float, it has zeros in the lower 16 bits.
+// A logit comes from a bf16, so the lower 16 bits of the float are zeros.
 __device__ inline int key_of(float logit) { return ordered(logit) >> 16; }
-
 // A candidate as one integer: the greater score wins, and of equal scores the lower token.
 __device__ inline u64 candidate(float score, int token) {
     return (u64)ordered(score) << 32 | ~(unsigned)token;
