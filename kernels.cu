@@ -294,7 +294,7 @@ template <int ROWS> __device__ inline unsigned place(unsigned row, unsigned part
     return PARTS % 8 == 0 ? part / 8 * 8 * ROWS + row * 8 + (part % 8 ^ row % 8) : row * STRIDE + part;
 }
 
-__device__ unsigned arrived[MOST_COUNTERS];    // splits that have ended, of a kv head and tile of rows; then 0
+__device__ unsigned arrived[MOST_COUNTERS];    // splits that have ended, of a kv head and row tile; then 0
 
 struct AttentionWork {         // of one thread block: some rows of one sequence
     bf16* out;
