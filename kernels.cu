@@ -1,7 +1,8 @@
 // tiny-vLLM: the engine's GPU kernels. (decode.cu holds one more: a whole step of a few sequences.)
 //
 // A step of the engine is a series of matrix products, by cuBLAS, with these kernels between them.
-// They stand in the order in which a token meets them; the second to the fourth run in every layer:
+// The kernels stand in the order in which a token meets them; the second to the fifth run in every
+// layer, attention as one of two kernels:
 //
 //     gather_rows       token id -> the token's row of the embedding table
 //     rope_and_cache    queries and keys are rotated by position, keys and values go to their pages
@@ -83,7 +84,7 @@ extern "C" __global__ __launch_bounds__(GATHER_THREADS) void gather_rows(
     for (int i = 8 * threadIdx.x; i < HIDDEN; i += 8 * GATHER_THREADS) vec8(target + i) = vec8(source + i);
 }
 
-// ---- Sums and maxima over a warp or a thread block ------------------------------------------------
+// ---- Sums and maxima over a warp or a thread block ----------------------------------------------
 struct Sum { template <class T> __device__ T operator()(T a, T b) const { return a + b; } };
 struct Max { template <class T> __device__ T operator()(T a, T b) const { return a > b ? a : b; } };
 
@@ -119,10 +120,10 @@ __device__ inline T block_reduce(T x, Op op) {
 // The norm: x / rms(x) * weight, with rms(x) = sqrt(mean(x^2) + eps)
 //
 // A layer's two norms need no kernel of their own. load_weights() folds a norm's weight into the
-// matrix behind the norm. (The folded matrix is bf16 again: one rounding more than in Hugging Face's
-// model, where the weight multiplies the vector.) The remaining factor, 1 / rms(x), is one number a
-// token: the kernel that reads the token's products (rope_and_cache, silu_mul) computes the factor
-// from x and multiplies by it.
+// matrix behind the norm. (The folded matrix is bf16 again: one rounding more than in Hugging
+// Face's model, where the weight multiplies the vector.) The remaining factor, 1 / rms(x), is one
+// number a token: the kernel that reads the token's products (rope_and_cache, silu_mul) computes
+// the factor from x and multiplies by it.
 // -------------------------------------------------------------------------------------------------
 // 1 / rms(x) of a row, for all threads of a thread block. All must call: block_reduce has barriers.
 __device__ inline float inverse_rms(const bf16* x) {
@@ -148,12 +149,11 @@ __device__ inline float inverse_rms(const bf16* x) {
 //   cos_sin [max_len, h]: for each position the cosines of h/2 angles, then the sines.
 //   positions [T].
 //   slot_mapping [T]: slot = page * B + offset. Negative for a padding token: nothing is written.
-//   k_cache, v_cache [N, K, B, h]: within a page, one head's keys are consecutive, as attention
-//     reads them.
+//   k_cache, v_cache [N, K, B, h]: in a page, one head's keys are consecutive: so attention reads.
 //   query_scale: multiplies every query (see paged_attention).
-//   Grid (T): a thread block owns one token. A thread owns eight pairs of a head, numbers i to i +
-//     7 and h/2 further (so h must be a multiple of 16), and reads both halves before it writes
-//     either: no barrier is needed in between. Shared memory: block_reduce's.
+//   Grid (T): a thread block owns one token. A thread owns eight pairs of a head at a time (so h
+//     must be a multiple of 16), and reads both halves of the pairs before it writes either: no
+//     barrier is needed in between. Shared memory: block_reduce's.
 // -------------------------------------------------------------------------------------------------
 EXPORT(ROPE_THREADS, 256);
 extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
@@ -221,22 +221,21 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
 //
 // Causal. A sequence's queries are its last positions. A query at position p sees keys 0 .. p,
 // whether it is a decode token (p = context - 1) or stands in the middle of a prompt. A padding
-// query has p < 0: it sees no key, and out is 0.
+// query has p < 0, sees no key, and gets out = 0.
 //
 // Splits (flash-decoding). A few decode tokens make too few thread blocks for a GPU, however long
 // their contexts. So a row's keys are dealt to `splits` thread blocks, a run of tiles to each (to
-// fewer if there are few keys). Each leaves acc, m and l in `partial`; the last to end merges them.
+// fewer if there are few keys). Each leaves acc, m and l in `partial`; the last to end merges all.
 //
 //   out [T, H h].
 //   qkv [T, (H + 2K) h]: the rotated q is read; this step's k and v are in the cache by now.
 //   k_cache, v_cache [N, K, B, h]: of one layer.
 //   block_tables [pages of all S], cu_blocks [S + 1]: sequence s has the pages
 //     block_tables[cu_blocks[s] .. cu_blocks[s + 1] - 1], each with B tokens.
-//   cu_seqlens [S + 1]: sequence s brings tokens cu_seqlens[s] .. cu_seqlens[s + 1] - 1 of the
-//     step.
+//   cu_seqlens [S + 1]: tokens cu_seqlens[s] .. cu_seqlens[s + 1] - 1 of the step are sequence s's.
 //   context_lens [S]: how many tokens the sequence has by now, this step's included.
 //   tiles [A, 2]: the work, in tiles of rows. Tile a is ATTENTION_ROWS rows (or as many as are
-//     left) of sequence tiles[a, 0], from row tiles[a, 1] on. Put the tiles that see the most keys
+//     left) of sequence tiles[a, 0], from row tiles[a, 1] on. Tiles with many keys to see should be
 //     first.
 //   partial [T, H, splits, h + 2] float: acc, m, l. Null if splits is 1.
 //   Grid (K * splits, A), with A * K at most 1,024 if splits > 1. Thread blocks start in this
@@ -283,9 +282,9 @@ constexpr float MOST_SUM = 0x1p32f;                       // of a lane and row i
 constexpr int MOST_COUNTERS = 1024;                       // A * K, if there are splits
 
 // Where part `part` of row `row` lies in a tile of ROWS rows. ldmatrix reads one part of eight rows
-// at a time, and the eight should lie in different banks. With an odd number of parts in a row they
-// do, so rows are padded to an odd number; or, with 8, 16, ... parts, part p of row r changes
-// places with part p xor r % 8. Then the first eight parts of all ROWS come before the next eight
+// at a time, and the eight should lie in different banks. Rows with an odd number of parts do, so
+// rows are padded to an odd number; or, with 8, 16, ... parts, part p of row r changes places with
+// part p xor r % 8. Then the first eight parts of all ROWS come before the next eight
 // parts: wgmma wants rows of 128 bytes. In both layouts row r + 8 starts 8 * STRIDE parts after row
 // r, so multiples of 8 rows can be added to an address afterwards.
 constexpr int PADDED = PARTS % 8 == 0 ? PARTS : PARTS + 1;    // parts that a row takes
@@ -498,7 +497,7 @@ struct AttentionBlock : AttentionWork {
     }
 
     __device__ void mask(Scores& s, int start) const {    // start: the warp's first key
-        if (start + int(KEYS) <= visible(warp_row)) return;    // the row that sees the fewest sees all
+        if (start + int(KEYS) <= visible(warp_row)) return;    // even the first row sees all these keys
         #pragma unroll
         for (int i = 0; i < LANE_ROWS; ++i) {
             const int seen = visible(row_of(i)) - start - int(lane % 4 * 2);
@@ -658,8 +657,8 @@ void paged_attention(
                   tiles, partial);
 }
 
-// For a batch of single queries. It needs fewer registers than paged_attention, so more thread
-// blocks share a multiprocessor and keep more copies under way.
+// For a batch of single queries. With fewer registers than paged_attention, more thread blocks
+// share a multiprocessor and keep more copies under way.
 extern "C" __global__ __launch_bounds__(ATTENTION_THREADS, HEAD_DIM <= 128 ? 4 : 2) void decode_attention(
         bf16* out, const bf16* qkv, const bf16* k_cache, const bf16* v_cache, const int* block_tables,
         const int* cu_blocks, const int* cu_seqlens, const int* context_lens, const int* tiles,
@@ -879,7 +878,7 @@ __device__ inline int cutoff(
 // greatest: the row's.
 __device__ inline int lowest_kept(
         Scratch& scratch, const bf16* row, float highest, float greatest, float tau, const int* top_k,
-        const float* top_p) {    // pointers, since values would wait in registers that are needed
+        const float* top_p) {    // (pointers: values would take registers from the start)
     int lowest = 0;
     if (0 < *top_k && *top_k < VOCAB) {
         // The least of all threads' greatest logits has as many logits at or above it as there are

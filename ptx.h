@@ -3,11 +3,11 @@
 // compile_kernels() puts this file in front of a .cu file for a GPU. For the CPU simulator.h stands
 // in front, with functions of the same names.
 //
-// Who calls a function: each lane for itself, but where the comment begins with "A warp" or "Four
-// warps", all lanes together. The comment says what the function orders; if nothing, nothing.
+// Each lane calls a function for itself, but where the comment begins with "A warp" or "Four warps"
+// all lanes together. A function orders accesses to memory only if the comment says so.
 //
-// The tensor cores multiply matrices that a warp holds in *fragments*: each lane has a
-// few numbers of every matrix in its registers, two bf16 or one float a register. In
+// The tensor cores multiply matrices that a warp holds in *fragments*: each lane has a few numbers
+// of every matrix in registers, two bf16 or one float a register. In
 // D [16, 8] = A [16, 16] @ B [16, 8] + C [16, 8] a lane has, with g = lane / 4 and t = lane % 4,
 //
 //     a[0]: A, row g,     columns 2t, 2t + 1        b[0]: B, column g, rows 2t, 2t + 1
@@ -36,7 +36,7 @@ using u64 = unsigned long long;
 // Aligned to 1,024 bytes: bits 7 to 9 of an address tell wgmma which parts have changed places.
 #define DYNAMIC_SHARED(bytes) extern __shared__ __align__(1024) char dynamic_shared[]
 
-// ---- For every card ------------------------------------------------------------------------------
+// ---- For every card -----------------------------------------------------------------------------
 
 // An address in shared memory, as PTX wants it.
 __device__ inline unsigned shared_address(const void* p) { return __cvta_generic_to_shared(p); }
@@ -127,7 +127,7 @@ __device__ inline unsigned atomic_inc_acq_rel(unsigned* p, unsigned limit) {
     return before;
 }
 
-// ---- wgmma: four warps multiply together (compute capability 9.0 alone) --------------------------
+// ---- wgmma: four warps multiply together (compute capability 9.0 alone) -------------------------
 // D [64, 64] += A [64, 16] @ B [16, 64]; each warp has 16 rows of D and A, in fragments as above.
 // (mma reaches two thirds of the speed.) The tensor cores read B from shared memory themselves, and
 // A unless in fragments. place() in kernels.cu puts matrices there as wgmma wants them: in rows of
@@ -171,7 +171,7 @@ __device__ inline void wgmma_shared(float (&d)[R][N][4], const A& a, At at) {
         for (int i = 0; i < R * N; ++i) asm volatile("" : IN_OUT_4(d[i / N][i % N]) :: "memory");
     };
     settle();
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");    // d and a's fragments are written before it
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");    // after writes to d and a's fragments
     #pragma unroll
     for (int i = 0; i < STEPS * R * N; i += 8) {
         const int step = i / N / R;
@@ -193,7 +193,7 @@ constexpr bool HAS_WGMMA = false;
 template <bool, int, class... Arguments> __device__ void wgmma_shared(Arguments...);    // named, never called
 #endif
 
-// ---- mbarriers, bulk copies and words, for decode.cu (compute capability 9.0 and newer) ----------
+// ---- mbarriers, bulk copies and words, for decode.cu (compute capability 9.0 and newer) ---------
 // An mbarrier in shared memory counts arrivals, and bytes that bulk copies are to bring. When all
 // have come, a phase is over and the next begins. A waiter names the parity of the phase that is to
 // be over. Arrivals and copies write before the phase is over, a waiter reads afterwards.

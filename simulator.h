@@ -2,7 +2,7 @@
 // .cu files, the very same as for a GPU, and a C++ compiler makes a shared library of both:
 //
 //     ... simulator.h, kernels.cu ...
-//     SIMULATOR_EXPORT(rms_norm)    // int rms_norm_launch(grid, block, args), args as for cuLaunchKernel
+//     SIMULATOR_EXPORT(rms_norm)    // int rms_norm_launch(grid, block, args), as cuLaunchKernel
 //
 // A thread becomes a *fibre*: a call of the kernel on a stack of its own, which can be left in the
 // middle and resumed later. A fibre runs until it returns or has to wait for other threads; then
@@ -18,13 +18,11 @@
 //   - simulator_shuffle(seed) runs threads in random order, a new order after each barrier, and
 //     fills shared memory with NaNs before each thread block: a result that depends on the seed
 //     lacks a barrier or an initialisation.
-//   - Built with -fsanitize=address,undefined, it finds accesses outside of shared and global
-//     arrays.
+//   - Built with -fsanitize=address,undefined, it finds accesses outside of arrays.
 // A thread that waits for another thread in a loop must call relax() there. Two thread blocks that
 // wait for each other need 256 threads or more each, so that each gets a core.
 //
-// To look into a kernel, print from the kernel, or stop there with gdb (built without
-// optimisation):
+// To look into a kernel, print from the kernel, or stop there with gdb (without optimisation):
 //     printf '#!/bin/sh\nexec g++ "$@" -O0 -g\n' > debug-g++; chmod +x debug-g++
 //     CXX=./debug-g++ gdb -ex 'set breakpoint pending on' -ex 'break rms_norm if threadIdx.x == 3'
 //       --args python ...
@@ -51,7 +49,7 @@
 #define __shared__ thread_local  // a thread block runs on one core, and has the core's copy
 #endif
 
-// ---- Keywords, built-in types and functions --------------------------------------------------------
+// ---- Keywords, built-in types and functions -----------------------------------------------------
 #define __global__
 #define __device__
 #define __launch_bounds__(...)
@@ -79,7 +77,7 @@ inline __nv_bfloat16 __float2bfloat16(float x) {
 #define rsqrtf(x) (1.0f / sqrtf(x))
 using std::max, std::min;
 
-// Real atomics, since other cores run other thread blocks. Each returns the value before.
+// Real atomics, since other cores run other thread blocks. Returns the value before the update.
 template <class T, class Update> T update_atomically(T* p, Update update) {
     T old = *p;
     T updated;
@@ -95,7 +93,7 @@ template <class T> T atomicInc(T* p, std::common_type_t<T> limit) {
 }
 
 namespace simulator {
-// ---- Fibres ----------------------------------------------------------------------------------------
+// ---- Fibres -------------------------------------------------------------------------------------
 constexpr int MAX_THREADS = 1024;                // of a thread block
 constexpr size_t STACK_BYTES = 33 * 4096 + 256;  // the + 256 spreads the stacks' tops over the cache
 
@@ -150,7 +148,7 @@ inline void switch_fibre(Fibre& from, Fibre& to, [[maybe_unused]] bool for_good 
     SIMULATOR_ASAN(__sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);)
 }
 
-// ---- A thread block: its threads run until all wait or have returned -------------------------------
+// ---- A thread block: its threads run until all wait or have returned ----------------------------
 struct Launch {
     const char* name;
     uint3 grid, block;
@@ -179,11 +177,11 @@ struct Block {                      // one for each core, used for one thread bl
     Warp& warp() { return warps[current / 32]; }
     unsigned bit() { return 1u << current % 32; }
 };
-static thread_local Block* block;   // the one that this core runs
+static thread_local Block* block;   // of this core
 static char last_error[500];        // the first error of the launch that failed last
 static uint64_t shuffle_seed = atoll(getenv("SIMULATOR_SHUFFLE") ?: "0");    // 0: threads run in order
 
-// The running thread lets others run, until someone makes it runnable again.
+// Lets other threads run, until one of them makes the running thread runnable again.
 inline void suspend(bool for_good = false) {
     block->warp().runnable &= ~block->bit();
     switch_fibre(block->fibre(), block->core, for_good);
@@ -221,21 +219,20 @@ inline void run_warp(Block& b, Block::Warp& warp) {
         }
 }
 
-// Called when no thread can run: lets threads go on that wait. False if there are none: all have
-// returned.
+// Called when no thread can run: lets waiting threads go on. False if all threads have returned.
 inline bool open_barrier(Block& b) {
     if (shuffle_seed) {
         b.random = b.random * 6364136223846793005 + 1;
         b.order = b.random >> 54;    // 10 bits
     }
-    // First, threads that wait in a loop: another thread block may have written what they wait for.
+    // First, threads that wait in relax(): another thread block may have written the awaited word.
     unsigned live = 0;
     for (auto& warp : b.warps) live |= warp.runnable = std::exchange(warp.relaxing, 0);
     if (live) {
         std::this_thread::yield();
         return true;
     }
-    // Then a warp whose lanes wait for other lanes in vain: they are to say so, and fail.
+    // Then a warp whose lanes wait for other lanes in vain: the lanes say so, and fail.
     for (auto& warp : b.warps) {
         warp.runnable = warp.at_collective;
         if (warp.runnable) return true;
@@ -282,7 +279,7 @@ inline void run_block(Block& b, Launch& launch, unsigned number) {
         for (unsigned i = 0; i < MAX_THREADS / 32; i++) run_warp(b, b.warps[i ^ b.order / 32]);
 }
 
-// ---- Waiting: barriers and warp collectives --------------------------------------------------------
+// ---- Waiting: barriers and warp collectives -----------------------------------------------------
 inline bool barrier(int line, bool mine = false) {
     int others = std::exchange(block->barrier_line, line);
     if (others && others != line)
@@ -293,8 +290,7 @@ inline bool barrier(int line, bool mine = false) {
     return block->any_before;
 }
 
-// Waits until all lanes of the mask are here. The last lane to come calls all_here() and lets the
-// others go.
+// Waits until all lanes of the mask are here. The last lane calls all_here() and lets all go on.
 template <class Function> void warp_barrier(unsigned mask, int line, Function all_here) {
     Block& b = *block;
     auto& warp = b.warp();
@@ -332,7 +328,7 @@ template <class T, class Compute> auto collective(unsigned mask, T mine, int lin
     return shown.result;
 }
 
-// ---- A launch: thread blocks over the cores --------------------------------------------------------
+// ---- A launch: thread blocks over the cores -----------------------------------------------------
 inline int run(Launch& launch) {
     constexpr size_t WORTH_A_CORE = 256;    // threads; to start a helper takes as long as to run some hundred
     static std::mutex one_launch;           // launches run one after the other, as in a CUDA stream
@@ -371,7 +367,7 @@ inline float half(unsigned word, int k) {    // the lower bf16 of a word if k is
 }
 }  // namespace simulator
 
-// ---- What kernels call -----------------------------------------------------------------------------
+// ---- What kernels call --------------------------------------------------------------------------
 #define SIMULATOR_LINE int line = __builtin_LINE()    // as a default argument, the caller's line
 inline void __syncthreads(SIMULATOR_LINE) { simulator::barrier(line); }
 inline int __syncthreads_or(int mine, SIMULATOR_LINE) { return simulator::barrier(line, mine); }
@@ -397,7 +393,7 @@ template <class T> T __shfl_xor_sync(unsigned mask, T value, int x, SIMULATOR_LI
 #define assert(condition) \
     ((condition) ? void() : simulator::fail(__LINE__, "assertion failed: %s", #condition))
 
-// ---- The functions of ptx.h ------------------------------------------------------------------------
+// ---- The functions of ptx.h ---------------------------------------------------------------------
 // Contracts, and how fragments lie in the lanes, stand in ptx.h.
 template <class At> void load_shared(uint32_t (&a)[4], At at) {
     int g = simulator::block->current % 32 / 4;
