@@ -2,6 +2,7 @@
 
 It shares no code with the engine.
 """
+
 import json
 import shutil
 from pathlib import Path
@@ -25,24 +26,31 @@ def rope_frequencies(config):
     scaling = config.get("rope_scaling")
     if not scaling:
         return frequencies
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * np.pi)      # within the original context
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    keep = np.clip((turns - low) / (high - low), 0, 1)                                   # 1: turns often, stays as it is
+    turns = (
+        scaling["original_max_position_embeddings"] * frequencies / (2 * np.pi)
+    )  # within the original context
+    low = scaling["low_freq_factor"]
+    high = scaling["high_freq_factor"]
+    keep = np.clip((turns - low) / (high - low), 0, 1)  # 1: turns often, stays as it is
     return frequencies * (keep + (1 - keep) / scaling["factor"])
 
 
 def numpy_llama(config, weights, ids):
     """Logits [T, V] of one sequence of token ids [T], in the dtype of the weights (float64 for a reference)."""
-    T, H, K = len(ids), config["num_attention_heads"], config["num_key_value_heads"]
+    T = len(ids)
+    H = config["num_attention_heads"]
+    K = config["num_key_value_heads"]
     h = config.get("head_dim") or config["hidden_size"] // H
-    angles = np.arange(T)[:, None] * rope_frequencies(config)                            # [T, h/2]
-    cos, sin = (np.tile(f(angles), 2)[:, None].astype(weights["model.norm.weight"].dtype) for f in (np.cos, np.sin))
+    angles = np.arange(T)[:, None] * rope_frequencies(config)  # [T, h/2]
+    cos, sin = (
+        np.tile(f(angles), 2)[:, None].astype(weights["model.norm.weight"].dtype) for f in (np.cos, np.sin)
+    )
 
     def norm(x, name):
         return x / np.sqrt((x * x).mean(-1, keepdims=True) + config["rms_norm_eps"]) * weights[name]
 
-    def rope(x):                                                                         # [T, heads, h]: pairs are (i, i + h/2)
-        return x * cos + np.concatenate([-x[..., h // 2:], x[..., :h // 2]], -1) * sin
+    def rope(x):  # [T, heads, h]: pairs are (i, i + h/2)
+        return x * cos + np.concatenate([-x[..., h // 2 :], x[..., : h // 2]], -1) * sin
 
     x = weights["model.embed_tokens.weight"][ids]
     for layer in range(config["num_hidden_layers"]):
@@ -50,9 +58,10 @@ def numpy_llama(config, weights, ids):
         matrix = lambda part: weights[f"{name}{part}_proj.weight"].T
         y = norm(x, name + "input_layernorm.weight")
         q, k, v = ((y @ matrix(f"self_attn.{part}")).reshape(T, -1, h) for part in "qkv")
-        q, k = rope(q).transpose(1, 0, 2), rope(k).transpose(1, 2, 0)                    # [H, T, h] and [K, h, T]
-        scores = q @ k.repeat(H // K, 0) / h ** 0.5
-        scores[:, np.triu(np.ones((T, T), bool), 1)] = -np.inf                           # the future
+        q = rope(q).transpose(1, 0, 2)
+        k = rope(k).transpose(1, 2, 0)  # [H, T, h] and [K, h, T]
+        scores = q @ k.repeat(H // K, 0) / h**0.5
+        scores[:, np.triu(np.ones((T, T), bool), 1)] = -np.inf  # the future
         scores = np.exp(scores - scores.max(-1, keepdims=True))
         y = scores / scores.sum(-1, keepdims=True) @ v.transpose(1, 0, 2).repeat(H // K, 0)
         x = x + y.transpose(1, 0, 2).reshape(T, H * h) @ matrix("self_attn.o")
@@ -62,38 +71,79 @@ def numpy_llama(config, weights, ids):
     head = "model.embed_tokens.weight" if config["tie_word_embeddings"] else "lm_head.weight"
     return norm(x, "model.norm.weight") @ weights[head].T
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Small models with random weights
 # ---------------------------------------------------------------------------------------------------------------------
-TINY = {"architectures": ["LlamaForCausalLM"], "hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 2048, "max_position_embeddings": 128,
-        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True, "eos_token_id": 2047}
-ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+TINY = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 128,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "vocab_size": 2048,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "eos_token_id": 2047,
+}
+ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
 
 def random_weights(config):
     """Random multiples of 1/128, which bfloat16, float16 and float32 all hold exactly."""
-    D, F, V, H, K, h = (config[name] for name in ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim"))
+    D, F, V, H, K, h = (
+        config[name]
+        for name in (
+            "hidden_size",
+            "intermediate_size",
+            "vocab_size",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+        )
+    )
     shapes = {"model.embed_tokens": (V, D)} | ({} if config["tie_word_embeddings"] else {"lm_head": (V, D)})
     norms = ["model.norm"]
     for i in range(config["num_hidden_layers"]):
-        layer = {"self_attn.q_proj": (H * h, D), "self_attn.k_proj": (K * h, D), "self_attn.v_proj": (K * h, D), "self_attn.o_proj": (D, H * h),
-                 "mlp.gate_proj": (F, D), "mlp.up_proj": (F, D), "mlp.down_proj": (D, F)}
+        layer = {
+            "self_attn.q_proj": (H * h, D),
+            "self_attn.k_proj": (K * h, D),
+            "self_attn.v_proj": (K * h, D),
+            "self_attn.o_proj": (D, H * h),
+            "mlp.gate_proj": (F, D),
+            "mlp.up_proj": (F, D),
+            "mlp.down_proj": (D, F),
+        }
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
         norms += [f"model.layers.{i}.{name}_layernorm" for name in ("input", "post_attention")]
     rng = RNG(0)
     random = lambda shape: rng.integers(-16, 17, shape) / 128
-    weights = {name: random(shape) for name, shape in shapes.items()} | {name: 1 + random(D) for name in norms}
+    weights = {name: random(shape) for name, shape in shapes.items()} | {
+        name: 1 + random(D) for name in norms
+    }
     return {f"{name}.weight": weight.astype(bfloat16) for name, weight in weights.items()}
 
 
 def write_model(folder, config={}, weights={}, files=["model.safetensors"], sizes=TINY):
     """A model folder: `sizes` and random weights for it, with these changes; a value of None removes the entry. The tensors are dealt to the files."""
     folder.mkdir(exist_ok=True)
-    config, weights = ({name: value for name, value in entries.items() if value is not None} for entries in (sizes | config, random_weights(sizes) | weights))
+    config, weights = (
+        {name: value for name, value in entries.items() if value is not None}
+        for entries in (sizes | config, random_weights(sizes) | weights)
+    )
     (folder / "config.json").write_text(json.dumps(config))
     for i, file in enumerate(files):
-        save_file(dict(list(weights.items())[i::len(files)]), folder / file)
+        save_file(dict(list(weights.items())[i :: len(files)]), folder / file)
     if len(files) > 1:
         index = {"weight_map": {name: files[i % len(files)] for i, name in enumerate(weights)}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -1,4 +1,5 @@
 """Kernels and the simulator."""
+
 import math
 import os
 import re
@@ -22,18 +23,33 @@ from tinyvllm import TinyVLLMError
 # tables, the keys and values in qkv.
 # ---------------------------------------------------------------------------------------------------------------------
 SOURCE = (ROOT / "kernels.cu").read_text()
-ATTENTION_ROWS, SILU_COLUMNS = (int(re.search(rf"constexpr int {name} = (\d+);", SOURCE)[1]) for name in ("ATTENTION_ROWS", "SILU_COLUMNS"))
+ATTENTION_ROWS, SILU_COLUMNS = (
+    int(re.search(rf"constexpr int {name} = (\d+);", SOURCE)[1])
+    for name in ("ATTENTION_ROWS", "SILU_COLUMNS")
+)
 
 
 def sizes(D, H, K, h, F, V, B):
-    return dict(HIDDEN=D, NUM_HEADS=H, NUM_KV_HEADS=K, HEAD_DIM=h, FFN=F, VOCAB=V, BLOCK_SIZE=B, RMS_EPS="1e-05f")
+    return dict(
+        HIDDEN=D, NUM_HEADS=H, NUM_KV_HEADS=K, HEAD_DIM=h, FFN=F, VOCAB=V, BLOCK_SIZE=B, RMS_EPS="1e-05f"
+    )
+
 
 # Each is one compilation, so the few of them share the odd sizes out.
 BASE = sizes(144, 4, 1, 64, 344, 1001, 16)
-MODELS = [BASE, sizes(8, 2, 2, 64, 8, 5, 8), sizes(2048, 8, 1, 128, 2056, 128256, 32), sizes(4104, 3, 1, 48, 344, 7, 8),
-          sizes(144, 16, 1, 256, 344, 8, 16), sizes(264, 4, 2, 32, 4096, 4096, 16), sizes(144, 6, 2, 80, 344, 100, 64),
-          sizes(144, 5, 1, 208, 344, 999, 8)]
-every_model = pytest.mark.parametrize("model", MODELS, ids=lambda m: "-".join(str(v) for v in list(m.values())[:-1]))
+MODELS = [
+    BASE,
+    sizes(8, 2, 2, 64, 8, 5, 8),
+    sizes(2048, 8, 1, 128, 2056, 128256, 32),
+    sizes(4104, 3, 1, 48, 344, 7, 8),
+    sizes(144, 16, 1, 256, 344, 8, 16),
+    sizes(264, 4, 2, 32, 4096, 4096, 16),
+    sizes(144, 6, 2, 80, 344, 100, 64),
+    sizes(144, 5, 1, 208, 344, 999, 8),
+]
+every_model = pytest.mark.parametrize(
+    "model", MODELS, ids=lambda m: "-".join(str(v) for v in list(m.values())[:-1])
+)
 NAN = np.float32("nan")
 
 
@@ -45,32 +61,53 @@ def compiled(items):
 def launch(model, name, grid, *args):
     """Runs a kernel on NumPy arrays, which hold what it wrote afterwards."""
     kernels = compiled(tuple(model.items()))
-    is_small = lambda a: isinstance(a, np.ndarray) and a.nbytes < 1 << 30    # a huge one stays: half of it was never touched
+    is_small = lambda a: (
+        isinstance(a, np.ndarray) and a.nbytes < 1 << 30
+    )  # a huge one stays: half of it was never touched
     on_device = [device.to_device(a) if is_small(a) else a for a in args]
     getattr(kernels, name)(grid, *on_device)
     for a, d in zip(args, on_device):
-        if is_small(a): a[...] = device.fetch(d)()
+        if is_small(a):
+            a[...] = device.fetch(d)()
 
 
-def randn(rng, *shape, scale=1.0): return (rng.standard_normal(shape) * scale).astype(bfloat16)
-def poison(*shape, dtype=bfloat16): return np.full(shape, NAN if dtype in (bfloat16, np.float32) else -77, dtype)
-def ints(values): return np.array(values, np.int32)
-def floats(values): return np.array(values, np.float32)
+def randn(rng, *shape, scale=1.0):
+    return (rng.standard_normal(shape) * scale).astype(bfloat16)
 
 
-def close(got, want, tolerance=2.0 ** -8, floor=1e-3):
-    got, want = np.float64(got), np.float64(want)
+def poison(*shape, dtype=bfloat16):
+    return np.full(shape, NAN if dtype in (bfloat16, np.float32) else -77, dtype)
+
+
+def ints(values):
+    return np.array(values, np.int32)
+
+
+def floats(values):
+    return np.array(values, np.float32)
+
+
+def close(got, want, tolerance=2.0**-8, floor=1e-3):
+    got = np.float64(got)
+    want = np.float64(want)
     assert not np.isnan(got).any(), "NaN, or not written"
     error = np.abs(got - want) - (tolerance * np.abs(want) + floor)
-    assert (error <= 0).all(), f"off by {np.abs(got - want).max():.3g} at {np.unravel_index(error.argmax(), error.shape)}"
+    assert (error <= 0).all(), (
+        f"off by {np.abs(got - want).max():.3g} at {np.unravel_index(error.argmax(), error.shape)}"
+    )
 
 
 # gather_rows
 @every_model
 def test_gather_rows(model):
-    rng, hidden = RNG(1), model["HIDDEN"]
-    table, rows = randn(rng, 50, hidden), ints([49, 0, 7, 7, 31])
-    for given, sampled in (rows, None), (ints([49, ~2, 7, ~0, 31]), ints([7, 99, 0])):     # ~i: number i of the sampled
+    rng = RNG(1)
+    hidden = model["HIDDEN"]
+    table = randn(rng, 50, hidden)
+    rows = ints([49, 0, 7, 7, 31])
+    for given, sampled in (
+        (rows, None),
+        (ints([49, ~2, 7, ~0, 31]), ints([7, 99, 0])),
+    ):  # ~i: number i of the sampled
         out = poison(len(rows) + 1, hidden)
         launch(model, "gather_rows", (len(rows),), out, table, given, sampled)
         assert (out[:-1] == table[rows]).all() and np.isnan(np.float32(out[-1])).all()
@@ -82,15 +119,19 @@ def rms_norm_twin(x, weight=1, eps=1e-5):
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * np.float64(weight)
 
 
-def inverse_rms_twin(x): return (rms_norm_twin(x) / np.float64(x))[:, :1]    # x / rms over x
+def inverse_rms_twin(x):
+    return (rms_norm_twin(x) / np.float64(x))[:, :1]  # x / rms over x
 
 
 @every_model
 @pytest.mark.parametrize("scale", [1.0, 1e-4, 1e4])
 def test_rms_norm(model, scale):
-    rng, hidden = RNG(2), model["HIDDEN"]
-    residual, weight, rows = randn(rng, 5, hidden, scale=scale), randn(rng, hidden), ints([4, 1, 1])
-    residual[1] = 0    # a row of zeros: only eps keeps it from 0 / 0
+    rng = RNG(2)
+    hidden = model["HIDDEN"]
+    residual = randn(rng, 5, hidden, scale=scale)
+    weight = randn(rng, hidden)
+    rows = ints([4, 1, 1])
+    residual[1] = 0  # a row of zeros: only eps keeps it from 0 / 0
     out = poison(4, hidden)
     launch(model, "rms_norm", (3,), out, residual, rows, weight)
     close(out[:-1], rms_norm_twin(residual[rows], weight))
@@ -99,24 +140,29 @@ def test_rms_norm(model, scale):
 
 def test_two_reductions_in_a_row(tmp_path):
     """Nobody writes partial results of the second while others still read those of the first."""
-    helpers = SOURCE[:SOURCE.index("// PTX:")]
-    (tmp_path / "two.cu").write_text(helpers + """
+    helpers = SOURCE[: SOURCE.index("// PTX:")]
+    (tmp_path / "two.cu").write_text(
+        helpers
+        + """
 extern "C" __global__ __launch_bounds__(256) void two(float* out, const float* x) {
     const float first = block_reduce(x[threadIdx.x], Sum()), second = block_reduce(x[256 + threadIdx.x], Sum());
     out[threadIdx.x] = first, out[256 + threadIdx.x] = second;
 }
-""")
+"""
+    )
     kernels = device.compile(BASE, tmp_path / "two.cu")
-    x, out = device.to_device(np.repeat(floats([1, 3]), 256)), device.empty(512, np.float32)
+    x = device.to_device(np.repeat(floats([1, 3]), 256))
+    out = device.empty(512, np.float32)
     kernels.two((1,), out, x)
     assert (device.fetch(out)() == np.repeat([256, 768], 256)).all()
 
 
 # rope_and_cache
-def attention_sizes(model): return [model[name] for name in ("NUM_HEADS", "NUM_KV_HEADS", "HEAD_DIM", "BLOCK_SIZE")]
+def attention_sizes(model):
+    return [model[name] for name in ("NUM_HEADS", "NUM_KV_HEADS", "HEAD_DIM", "BLOCK_SIZE")]
 
 
-def rope_twin(x, cos, sin):    # x [T, heads, h], cos and sin [T, 1, h/2]
+def rope_twin(x, cos, sin):  # x [T, heads, h], cos and sin [T, 1, h/2]
     a, b = np.split(np.float64(x), 2, -1)
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
@@ -129,19 +175,25 @@ def rope_table(length, h):
 @every_model
 @pytest.mark.parametrize("T", [1, 19])
 def test_rope_and_cache(model, T):
-    rng, (H, K, h, B) = RNG(3), attention_sizes(model)
-    qkv, table, positions = randn(rng, T, (H + 2 * K) * h), rope_table(500, h), ints(rng.integers(0, 500, T))
+    rng = RNG(3)
+    (H, K, h, B) = attention_sizes(model)
+    qkv = randn(rng, T, (H + 2 * K) * h)
+    table = rope_table(500, h)
+    positions = ints(rng.integers(0, 500, T))
     x = randn(rng, T, model["HIDDEN"], scale=3)
     slots = rng.permutation(8 * B)[:T].astype(np.int64)
-    if T > 1: slots[5] = -1    # padding
+    if T > 1:
+        slots[5] = -1  # padding
     caches = poison(2, 8, K, B, h)
     cos, sin = np.split(np.float64(table[positions])[:, None], 2, -1)
     q, k, v = np.split(qkv.reshape(T, H + 2 * K, h) * inverse_rms_twin(x)[..., None], [H, H + K], 1)
-    launch(model, "rope_and_cache", (T,),
-           qkv, x, table, positions, slots, caches[0], caches[1], np.float32(0.3))
+    launch(
+        model, "rope_and_cache", (T,), qkv, x, table, positions, slots, caches[0], caches[1], np.float32(0.3)
+    )
     used = slots >= 0
     close(qkv.reshape(T, H + 2 * K, h)[used, :H], 0.3 * rope_twin(q, cos, sin)[used])
-    pages, offsets = slots[used] // B, slots[used] % B
+    pages = slots[used] // B
+    offsets = slots[used] % B
     close(caches[0][pages, :, offsets], rope_twin(k, cos, sin)[used])
     close(caches[1][pages, :, offsets], v[used])
     caches[:, pages, :, offsets] = NAN
@@ -149,28 +201,50 @@ def test_rope_and_cache(model, T):
 
 
 # paged_attention
-def attention_twin(q, keys, values):    # one query at position p of one head: q [h], times log2(e) / sqrt(h); keys and values [p + 1, h]
+def attention_twin(
+    q, keys, values
+):  # one query at position p of one head: q [h], times log2(e) / sqrt(h); keys and values [p + 1, h]
     scores = np.float64(keys) @ np.float64(q)
     p = np.exp2(scores - scores.max())
     return p / p.sum() @ np.float64(values)
 
 
-RAGGED = [(1, 1), (1, 16), (5, 5), (1, 17), (13, 300), (1, 129), (8, 8), (9, 41), (0, 33), (17, 64), (1, 0), (5, 3),
-          (1, 601), (9, 530)]    # (queries, context)
+RAGGED = [
+    (1, 1),
+    (1, 16),
+    (5, 5),
+    (1, 17),
+    (13, 300),
+    (1, 129),
+    (8, 8),
+    (9, 41),
+    (0, 33),
+    (17, 64),
+    (1, 0),
+    (5, 3),
+    (1, 601),
+    (9, 530),
+]  # (queries, context)
 
 
 def check_attention(model, batch, scale=1.0, splits=1):
     """A cache of shuffled pages, where everything that no sequence owns is NaN and every unused table entry points nowhere."""
-    rng, (H, K, h, B) = RNG(4), attention_sizes(model)
-    T, S = sum(q for q, _ in batch), len(batch)
+    rng = RNG(4)
+    (H, K, h, B) = attention_sizes(model)
+    T = sum(q for q, _ in batch)
+    S = len(batch)
     counts = [-(-c // B) for _, c in batch]
-    N, max_blocks = sum(counts) + 3, max(counts) + 2
+    N = sum(counts) + 3
+    max_blocks = max(counts) + 2
     pages = iter(rng.permutation(N).tolist())
-    caches, tables = poison(2, N, K, B, h), np.full((S, max_blocks), -(1 << 30), np.int32)
-    keys, values = [], []
+    caches = poison(2, N, K, B, h)
+    tables = np.full((S, max_blocks), -(1 << 30), np.int32)
+    keys = []
+    values = []
     for s, (_, c) in enumerate(batch):
-        tables[s, :counts[s]] = [next(pages) for _ in range(counts[s])]
-        keys.append(randn(rng, c, K, h, scale=scale)); values.append(randn(rng, c, K, h))
+        tables[s, : counts[s]] = [next(pages) for _ in range(counts[s])]
+        keys.append(randn(rng, c, K, h, scale=scale))
+        values.append(randn(rng, c, K, h))
         for t in range(c):
             caches[0, tables[s, t // B], :, t % B] = keys[s][t]
             caches[1, tables[s, t // B], :, t % B] = values[s][t]
@@ -181,18 +255,40 @@ def check_attention(model, batch, scale=1.0, splits=1):
     cu = ints(np.cumsum([0] + [q for q, _ in batch]))
     name = "decode_attention" if all(q == 1 for q, _ in batch) else "paged_attention"
     tile_rows = ATTENTION_ROWS * (2 if h <= 128 else 1)
-    tiles = ints([(s, row) for s, (q, _) in enumerate(batch) for row in range(0, q * H // K, tile_rows)]).ravel()
+    tiles = ints(
+        [(s, row) for s, (q, _) in enumerate(batch) for row in range(0, q * H // K, tile_rows)]
+    ).ravel()
+
     def attend(k_cache, v_cache):
-        launch(model, name, (K * splits, len(tiles) // 2), out, qkv, k_cache, v_cache, tables, ints(range(0, S * max_blocks + 1, max_blocks)), cu,
-               ints([c for _, c in batch]), tiles, partial)
-    attend(np.full_like(caches[0], NAN), np.full_like(caches[1], NAN))    # leaves NaN in shared memory for the next launch
+        launch(
+            model,
+            name,
+            (K * splits, len(tiles) // 2),
+            out,
+            qkv,
+            k_cache,
+            v_cache,
+            tables,
+            ints(range(0, S * max_blocks + 1, max_blocks)),
+            cu,
+            ints([c for _, c in batch]),
+            tiles,
+            partial,
+        )
+
+    attend(
+        np.full_like(caches[0], NAN), np.full_like(caches[1], NAN)
+    )  # leaves NaN in shared memory for the next launch
     out[...] = NAN
     attend(*caches)
-    if splits > 1:    # blocks in another order, as they may end in another order on a GPU: the same bits
-        first, kernels = out.copy(), compiled(tuple(model.items()))
-        if not ON_GPU: kernels.simulator_shuffle(1)
+    if splits > 1:  # blocks in another order, as they may end in another order on a GPU: the same bits
+        first = out.copy()
+        kernels = compiled(tuple(model.items()))
+        if not ON_GPU:
+            kernels.simulator_shuffle(1)
         attend(*caches)
-        if not ON_GPU: kernels.simulator_shuffle(int(os.environ.get("SIMULATOR_SHUFFLE", 0)))
+        if not ON_GPU:
+            kernels.simulator_shuffle(int(os.environ.get("SIMULATOR_SHUFFLE", 0)))
         assert first.tobytes() == out.tobytes()
     want = np.zeros((T, H, h))
     for s, (queries, c) in enumerate(batch):
@@ -200,7 +296,9 @@ def check_attention(model, batch, scale=1.0, splits=1):
             p = c - queries + i
             for head in range(H if p >= 0 else 0):
                 kv = head // (H // K)
-                want[cu[s] + i, head] = attention_twin(qkv[cu[s] + i, head], keys[s][:p + 1, kv], values[s][:p + 1, kv])
+                want[cu[s] + i, head] = attention_twin(
+                    qkv[cu[s] + i, head], keys[s][: p + 1, kv], values[s][: p + 1, kv]
+                )
     close(out[:T], want, floor=4e-3)
     assert np.isnan(np.float32(out[T])).all()
 
@@ -209,17 +307,38 @@ def check_attention(model, batch, scale=1.0, splits=1):
 @pytest.mark.parametrize("splits", [1, 3])
 def test_attention_ragged(model, splits):
     check_attention(model, RAGGED, splits=splits)
-    check_attention(model, [(q, c) for q, c in RAGGED if q == 1], splits=splits)    # decodes have a kernel of their own
+    check_attention(
+        model, [(q, c) for q, c in RAGGED if q == 1], splits=splits
+    )  # decodes have a kernel of their own
 
 
-@pytest.mark.parametrize("queries, context", [(1, 1), (1, 15), (1, 16), (1, 17), (1, 127), (1, 128), (1, 129), (16, 16), (17, 17),
-                                              (7, 135), (8, 129), (130, 130), (33, 257), (1, 1800)])
+@pytest.mark.parametrize(
+    "queries, context",
+    [
+        (1, 1),
+        (1, 15),
+        (1, 16),
+        (1, 17),
+        (1, 127),
+        (1, 128),
+        (1, 129),
+        (16, 16),
+        (17, 17),
+        (7, 135),
+        (8, 129),
+        (130, 130),
+        (33, 257),
+        (1, 1800),
+    ],
+)
 def test_attention_one_sequence(queries, context):
     check_attention(BASE, [(queries, context)])
     check_attention(BASE, [(queries, context)], splits=7)
 
 
-@pytest.mark.parametrize("model, scale", [(BASE, 3.0), (BASE, 30.0), (BASE, 1e9), (MODELS[2], 30.0), (MODELS[4], 30.0)])
+@pytest.mark.parametrize(
+    "model, scale", [(BASE, 3.0), (BASE, 30.0), (BASE, 1e9), (MODELS[2], 30.0), (MODELS[4], 30.0)]
+)
 def test_attention_extreme_scores(model, scale):
     """Differences of thousands between scores: one key takes it all, and nothing may overflow on the way."""
     check_attention(model, RAGGED, scale)
@@ -229,18 +348,49 @@ def test_attention_extreme_scores(model, scale):
 @pytest.mark.skipif(ON_GPU, reason="would copy gigabytes; the simulator's memory is touched page by page")
 def test_offsets_need_64_bits():
     H, K, h, B = attention_sizes(BASE)
-    N = 2 ** 31 // (K * B * h) + 2
-    cache, T, page = np.empty((N, K, B, h), bfloat16), 3, N - 1
+    N = 2**31 // (K * B * h) + 2
+    cache = np.empty((N, K, B, h), bfloat16)
+    T = 3
+    page = N - 1
     rng = RNG(5)
     qkv = randn(rng, T, H + 2 * K, h)
-    x, slots = randn(rng, T, BASE["HIDDEN"]), np.int64(page) * B + np.arange(T)
+    x = randn(rng, T, BASE["HIDDEN"])
+    slots = np.int64(page) * B + np.arange(T)
     v = (qkv[:, -1] * inverse_rms_twin(x)).astype(bfloat16)
-    launch(BASE, "rope_and_cache", (T,), qkv, x, rope_table(T, h), ints(range(T)), slots, np.empty_like(cache), cache, np.float32(1))
+    launch(
+        BASE,
+        "rope_and_cache",
+        (T,),
+        qkv,
+        x,
+        rope_table(T, h),
+        ints(range(T)),
+        slots,
+        np.empty_like(cache),
+        cache,
+        np.float32(1),
+    )
     close(cache[page, 0, :T], v)
     out = poison(T, H, h)
-    launch(BASE, "paged_attention", (K, 1), out, qkv, cache, cache, ints([page]), ints([0, 1]), ints([0, T]), ints([T]), ints([0, 0]), None)
+    launch(
+        BASE,
+        "paged_attention",
+        (K, 1),
+        out,
+        qkv,
+        cache,
+        cache,
+        ints([page]),
+        ints([0, 1]),
+        ints([0, T]),
+        ints([T]),
+        ints([0, 0]),
+        None,
+    )
     close(out[-1], [attention_twin(q, v, v) for q in qkv[-1, :H]], floor=4e-3)
-    table, row, one = np.empty((2 ** 31 // 144 + 2, 144), bfloat16), randn(rng, 144), poison(1, 144)
+    table = np.empty((2**31 // 144 + 2, 144), bfloat16)
+    row = randn(rng, 144)
+    one = poison(1, 144)
     table[-1] = row
     launch(BASE, "gather_rows", (1,), one, table, ints([len(table) - 1]), None)
     assert (one[0] == row).all()
@@ -249,12 +399,16 @@ def test_offsets_need_64_bits():
 # silu_mul
 @every_model
 def test_silu_mul(model):
-    rng, ffn = RNG(6), model["FFN"]
-    gate_up, x, out = randn(rng, 3, 2 * ffn, scale=12), randn(rng, 3, model["HIDDEN"], scale=3), poison(4, ffn)
+    rng = RNG(6)
+    ffn = model["FFN"]
+    gate_up = randn(rng, 3, 2 * ffn, scale=12)
+    x = randn(rng, 3, model["HIDDEN"], scale=3)
+    out = poison(4, ffn)
     gate_up[0, :4] = [-1e30, 1e30, -100, 0]
     gate, up = np.split(gate_up * inverse_rms_twin(x), 2, -1)
     launch(model, "silu_mul", (-(-ffn // SILU_COLUMNS), 3), out, gate_up, x)
-    with np.errstate(over="ignore"): close(out[:3], gate / (1 + np.exp(-gate)) * up)
+    with np.errstate(over="ignore"):
+        close(out[:3], gate / (1 + np.exp(-gate)) * up)
     assert np.isnan(np.float32(out[3])).all()
 
 
@@ -274,15 +428,19 @@ def kept_twin(logits, temperature, k, p):
 
 def noise_twin(seed, position, tokens):
     """-log of an exponential random number for each token."""
+
     def scramble(z):
-        z = (z ^ z >> u64(32)) * u64(0xdca4631cfa6051f5)
-        z = (z ^ z >> u64(29)) * u64(0x8de1134a212a3ef5)
+        z = (z ^ z >> u64(32)) * u64(0xDCA4631CFA6051F5)
+        z = (z ^ z >> u64(29)) * u64(0x8DE1134A212A3EF5)
         return z ^ z >> u64(32)
-    u64, golden = np.uint64, np.uint64(0x9e3779b97f4a7c15)
+
+    u64 = np.uint64
+    golden = np.uint64(0x9E3779B97F4A7C15)
     with np.errstate(over="ignore"):
         stream = scramble(scramble(u64(seed) + golden) + u64(position))
         bits = scramble(stream + tokens.astype(u64) * golden) | u64(1)
-    with np.errstate(divide="ignore"): return -np.log(-np.log1p(-bits.astype(np.float64) * 2.0 ** -64))
+    with np.errstate(divide="ignore"):
+        return -np.log(-np.log1p(-bits.astype(np.float64) * 2.0**-64))
 
 
 def sample(logits, temperature, k=0, p=1.0, seed=0, position=0):
@@ -290,13 +448,27 @@ def sample(logits, temperature, k=0, p=1.0, seed=0, position=0):
     logits = np.atleast_2d(np.asarray(logits, bfloat16))
     S, V = logits.shape
     column = lambda value, dtype: np.broadcast_to(np.asarray(value, dtype), S).copy()
-    token, logprob = poison(S + 1, dtype=np.int32), poison(S + 1, dtype=np.float32)
-    launch(next(m for m in MODELS if m["VOCAB"] == V), "sample", (S,), token, logprob, logits, column(temperature, np.float32), column(k, np.int32),
-           column(p, np.float32), column(seed, np.uint64), column(position, np.int32))
+    token = poison(S + 1, dtype=np.int32)
+    logprob = poison(S + 1, dtype=np.float32)
+    launch(
+        next(m for m in MODELS if m["VOCAB"] == V),
+        "sample",
+        (S,),
+        token,
+        logprob,
+        logits,
+        column(temperature, np.float32),
+        column(k, np.int32),
+        column(p, np.float32),
+        column(seed, np.uint64),
+        column(position, np.int32),
+    )
     assert token[S] == -77 and np.isnan(logprob[S])
-    token, x = token[:S], np.float64(logits)
+    token = token[:S]
+    x = np.float64(logits)
     assert ((token >= 0) & (token < V)).all(), token
-    rows, highest = np.arange(S), x.max(-1)
+    rows = np.arange(S)
+    highest = x.max(-1)
     want = x[rows, token] - highest - np.log(np.exp(x - highest[:, None]).sum(-1))
     assert np.allclose(logprob[:S], want, rtol=1e-5, atol=1e-5), (logprob[:S], want)
     return token, logprob[:S]
@@ -304,44 +476,79 @@ def sample(logits, temperature, k=0, p=1.0, seed=0, position=0):
 
 @every_model
 def test_greedy(model):
-    rng, V = RNG(7), model["VOCAB"]
+    rng = RNG(7)
+    V = model["VOCAB"]
     logits = randn(rng, 9, V, scale=3)
-    logits[1] = -5                             # all equal: the first
-    logits[2, [V // 2, V - 1]] = 90            # two equals: the first
-    logits[3] = -np.inf; logits[3, V - 2] = -1e30
-    logits[4] = -1; logits[4, [1, 3]] = [-0.0, 0.0]
-    logits[5] = 3e38; logits[5, 4] = 3.3e38
+    logits[1] = -5  # all equal: the first
+    logits[2, [V // 2, V - 1]] = 90  # two equals: the first
+    logits[3] = -np.inf
+    logits[3, V - 2] = -1e30
+    logits[4] = -1
+    logits[4, [1, 3]] = [-0.0, 0.0]
+    logits[5] = 3e38
+    logits[5, 4] = 3.3e38
     token, _ = sample(logits, 0.0, k=3, p=0.5)
     assert (token == np.argmax(np.float64(logits), -1)).all()
 
 
-KP = [(0, 1.0), (1, 1.0), (7, 1.0), (5000, 1.0), (1001, 1.0), (1000, 1.0), (0, 0.0), (0, 1e-9), (0, 0.3), (0, 0.9), (0, 0.999),
-      (0, 0.9999999), (50, 0.8), (3, 0.5), (1, 0.01), (300, 0.95)]
+KP = [
+    (0, 1.0),
+    (1, 1.0),
+    (7, 1.0),
+    (5000, 1.0),
+    (1001, 1.0),
+    (1000, 1.0),
+    (0, 0.0),
+    (0, 1e-9),
+    (0, 0.3),
+    (0, 0.9),
+    (0, 0.999),
+    (0, 0.9999999),
+    (50, 0.8),
+    (3, 0.5),
+    (1, 0.01),
+    (300, 0.95),
+]
 
 
 @pytest.mark.parametrize("k, p", KP)
 def test_sample_equals_its_twin(k, p):
     """Token by token: the kept tokens' logits plus the same noise, the greatest of them."""
     rng = RNG(8)
-    S, V = 24, 1001
+    S = 24
+    V = 1001
     logits = randn(rng, S, V, scale=2)
-    logits[1::4] = np.round(np.float32(logits[1::4]))    # many ties
-    logits[2::4, rng.random(V) < 0.9] = -np.inf          # fewer than k are left
-    temperature, seed, position = rng.uniform(0.3, 2, S), rng.integers(0, 1 << 63, S), rng.integers(0, 10 ** 6, S)
+    logits[1::4] = np.round(np.float32(logits[1::4]))  # many ties
+    logits[2::4, rng.random(V) < 0.9] = -np.inf  # fewer than k are left
+    temperature = rng.uniform(0.3, 2, S)
+    seed = rng.integers(0, 1 << 63, S)
+    position = rng.integers(0, 10**6, S)
     token, _ = sample(logits, temperature, k, p, seed, position)
     for s in range(S):
-        x, t = np.float64(logits[s]), np.float64(np.float32(temperature[s]))
-        score = np.where(kept_twin(x, t, k, np.float32(p)) > 0, (x - x.max()) / t + noise_twin(seed[s], position[s], np.arange(V)), -np.inf)
+        x = np.float64(logits[s])
+        t = np.float64(np.float32(temperature[s]))
+        score = np.where(
+            kept_twin(x, t, k, np.float32(p)) > 0,
+            (x - x.max()) / t + noise_twin(seed[s], position[s], np.arange(V)),
+            -np.inf,
+        )
         assert score[token[s]] > score.max() - 1e-4, (s, token[s], score.argmax())
 
 
 def test_sample_keeps_ties_together():
-    logits = np.full(1001, -3.0); logits[[5, 600, 900, 1000]] = 2.0; logits[[0, 7]] = 1.0
+    logits = np.full(1001, -3.0)
+    logits[[5, 600, 900, 1000]] = 2.0
+    logits[[0, 7]] = 1.0
     seeds = np.arange(100)
-    def seen(**cut): return set(sample(np.tile(logits, (100, 1)), 1.0, seed=seeds, **cut)[0].tolist())
+
+    def seen(**cut):
+        return set(sample(np.tile(logits, (100, 1)), 1.0, seed=seeds, **cut)[0].tolist())
+
     assert seen(k=1) == seen(k=4) == seen(p=0.01) == {5, 600, 900, 1000}
     assert seen(k=5) == seen(k=6) == {0, 5, 7, 600, 900, 1000}
-    zeros = np.full(1001, -9.0); zeros[3], zeros[4] = 0.0, -0.0    # equal, though their bits are not
+    zeros = np.full(1001, -9.0)
+    zeros[3] = 0.0
+    zeros[4] = -0.0  # equal, though their bits are not
     assert set(sample(np.tile(zeros, (40, 1)), 1.0, k=1, seed=seeds[:40])[0].tolist()) == {3, 4}
 
 
@@ -352,7 +559,9 @@ def test_sample_at_extreme_temperatures_and_logits():
     logits[6:] *= bfloat16(1e30)
     for temperature in (1e-4, 1e-30, 1e-45):
         for cut in (dict(), dict(k=5, p=0.9)):
-            assert (sample(logits, temperature, seed=range(12), **cut)[0] == np.argmax(np.float64(logits), -1)).all()
+            assert (
+                sample(logits, temperature, seed=range(12), **cut)[0] == np.argmax(np.float64(logits), -1)
+            ).all()
     hot = sample(logits[:6], 1e30, k=0, seed=range(6))[0]
     assert len(set(hot.tolist())) > 3
 
@@ -360,11 +569,18 @@ def test_sample_at_extreme_temperatures_and_logits():
 def test_sample_depends_on_seed_and_position_alone():
     """The same request in every row of a batch, at every alignment, beside other requests: the same bits."""
     rng = RNG(10)
-    mine, S = randn(rng, 1001, scale=2), 16
+    mine = randn(rng, 1001, scale=2)
+    S = 16
     token, logprob = sample(np.tile(mine, (S, 1)), 0.8, k=400, p=0.95, seed=123, position=45)
     assert len(set(token.tolist())) == 1 and len(set(logprob.tolist())) == 1
-    batch = randn(rng, S, 1001, scale=2); batch[11] = mine
-    seed, position, k = np.full(S, 9), np.arange(S), np.full(S, 3); seed[11], position[11], k[11] = 123, 45, 400
+    batch = randn(rng, S, 1001, scale=2)
+    batch[11] = mine
+    seed = np.full(S, 9)
+    position = np.arange(S)
+    k = np.full(S, 3)
+    seed[11] = 123
+    position[11] = 45
+    k[11] = 400
     assert sample(batch, 0.8, k, 0.95, seed, position)[0][11] == token[0]
     assert len(set(sample(np.tile(mine, (S, 1)), 1.0, seed=5, position=range(S))[0].tolist())) > S // 2
 
@@ -372,20 +588,26 @@ def test_sample_depends_on_seed_and_position_alone():
 @pytest.mark.parametrize("by", ["seed", "position"])
 def test_sample_draws_the_distribution(by):
     """Chi-square: 3,000 draws over about 20 kept tokens. A right sampler fails at 5 sigma once in a million sets of numbers."""
-    rng, n = RNG(11), 3000
+    rng = RNG(11)
+    n = 3000
     logits = randn(rng, 1001, scale=2)
     p = kept_twin(logits, 1.3, 25, np.float32(0.9))
     token, _ = sample(np.tile(logits, (n, 1)), 1.3, 25, 0.9, **{by: np.arange(n)})
-    counts, kept = np.bincount(token, minlength=1001), p > 0
+    counts = np.bincount(token, minlength=1001)
+    kept = p > 0
     assert not counts[~kept].any()
-    chi2, freedom = ((counts - n * p)[kept] ** 2 / (n * p[kept])).sum(), kept.sum() - 1
+    chi2 = ((counts - n * p)[kept] ** 2 / (n * p[kept])).sum()
+    freedom = kept.sum() - 1
     assert abs(chi2 - freedom) < 5 * math.sqrt(2 * freedom), (chi2, freedom)
 
 
 def test_noise_is_exact_in_the_tail():
     """100,000 tokens at exp(-25): together 1e-6 of the mass. A race with noise of 24 bits would let them win far too often."""
     tokens = np.arange(1, 100_001)
-    wins = sum((noise_twin(seed, 0, tokens).max() - 25 > noise_twin(seed, 0, np.zeros(1, int))[0]) for seed in range(500))
+    wins = sum(
+        (noise_twin(seed, 0, tokens).max() - 25 > noise_twin(seed, 0, np.zeros(1, int))[0])
+        for seed in range(500)
+    )
     assert wins <= 1
     uniform = np.exp(-np.exp(-noise_twin(3, 4, np.arange(1 << 17))))
     counts = np.histogram(uniform, 64, (0, 1))[0]
@@ -395,17 +617,27 @@ def test_noise_is_exact_in_the_tail():
 def test_sample_large_vocabulary():
     rng = RNG(12)
     logits = randn(rng, 3, 128256, scale=3)
-    token, _ = sample(logits, [0.0, 0.7, 1.0], [0, 40, 0], [1.0, 1.0, 0.9], seed=[1, 2, 3], position=[4, 5, 6])
+    token, _ = sample(
+        logits, [0.0, 0.7, 1.0], [0, 40, 0], [1.0, 1.0, 0.9], seed=[1, 2, 3], position=[4, 5, 6]
+    )
     assert token[0] == np.argmax(np.float64(logits[0]))
     for s, (t, k, p) in {1: (0.7, 40, 1.0), 2: (1.0, 0, 0.9)}.items():
-        x, t = np.float64(logits[s]), np.float64(np.float32(t))
-        score = np.where(kept_twin(x, t, k, np.float32(p)) > 0, (x - x.max()) / t + noise_twin(s + 1, s + 4, np.arange(128256)), -np.inf)
+        x = np.float64(logits[s])
+        t = np.float64(np.float32(t))
+        score = np.where(
+            kept_twin(x, t, k, np.float32(p)) > 0,
+            (x - x.max()) / t + noise_twin(s + 1, s + 4, np.arange(128256)),
+            -np.inf,
+        )
         assert score[token[s]] > score.max() - 1e-4
 
 
 def sanitizer_environment():
     """AddressSanitizer must be in the process before its first malloc. NumPy's arrays then have redzones too: their sizes are exact."""
-    libraries = [subprocess.check_output(["g++", f"-print-file-name=lib{name}.so"], text=True).strip() for name in ("asan", "stdc++")]
+    libraries = [
+        subprocess.check_output(["g++", f"-print-file-name=lib{name}.so"], text=True).strip()
+        for name in ("asan", "stdc++")
+    ]
     return {"TINYVLLM_SANITIZE": "1", "LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
 
 
@@ -414,9 +646,26 @@ def test_kernels_again(mode):
     """The twin tests of every kernel, with the threads of a block in a random order, and with every access checked."""
     environment = {"SIMULATOR_SHUFFLE": "3"} if mode == "shuffled" else sanitizer_environment()
     chosen = "gather_rows or test_rms_norm or rope_and_cache or attention_ragged or silu_mul or test_greedy"
-    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", f"({chosen}) and 144-4-1 or equals_its_twin and 0-0.9"],
-                         env=os.environ | environment, capture_output=True, text=True)
-    assert run.returncode == 0 and int(re.search(r"(\d+) passed", run.stdout)[1]) >= 13, run.stdout + run.stderr
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            __file__,
+            "-k",
+            f"({chosen}) and 144-4-1 or equals_its_twin and 0-0.9",
+        ],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0 and int(re.search(r"(\d+) passed", run.stdout)[1]) >= 13, (
+        run.stdout + run.stderr
+    )
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Simulator: it computes what a GPU would, and finds the mistakes that it is there to find
@@ -541,7 +790,7 @@ def kernels(request, path):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("blocks, n", [(1, 1), (100, 4000)])        # the second is worth all cores
+@pytest.mark.parametrize("blocks, n", [(1, 1), (100, 4000)])  # the second is worth all cores
 def test_sums(kernels, blocks, n, seed):
     x = RNG(0).integers(-9, 9, (blocks, n)).astype(np.float32)
     out = np.zeros(blocks, np.float32)
@@ -552,8 +801,10 @@ def test_sums(kernels, blocks, n, seed):
 
 
 def test_shuffling_finds_a_missing_barrier_or_initialisation(kernels):
-    x, out, wrong = np.ones((1, 256), np.float32), np.zeros(1, np.float32), 0
-    for seed in range(1, 21):               # the data stay: what the launch before left must not help
+    x = np.ones((1, 256), np.float32)
+    out = np.zeros(1, np.float32)
+    wrong = 0
+    for seed in range(1, 21):  # the data stay: what the launch before left must not help
         kernels.simulator_shuffle(seed)
         kernels.row_sum((1,), out, x, 256, 0)
         wrong += out[0] != 256
@@ -563,7 +814,8 @@ def test_shuffling_finds_a_missing_barrier_or_initialisation(kernels):
 
 
 def test_warp_shuffles_and_votes(kernels):
-    out, votes = np.zeros(32, np.int64), np.zeros(32, np.int32)
+    out = np.zeros(32, np.int64)
+    votes = np.zeros(32, np.int32)
     kernels.warp((1,), out, votes)
     lane = np.arange(32)
     assert (out - 10**12 == lane ^ 5).all()
@@ -578,7 +830,9 @@ def test_block_votes(kernels):
 
 
 def test_atomics_across_cores(kernels):
-    count, turns, total = np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros(1, np.float32)
+    count = np.zeros(1, np.int32)
+    turns = np.zeros(1, np.int32)
+    total = np.zeros(1, np.float32)
     kernels.atomics((300,), count, turns, total)
     assert (count[0], turns[0], total[0]) == (300 * 256, 300 * 256 % 1000, 300 * 128)
 
@@ -586,7 +840,10 @@ def test_atomics_across_cores(kernels):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_mma_fragments(kernels, transposed):
     rng = RNG(0)
-    a, b = (rng.standard_normal(shape).astype(bfloat16) for shape in [(16, 32), (16, 32) if transposed else (32, 16)])
+    a, b = (
+        rng.standard_normal(shape).astype(bfloat16)
+        for shape in [(16, 32), (16, 32) if transposed else (32, 16)]
+    )
     c = rng.standard_normal((16, 16)).astype(np.float32)
     d = c.copy()
     kernels.mma((1,), d, a, b, int(transposed))
@@ -596,7 +853,8 @@ def test_mma_fragments(kernels, transposed):
 
 @pytest.mark.parametrize("groups, arrived", [(0, [True, True]), (1, [True, False])])
 def test_cp_async_copies_at_the_wait(kernels, groups, arrived):
-    x, out = np.arange(256, dtype=np.float32).reshape(2, 128), np.zeros((2, 128), np.float32)
+    x = np.arange(256, dtype=np.float32).reshape(2, 128)
+    out = np.zeros((2, 128), np.float32)
     kernels.copy((1,), out, x, groups)
     assert (out == np.where(np.array(arrived)[:, None], np.roll(x, -32, 1), -1)).all()
 
@@ -609,23 +867,31 @@ def test_blocks_that_wait_for_one_another(kernels):
         kernels.relay((2,), np.zeros(2, np.int32), -1)
 
 
-@pytest.mark.parametrize("which, thread, mark, message", [
-    (0, 40, "LANES", "waits for lanes 0xffffffff, but 0x000000ff returned or are at a barrier"),
-    (1, 40, "BARRIER", f"__syncthreads() while others wait at the one in line {line_of('END')}"),
-    (3, 40, "ASSERT", "assertion failed: x == nullptr"),
-    (6, 40, "SOURCE", "reads lane 3, not in its mask 0xff000000"),
-    (7, 0, "EXITED", "waits for lanes 0xffffffff, but 0xfff00000 returned or are at a barrier"),
-])
+@pytest.mark.parametrize(
+    "which, thread, mark, message",
+    [
+        (0, 40, "LANES", "waits for lanes 0xffffffff, but 0x000000ff returned or are at a barrier"),
+        (1, 40, "BARRIER", f"__syncthreads() while others wait at the one in line {line_of('END')}"),
+        (3, 40, "ASSERT", "assertion failed: x == nullptr"),
+        (6, 40, "SOURCE", "reads lane 3, not in its mask 0xff000000"),
+        (7, 0, "EXITED", "waits for lanes 0xffffffff, but 0xfff00000 returned or are at a barrier"),
+    ],
+)
 def test_mistakes_are_errors_and_do_not_hang(kernels, which, thread, mark, message):
     x = np.zeros(101, np.float32)
     with pytest.raises(TinyVLLMError) as error:
         kernels.mistakes((4,), x, which)
-    assert str(error.value) == f"kernel mistakes, block (1, 0, 0), thread ({thread}, 0, 0), line {line_of(mark)}: {message}"
-    kernels.mistakes((4,), x, 2)            # the next launch is a good one: threads that have returned miss no barrier
+    assert (
+        str(error.value)
+        == f"kernel mistakes, block (1, 0, 0), thread ({thread}, 0, 0), line {line_of(mark)}: {message}"
+    )
+    kernels.mistakes((4,), x, 2)  # the next launch is a good one: threads that have returned miss no barrier
 
 
-@pytest.mark.parametrize("which, finding, mark", [(99, "", ""), (4, "index 64 out of bounds", "SHARED"),
-                                                  (5, "heap-buffer-overflow", "GLOBAL")])
+@pytest.mark.parametrize(
+    "which, finding, mark",
+    [(99, "", ""), (4, "index 64 out of bounds", "SHARED"), (5, "heap-buffer-overflow", "GLOBAL")],
+)
 def test_sanitizer(path, which, finding, mark):
     code = f"""
 from pathlib import Path
@@ -635,4 +901,6 @@ CpuDevice().compile({{}}, Path({str(path)!r})).mistakes((4,), np.zeros(101, np.f
     environment = os.environ | sanitizer_environment() | {"PYTHONPATH": os.pathsep.join(sys.path)}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert (result.returncode == 0) == (finding == ""), result.stderr
-    assert finding in result.stderr and (not mark or f"test.cu:{line_of(mark)}" in result.stderr), result.stderr
+    assert finding in result.stderr and (not mark or f"test.cu:{line_of(mark)}" in result.stderr), (
+        result.stderr
+    )
