@@ -1,11 +1,14 @@
-"""Kernels and the simulator."""
+"""The kernels, each against its twin, and the simulator that runs them on a CPU.
 
+A twin is the kernel's equation in NumPy and float64, with no thought of speed. Letters as in kernels.cu:
+T tokens, S sequences, H query heads, K key-value heads, h head_dim, V vocabulary, B tokens a page, N pages.
+"""
 import math
 import os
 import re
 import subprocess
 import sys
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import pytest
@@ -16,12 +19,12 @@ from simulator import CpuDevice
 from test_tinyvllm import ON_GPU, device
 from tinyvllm import TinyVLLMError
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Kernels: each against its twin, the same equation in NumPy, float64, with no thought of speed
+# --------------------------------------------------------------------------------------------------
+# Kernels
 #
-# Outputs are poisoned before each run, and so is all that a kernel has no business to read: unused slots of pages, unused entries of block
-# tables, the keys and values in qkv.
-# ---------------------------------------------------------------------------------------------------------------------
+# Outputs are poisoned before each run. So is all memory that a kernel must not read: unused slots of
+# pages, unused entries of block tables, the keys and values in qkv.
+# --------------------------------------------------------------------------------------------------
 SOURCE = (ROOT / "kernels.cu").read_text()
 ATTENTION_ROWS, SILU_COLUMNS = (
     int(re.search(rf"constexpr int {name} = (\d+);", SOURCE)[1])
@@ -30,12 +33,11 @@ ATTENTION_ROWS, SILU_COLUMNS = (
 
 
 def sizes(D, H, K, h, F, V, B):
-    return dict(
-        HIDDEN=D, NUM_HEADS=H, NUM_KV_HEADS=K, HEAD_DIM=h, FFN=F, VOCAB=V, BLOCK_SIZE=B, RMS_EPS="1e-05f"
-    )
+    return dict(HIDDEN=D, NUM_HEADS=H, NUM_KV_HEADS=K, HEAD_DIM=h, FFN=F, VOCAB=V, BLOCK_SIZE=B,
+                RMS_EPS="1e-05f")
 
 
-# Each is one compilation, so the few of them share the odd sizes out.
+# Each model costs a compilation, so a few models share out the odd sizes.
 BASE = sizes(144, 4, 1, 64, 344, 1001, 16)
 MODELS = [
     BASE,
@@ -47,23 +49,22 @@ MODELS = [
     sizes(144, 6, 2, 80, 344, 100, 64),
     sizes(144, 5, 1, 208, 344, 999, 8),
 ]
-every_model = pytest.mark.parametrize(
-    "model", MODELS, ids=lambda m: "-".join(str(v) for v in list(m.values())[:-1])
-)
+MODEL_NAMES = ["-".join(str(size) for size in list(model.values())[:-1]) for model in MODELS]
+every_model = pytest.mark.parametrize("model", MODELS, ids=MODEL_NAMES)
 NAN = np.float32("nan")
 
 
-@lru_cache(None)
+@cache
 def compiled(items):
     return device.compile(dict(items), ROOT / "kernels.cu")
 
 
 def launch(model, name, grid, *args):
-    """Runs a kernel on NumPy arrays, which hold what it wrote afterwards."""
+    """Runs a kernel on NumPy arrays. Afterwards they hold what the kernel wrote."""
+    def is_small(a):                # a huge array is not copied: most of its pages were never touched
+        return isinstance(a, np.ndarray) and a.nbytes < 1 << 30
+
     kernels = compiled(tuple(model.items()))
-    is_small = lambda a: (
-        isinstance(a, np.ndarray) and a.nbytes < 1 << 30
-    )  # a huge one stays: half of it was never touched
     on_device = [device.to_device(a) if is_small(a) else a for a in args]
     getattr(kernels, name)(grid, *on_device)
     for a, d in zip(args, on_device):
@@ -87,14 +88,13 @@ def floats(values):
     return np.array(values, np.float32)
 
 
-def close(got, want, tolerance=2.0**-8, floor=1e-3):
+def close(got, want, tolerance=2.0 ** -8, floor=1e-3):
     got = np.float64(got)
     want = np.float64(want)
     assert not np.isnan(got).any(), "NaN, or not written"
     error = np.abs(got - want) - (tolerance * np.abs(want) + floor)
-    assert (error <= 0).all(), (
-        f"off by {np.abs(got - want).max():.3g} at {np.unravel_index(error.argmax(), error.shape)}"
-    )
+    place = np.unravel_index(error.argmax(), error.shape)
+    assert (error <= 0).all(), f"off by {np.abs(got - want).max():.3g} at {place}"
 
 
 # gather_rows
@@ -104,10 +104,8 @@ def test_gather_rows(model):
     hidden = model["HIDDEN"]
     table = randn(rng, 50, hidden)
     rows = ints([49, 0, 7, 7, 31])
-    for given, sampled in (
-        (rows, None),
-        (ints([49, ~2, 7, ~0, 31]), ints([7, 99, 0])),
-    ):  # ~i: number i of the sampled
+    pending = ints([49, ~2, 7, ~0, 31])     # ~i stands for entry i of `sampled`
+    for given, sampled in (rows, None), (pending, ints([7, 99, 0])):
         out = poison(len(rows) + 1, hidden)
         launch(model, "gather_rows", (len(rows),), out, table, given, sampled)
         assert (out[:-1] == table[rows]).all() and np.isnan(np.float32(out[-1])).all()
@@ -120,7 +118,8 @@ def rms_norm_twin(x, weight=1, eps=1e-5):
 
 
 def inverse_rms_twin(x):
-    return (rms_norm_twin(x) / np.float64(x))[:, :1]  # x / rms over x
+    """1 / rms(x) of each row, [T, 1]: the normed row over the row."""
+    return (rms_norm_twin(x) / np.float64(x))[:, :1]
 
 
 @every_model
@@ -131,25 +130,27 @@ def test_rms_norm(model, scale):
     residual = randn(rng, 5, hidden, scale=scale)
     weight = randn(rng, hidden)
     rows = ints([4, 1, 1])
-    residual[1] = 0  # a row of zeros: only eps keeps it from 0 / 0
+    residual[1] = 0                         # in a row of zeros, eps alone prevents 0 / 0
     out = poison(4, hidden)
     launch(model, "rms_norm", (3,), out, residual, rows, weight)
     close(out[:-1], rms_norm_twin(residual[rows], weight))
     assert np.isnan(np.float32(out[-1])).all()
 
 
-def test_two_reductions_in_a_row(tmp_path):
-    """Nobody writes partial results of the second while others still read those of the first."""
-    helpers = SOURCE[: SOURCE.index("// PTX:")]
-    (tmp_path / "two.cu").write_text(
-        helpers
-        + """
+TWO_REDUCTIONS = """
 extern "C" __global__ __launch_bounds__(256) void two(float* out, const float* x) {
-    const float first = block_reduce(x[threadIdx.x], Sum()), second = block_reduce(x[256 + threadIdx.x], Sum());
-    out[threadIdx.x] = first, out[256 + threadIdx.x] = second;
+    const float first = block_reduce(x[threadIdx.x], Sum());
+    const float second = block_reduce(x[256 + threadIdx.x], Sum());
+    out[threadIdx.x] = first;
+    out[256 + threadIdx.x] = second;
 }
 """
-    )
+
+
+def test_two_reductions_in_a_row(tmp_path):
+    """The second reduction writes no partial result while a slow warp still reads the first one's."""
+    helpers = SOURCE[:SOURCE.index("// gather_rows: ")]
+    (tmp_path / "two.cu").write_text(helpers + TWO_REDUCTIONS)
     kernels = device.compile(BASE, tmp_path / "two.cu")
     x = device.to_device(np.repeat(floats([1, 3]), 256))
     out = device.empty(512, np.float32)
@@ -162,7 +163,8 @@ def attention_sizes(model):
     return [model[name] for name in ("NUM_HEADS", "NUM_KV_HEADS", "HEAD_DIM", "BLOCK_SIZE")]
 
 
-def rope_twin(x, cos, sin):  # x [T, heads, h], cos and sin [T, 1, h/2]
+def rope_twin(x, cos, sin):
+    """x [T, heads, h], turned by the angles of cos and sin [T, 1, h/2]."""
     a, b = np.split(np.float64(x), 2, -1)
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
@@ -176,20 +178,19 @@ def rope_table(length, h):
 @pytest.mark.parametrize("T", [1, 19])
 def test_rope_and_cache(model, T):
     rng = RNG(3)
-    (H, K, h, B) = attention_sizes(model)
+    H, K, h, B = attention_sizes(model)
     qkv = randn(rng, T, (H + 2 * K) * h)
     table = rope_table(500, h)
     positions = ints(rng.integers(0, 500, T))
     x = randn(rng, T, model["HIDDEN"], scale=3)
     slots = rng.permutation(8 * B)[:T].astype(np.int64)
     if T > 1:
-        slots[5] = -1  # padding
+        slots[5] = -1                       # padding
     caches = poison(2, 8, K, B, h)
     cos, sin = np.split(np.float64(table[positions])[:, None], 2, -1)
     q, k, v = np.split(qkv.reshape(T, H + 2 * K, h) * inverse_rms_twin(x)[..., None], [H, H + K], 1)
-    launch(
-        model, "rope_and_cache", (T,), qkv, x, table, positions, slots, caches[0], caches[1], np.float32(0.3)
-    )
+    launch(model, "rope_and_cache", (T,),
+           qkv, x, table, positions, slots, caches[0], caches[1], np.float32(0.3))
     used = slots >= 0
     close(qkv.reshape(T, H + 2 * K, h)[used, :H], 0.3 * rope_twin(q, cos, sin)[used])
     pages = slots[used] // B
@@ -201,104 +202,85 @@ def test_rope_and_cache(model, T):
 
 
 # paged_attention
-def attention_twin(
-    q, keys, values
-):  # one query at position p of one head: q [h], times log2(e) / sqrt(h); keys and values [p + 1, h]
+def attention_twin(q, keys, values):
+    """[h] of one head's query at position p: q [h], times log2(e) / sqrt(h); keys and values [p + 1, h]."""
     scores = np.float64(keys) @ np.float64(q)
     p = np.exp2(scores - scores.max())
     return p / p.sum() @ np.float64(values)
 
 
-RAGGED = [
-    (1, 1),
-    (1, 16),
-    (5, 5),
-    (1, 17),
-    (13, 300),
-    (1, 129),
-    (8, 8),
-    (9, 41),
-    (0, 33),
-    (17, 64),
-    (1, 0),
-    (5, 3),
-    (1, 601),
-    (9, 530),
-]  # (queries, context)
+RAGGED = [(1, 1), (1, 16), (5, 5), (1, 17), (13, 300), (1, 129), (8, 8), (9, 41), (0, 33), (17, 64), (1, 0),
+          (5, 3), (1, 601), (9, 530)]       # (queries, context) of each sequence
 
 
-def check_attention(model, batch, scale=1.0, splits=1):
-    """A cache of shuffled pages, where everything that no sequence owns is NaN and every unused table entry points nowhere."""
-    rng = RNG(4)
-    (H, K, h, B) = attention_sizes(model)
-    T = sum(q for q, _ in batch)
-    S = len(batch)
-    counts = [-(-c // B) for _, c in batch]
+def paged_cache(model, batch, rng, scale):
+    """(caches [2, N, K, B, h], tables [S, pages], keys, values) of sequences with shuffled pages.
+
+    Slots without an owner are NaN. Unused table entries point nowhere.
+    """
+    _, K, h, B = attention_sizes(model)
+    counts = [-(-context // B) for _, context in batch]
     N = sum(counts) + 3
     max_blocks = max(counts) + 2
     pages = iter(rng.permutation(N).tolist())
     caches = poison(2, N, K, B, h)
-    tables = np.full((S, max_blocks), -(1 << 30), np.int32)
+    tables = np.full((len(batch), max_blocks), -(1 << 30), np.int32)
     keys = []
     values = []
-    for s, (_, c) in enumerate(batch):
-        tables[s, : counts[s]] = [next(pages) for _ in range(counts[s])]
-        keys.append(randn(rng, c, K, h, scale=scale))
-        values.append(randn(rng, c, K, h))
-        for t in range(c):
+    for s, (_, context) in enumerate(batch):
+        tables[s, :counts[s]] = [next(pages) for _ in range(counts[s])]
+        keys.append(randn(rng, context, K, h, scale=scale))
+        values.append(randn(rng, context, K, h))
+        for t in range(context):
             caches[0, tables[s, t // B], :, t % B] = keys[s][t]
             caches[1, tables[s, t // B], :, t % B] = values[s][t]
+    return caches, tables, keys, values
+
+
+def check_attention(model, batch, scale=1.0, splits=1):
+    """A launch for the batch of (queries, context) equals the twin, query by query and head by head."""
+    rng = RNG(4)
+    H, K, h, B = attention_sizes(model)
+    T = sum(queries for queries, _ in batch)
+    caches, tables, keys, values = paged_cache(model, batch, rng, scale)
+    S, max_blocks = tables.shape
     qkv = poison(T, H + 2 * K, h)
     qkv[:, :H] = randn(rng, T, H, h, scale=scale * np.log2(np.e) / np.sqrt(h))
     out = poison(T + 1, H, h)
     partial = poison(T, H, splits, h + 2, dtype=np.float32)
-    cu = ints(np.cumsum([0] + [q for q, _ in batch]))
-    name = "decode_attention" if all(q == 1 for q, _ in batch) else "paged_attention"
-    tile_rows = ATTENTION_ROWS * (2 if h <= 128 else 1)
-    tiles = ints(
-        [(s, row) for s, (q, _) in enumerate(batch) for row in range(0, q * H // K, tile_rows)]
-    ).ravel()
+    cu_seqlens = ints(np.cumsum([0] + [queries for queries, _ in batch]))
+    name = "decode_attention" if all(queries == 1 for queries, _ in batch) else "paged_attention"
+    rows = ATTENTION_ROWS * (2 if h <= 128 else 1)
+    tiles = [(s, row) for s, (queries, _) in enumerate(batch) for row in range(0, queries * H // K, rows)]
+    table_starts = ints(range(0, S * max_blocks + 1, max_blocks))
+    contexts = ints([context for _, context in batch])
 
     def attend(k_cache, v_cache):
-        launch(
-            model,
-            name,
-            (K * splits, len(tiles) // 2),
-            out,
-            qkv,
-            k_cache,
-            v_cache,
-            tables,
-            ints(range(0, S * max_blocks + 1, max_blocks)),
-            cu,
-            ints([c for _, c in batch]),
-            tiles,
-            partial,
-        )
+        launch(model, name, (K * splits, len(tiles)), out, qkv, k_cache, v_cache, tables, table_starts,
+               cu_seqlens, contexts, ints(tiles).ravel(), partial)
 
-    attend(
-        np.full_like(caches[0], NAN), np.full_like(caches[1], NAN)
-    )  # leaves NaN in shared memory for the next launch
+    def shuffle(seed):
+        if not ON_GPU:
+            compiled(tuple(model.items())).simulator_shuffle(seed)
+
+    # The first launch leaves NaN in shared memory for the next one.
+    attend(np.full_like(caches[0], NAN), np.full_like(caches[1], NAN))
     out[...] = NAN
     attend(*caches)
-    if splits > 1:  # blocks in another order, as they may end in another order on a GPU: the same bits
+    if splits > 1:      # thread blocks in another order give the same bits; a GPU promises no order either
         first = out.copy()
-        kernels = compiled(tuple(model.items()))
-        if not ON_GPU:
-            kernels.simulator_shuffle(1)
+        shuffle(1)
         attend(*caches)
-        if not ON_GPU:
-            kernels.simulator_shuffle(int(os.environ.get("SIMULATOR_SHUFFLE", 0)))
+        shuffle(int(os.environ.get("SIMULATOR_SHUFFLE", 0)))
         assert first.tobytes() == out.tobytes()
     want = np.zeros((T, H, h))
-    for s, (queries, c) in enumerate(batch):
+    for s, (queries, context) in enumerate(batch):
         for i in range(queries):
-            p = c - queries + i
-            for head in range(H if p >= 0 else 0):
+            t = cu_seqlens[s] + i
+            seen = context - queries + i + 1                # keys up to the query's own position
+            for head in range(H if seen > 0 else 0):
                 kv = head // (H // K)
-                want[cu[s] + i, head] = attention_twin(
-                    qkv[cu[s] + i, head], keys[s][: p + 1, kv], values[s][: p + 1, kv]
-                )
+                want[t, head] = attention_twin(qkv[t, head], keys[s][:seen, kv], values[s][:seen, kv])
     close(out[:T], want, floor=4e-3)
     assert np.isnan(np.float32(out[T])).all()
 
@@ -307,48 +289,31 @@ def check_attention(model, batch, scale=1.0, splits=1):
 @pytest.mark.parametrize("splits", [1, 3])
 def test_attention_ragged(model, splits):
     check_attention(model, RAGGED, splits=splits)
-    check_attention(
-        model, [(q, c) for q, c in RAGGED if q == 1], splits=splits
-    )  # decodes have a kernel of their own
+    decodes = [(queries, context) for queries, context in RAGGED if queries == 1]
+    check_attention(model, decodes, splits=splits)          # by decode_attention
 
 
-@pytest.mark.parametrize(
-    "queries, context",
-    [
-        (1, 1),
-        (1, 15),
-        (1, 16),
-        (1, 17),
-        (1, 127),
-        (1, 128),
-        (1, 129),
-        (16, 16),
-        (17, 17),
-        (7, 135),
-        (8, 129),
-        (130, 130),
-        (33, 257),
-        (1, 1800),
-    ],
-)
+@pytest.mark.parametrize("queries, context", [
+    (1, 1), (1, 15), (1, 16), (1, 17), (1, 127), (1, 128), (1, 129), (16, 16), (17, 17), (7, 135), (8, 129),
+    (130, 130), (33, 257), (1, 1800)])
 def test_attention_one_sequence(queries, context):
     check_attention(BASE, [(queries, context)])
     check_attention(BASE, [(queries, context)], splits=7)
 
 
-@pytest.mark.parametrize(
-    "model, scale", [(BASE, 3.0), (BASE, 30.0), (BASE, 1e9), (MODELS[2], 30.0), (MODELS[4], 30.0)]
-)
+@pytest.mark.parametrize("model, scale", [
+    (BASE, 3.0), (BASE, 30.0), (BASE, 1e9), (MODELS[2], 30.0), (MODELS[4], 30.0)])
 def test_attention_extreme_scores(model, scale):
-    """Differences of thousands between scores: one key takes it all, and nothing may overflow on the way."""
+    """Scores differ by thousands: one key gets all the weight, and nothing overflows on the way."""
     check_attention(model, RAGGED, scale)
     check_attention(model, RAGGED, scale, splits=2)
 
 
-@pytest.mark.skipif(ON_GPU, reason="would copy gigabytes; the simulator's memory is touched page by page")
+@pytest.mark.skipif(ON_GPU, reason="would copy gigabytes; in the simulator, untouched memory costs nothing")
 def test_offsets_need_64_bits():
+    """The last page of a cache, and the last row of a table, of more than 2^31 elements."""
     H, K, h, B = attention_sizes(BASE)
-    N = 2**31 // (K * B * h) + 2
+    N = 2 ** 31 // (K * B * h) + 2
     cache = np.empty((N, K, B, h), bfloat16)
     T = 3
     page = N - 1
@@ -357,38 +322,14 @@ def test_offsets_need_64_bits():
     x = randn(rng, T, BASE["HIDDEN"])
     slots = np.int64(page) * B + np.arange(T)
     v = (qkv[:, -1] * inverse_rms_twin(x)).astype(bfloat16)
-    launch(
-        BASE,
-        "rope_and_cache",
-        (T,),
-        qkv,
-        x,
-        rope_table(T, h),
-        ints(range(T)),
-        slots,
-        np.empty_like(cache),
-        cache,
-        np.float32(1),
-    )
+    launch(BASE, "rope_and_cache", (T,),
+           qkv, x, rope_table(T, h), ints(range(T)), slots, np.empty_like(cache), cache, np.float32(1))
     close(cache[page, 0, :T], v)
     out = poison(T, H, h)
-    launch(
-        BASE,
-        "paged_attention",
-        (K, 1),
-        out,
-        qkv,
-        cache,
-        cache,
-        ints([page]),
-        ints([0, 1]),
-        ints([0, T]),
-        ints([T]),
-        ints([0, 0]),
-        None,
-    )
+    launch(BASE, "paged_attention", (K, 1), out, qkv, cache, cache, ints([page]), ints([0, 1]), ints([0, T]),
+           ints([T]), ints([0, 0]), None)
     close(out[-1], [attention_twin(q, v, v) for q in qkv[-1, :H]], floor=4e-3)
-    table = np.empty((2**31 // 144 + 2, 144), bfloat16)
+    table = np.empty((2 ** 31 // 144 + 2, 144), bfloat16)
     row = randn(rng, 144)
     one = poison(1, 144)
     table[-1] = row
@@ -414,7 +355,7 @@ def test_silu_mul(model):
 
 # sample
 def kept_twin(logits, temperature, k, p):
-    """What top-k and then top-p leave, and with which probabilities."""
+    """Probabilities [V] after top-k and then top-p; a token that either cuts off has 0."""
     x = np.float64(logits)
     keep = x >= np.sort(x)[-k] if 0 < k < len(x) else x == x
     weights = np.where(keep, np.exp((x - x.max()) / temperature), 0)
@@ -427,49 +368,53 @@ def kept_twin(logits, temperature, k, p):
 
 
 def noise_twin(seed, position, tokens):
-    """-log of an exponential random number for each token."""
+    """For each token, -log of an exponential random number."""
+    u64 = np.uint64
+    golden = u64(0x9e3779b97f4a7c15)
 
     def scramble(z):
-        z = (z ^ z >> u64(32)) * u64(0xDCA4631CFA6051F5)
-        z = (z ^ z >> u64(29)) * u64(0x8DE1134A212A3EF5)
+        z = (z ^ z >> u64(32)) * u64(0xdca4631cfa6051f5)
+        z = (z ^ z >> u64(29)) * u64(0x8de1134a212a3ef5)
         return z ^ z >> u64(32)
 
-    u64 = np.uint64
-    golden = np.uint64(0x9E3779B97F4A7C15)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", divide="ignore"):
         stream = scramble(scramble(u64(seed) + golden) + u64(position))
         bits = scramble(stream + tokens.astype(u64) * golden) | u64(1)
-    with np.errstate(divide="ignore"):
-        return -np.log(-np.log1p(-bits.astype(np.float64) * 2.0**-64))
+        return -np.log(-np.log1p(-bits.astype(np.float64) * 2.0 ** -64))
+
+
+def assert_drawn(token, logits, temperature, k, p, seed, position):
+    """The token has the greatest sum of logit and noise among the tokens that top-k and top-p keep."""
+    x = np.float64(logits)
+    t = np.float64(np.float32(temperature))
+    noise = noise_twin(seed, position, np.arange(len(x)))
+    kept = kept_twin(x, t, k, np.float32(p)) > 0
+    score = np.where(kept, (x - x.max()) / t + noise, -np.inf)
+    assert score[token] > score.max() - 1e-4, (token, score.argmax())
 
 
 def sample(logits, temperature, k=0, p=1.0, seed=0, position=0):
-    """One row of logits for each request; everything else may be one value for all of them."""
+    """(tokens [S], log-probabilities [S]) for logits [S, V].
+
+    Each other argument is one value for every request, or S of them.
+    """
     logits = np.atleast_2d(np.asarray(logits, bfloat16))
     S, V = logits.shape
-    column = lambda value, dtype: np.broadcast_to(np.asarray(value, dtype), S).copy()
+
+    def column(value, dtype):
+        return np.broadcast_to(np.asarray(value, dtype), S).copy()
+
     token = poison(S + 1, dtype=np.int32)
     logprob = poison(S + 1, dtype=np.float32)
-    launch(
-        next(m for m in MODELS if m["VOCAB"] == V),
-        "sample",
-        (S,),
-        token,
-        logprob,
-        logits,
-        column(temperature, np.float32),
-        column(k, np.int32),
-        column(p, np.float32),
-        column(seed, np.uint64),
-        column(position, np.int32),
-    )
+    model = next(model for model in MODELS if model["VOCAB"] == V)
+    launch(model, "sample", (S,), token, logprob, logits, column(temperature, np.float32),
+           column(k, np.int32), column(p, np.float32), column(seed, np.uint64), column(position, np.int32))
     assert token[S] == -77 and np.isnan(logprob[S])
     token = token[:S]
     x = np.float64(logits)
     assert ((token >= 0) & (token < V)).all(), token
-    rows = np.arange(S)
     highest = x.max(-1)
-    want = x[rows, token] - highest - np.log(np.exp(x - highest[:, None]).sum(-1))
+    want = x[np.arange(S), token] - highest - np.log(np.exp(x - highest[:, None]).sum(-1))
     assert np.allclose(logprob[:S], want, rtol=1e-5, atol=1e-5), (logprob[:S], want)
     return token, logprob[:S]
 
@@ -479,8 +424,8 @@ def test_greedy(model):
     rng = RNG(7)
     V = model["VOCAB"]
     logits = randn(rng, 9, V, scale=3)
-    logits[1] = -5  # all equal: the first
-    logits[2, [V // 2, V - 1]] = 90  # two equals: the first
+    logits[1] = -5                          # all are equal: the first wins
+    logits[2, [V // 2, V - 1]] = 90         # two are equal: the first wins
     logits[3] = -np.inf
     logits[3, V - 2] = -1e30
     logits[4] = -1
@@ -491,48 +436,22 @@ def test_greedy(model):
     assert (token == np.argmax(np.float64(logits), -1)).all()
 
 
-KP = [
-    (0, 1.0),
-    (1, 1.0),
-    (7, 1.0),
-    (5000, 1.0),
-    (1001, 1.0),
-    (1000, 1.0),
-    (0, 0.0),
-    (0, 1e-9),
-    (0, 0.3),
-    (0, 0.9),
-    (0, 0.999),
-    (0, 0.9999999),
-    (50, 0.8),
-    (3, 0.5),
-    (1, 0.01),
-    (300, 0.95),
-]
-
-
-@pytest.mark.parametrize("k, p", KP)
+@pytest.mark.parametrize("k, p", [
+    (0, 1.0), (1, 1.0), (7, 1.0), (5000, 1.0), (1001, 1.0), (1000, 1.0), (0, 0.0), (0, 1e-9), (0, 0.3),
+    (0, 0.9), (0, 0.999), (0, 0.9999999), (50, 0.8), (3, 0.5), (1, 0.01), (300, 0.95)])
 def test_sample_equals_its_twin(k, p):
-    """Token by token: the kept tokens' logits plus the same noise, the greatest of them."""
     rng = RNG(8)
     S = 24
     V = 1001
     logits = randn(rng, S, V, scale=2)
-    logits[1::4] = np.round(np.float32(logits[1::4]))  # many ties
-    logits[2::4, rng.random(V) < 0.9] = -np.inf  # fewer than k are left
+    logits[1::4] = np.round(np.float32(logits[1::4]))       # many ties
+    logits[2::4, rng.random(V) < 0.9] = -np.inf             # fewer than k are left
     temperature = rng.uniform(0.3, 2, S)
     seed = rng.integers(0, 1 << 63, S)
-    position = rng.integers(0, 10**6, S)
+    position = rng.integers(0, 10 ** 6, S)
     token, _ = sample(logits, temperature, k, p, seed, position)
     for s in range(S):
-        x = np.float64(logits[s])
-        t = np.float64(np.float32(temperature[s]))
-        score = np.where(
-            kept_twin(x, t, k, np.float32(p)) > 0,
-            (x - x.max()) / t + noise_twin(seed[s], position[s], np.arange(V)),
-            -np.inf,
-        )
-        assert score[token[s]] > score.max() - 1e-4, (s, token[s], score.argmax())
+        assert_drawn(token[s], logits[s], temperature[s], k, p, seed[s], position[s])
 
 
 def test_sample_keeps_ties_together():
@@ -548,7 +467,7 @@ def test_sample_keeps_ties_together():
     assert seen(k=5) == seen(k=6) == {0, 5, 7, 600, 900, 1000}
     zeros = np.full(1001, -9.0)
     zeros[3] = 0.0
-    zeros[4] = -0.0  # equal, though their bits are not
+    zeros[4] = -0.0                         # equal to 0.0, with other bits
     assert set(sample(np.tile(zeros, (40, 1)), 1.0, k=1, seed=seeds[:40])[0].tolist()) == {3, 4}
 
 
@@ -557,37 +476,40 @@ def test_sample_at_extreme_temperatures_and_logits():
     logits = randn(rng, 12, 1001, scale=3)
     logits[:, 77] = 40
     logits[6:] *= bfloat16(1e30)
-    for temperature in (1e-4, 1e-30, 1e-45):
-        for cut in (dict(), dict(k=5, p=0.9)):
-            assert (
-                sample(logits, temperature, seed=range(12), **cut)[0] == np.argmax(np.float64(logits), -1)
-            ).all()
-    hot = sample(logits[:6], 1e30, k=0, seed=range(6))[0]
+    for temperature in 1e-4, 1e-30, 1e-45:
+        for cut in {}, {"k": 5, "p": 0.9}:
+            token, _ = sample(logits, temperature, seed=range(12), **cut)
+            assert (token == np.argmax(np.float64(logits), -1)).all()
+    hot, _ = sample(logits[:6], 1e30, k=0, seed=range(6))
     assert len(set(hot.tolist())) > 3
 
 
 def test_sample_depends_on_seed_and_position_alone():
-    """The same request in every row of a batch, at every alignment, beside other requests: the same bits."""
+    """One request, in every row of a batch, at every alignment, beside other requests: the same bits."""
     rng = RNG(10)
     mine = randn(rng, 1001, scale=2)
     S = 16
     token, logprob = sample(np.tile(mine, (S, 1)), 0.8, k=400, p=0.95, seed=123, position=45)
     assert len(set(token.tolist())) == 1 and len(set(logprob.tolist())) == 1
     batch = randn(rng, S, 1001, scale=2)
-    batch[11] = mine
     seed = np.full(S, 9)
     position = np.arange(S)
     k = np.full(S, 3)
+    batch[11] = mine
     seed[11] = 123
     position[11] = 45
     k[11] = 400
     assert sample(batch, 0.8, k, 0.95, seed, position)[0][11] == token[0]
-    assert len(set(sample(np.tile(mine, (S, 1)), 1.0, seed=5, position=range(S))[0].tolist())) > S // 2
+    other, _ = sample(np.tile(mine, (S, 1)), 1.0, seed=5, position=range(S))
+    assert len(set(other.tolist())) > S // 2
 
 
 @pytest.mark.parametrize("by", ["seed", "position"])
 def test_sample_draws_the_distribution(by):
-    """Chi-square: 3,000 draws over about 20 kept tokens. A right sampler fails at 5 sigma once in a million sets of numbers."""
+    """Chi-square of 3,000 draws over about 20 kept tokens.
+
+    At 5 sigma, a right sampler fails for one set of numbers in a million.
+    """
     rng = RNG(11)
     n = 3000
     logits = randn(rng, 1001, scale=2)
@@ -602,12 +524,10 @@ def test_sample_draws_the_distribution(by):
 
 
 def test_noise_is_exact_in_the_tail():
-    """100,000 tokens at exp(-25): together 1e-6 of the mass. A race with noise of 24 bits would let them win far too often."""
+    """100,000 tokens at exp(-25) share 1e-6 of the mass. With noise of 24 bits, they win far too often."""
     tokens = np.arange(1, 100_001)
-    wins = sum(
-        (noise_twin(seed, 0, tokens).max() - 25 > noise_twin(seed, 0, np.zeros(1, int))[0])
-        for seed in range(500)
-    )
+    first = np.zeros(1, int)
+    wins = sum(noise_twin(seed, 0, tokens).max() - 25 > noise_twin(seed, 0, first)[0] for seed in range(500))
     assert wins <= 1
     uniform = np.exp(-np.exp(-noise_twin(3, 4, np.arange(1 << 17))))
     counts = np.histogram(uniform, 64, (0, 1))[0]
@@ -617,64 +537,44 @@ def test_noise_is_exact_in_the_tail():
 def test_sample_large_vocabulary():
     rng = RNG(12)
     logits = randn(rng, 3, 128256, scale=3)
-    token, _ = sample(
-        logits, [0.0, 0.7, 1.0], [0, 40, 0], [1.0, 1.0, 0.9], seed=[1, 2, 3], position=[4, 5, 6]
-    )
+    token, _ = sample(logits, [0.0, 0.7, 1.0], [0, 40, 0], [1.0, 1.0, 0.9], [1, 2, 3], [4, 5, 6])
     assert token[0] == np.argmax(np.float64(logits[0]))
-    for s, (t, k, p) in {1: (0.7, 40, 1.0), 2: (1.0, 0, 0.9)}.items():
-        x = np.float64(logits[s])
-        t = np.float64(np.float32(t))
-        score = np.where(
-            kept_twin(x, t, k, np.float32(p)) > 0,
-            (x - x.max()) / t + noise_twin(s + 1, s + 4, np.arange(128256)),
-            -np.inf,
-        )
-        assert score[token[s]] > score.max() - 1e-4
+    assert_drawn(token[1], logits[1], 0.7, 40, 1.0, seed=2, position=5)
+    assert_drawn(token[2], logits[2], 1.0, 0, 0.9, seed=3, position=6)
 
 
 def sanitizer_environment():
-    """AddressSanitizer must be in the process before its first malloc. NumPy's arrays then have redzones too: their sizes are exact."""
-    libraries = [
-        subprocess.check_output(["g++", f"-print-file-name=lib{name}.so"], text=True).strip()
-        for name in ("asan", "stdc++")
-    ]
+    """The environment of a process whose kernels AddressSanitizer checks.
+
+    The sanitizer must be loaded before the process's first malloc. NumPy's arrays then have guarded
+    bytes around them too, and end exactly where their data end.
+    """
+    libraries = [subprocess.check_output(["g++", f"-print-file-name=lib{name}.so"], text=True).strip()
+                 for name in ("asan", "stdc++")]
     return {"TINYVLLM_SANITIZE": "1", "LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
 
 
 @pytest.mark.parametrize("mode", ["shuffled", "sanitizer"])
 def test_kernels_again(mode):
-    """The twin tests of every kernel, with the threads of a block in a random order, and with every access checked."""
+    """Every kernel equals its twin with threads in random order, and with every access checked."""
     environment = {"SIMULATOR_SHUFFLE": "3"} if mode == "shuffled" else sanitizer_environment()
     chosen = "gather_rows or test_rms_norm or rope_and_cache or attention_ragged or silu_mul or test_greedy"
-    run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            __file__,
-            "-k",
-            f"({chosen}) and 144-4-1 or equals_its_twin and 0-0.9",
-        ],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0 and int(re.search(r"(\d+) passed", run.stdout)[1]) >= 13, (
-        run.stdout + run.stderr
-    )
+    chosen = f"({chosen}) and 144-4-1 or equals_its_twin and 0-0.9"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
+    run = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert int(re.search(r"(\d+) passed", run.stdout)[1]) >= 13, run.stdout
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Simulator: it computes what a GPU would, and finds the mistakes that it is there to find
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Simulator: it computes what a GPU computes, and finds the mistakes that it promises to find
+# --------------------------------------------------------------------------------------------------
 KERNELS = r"""
 constexpr int THREADS = 256;
 
-// out [grid] = sums of the rows of x [grid, n], right only with the one barrier that it needs.
-extern "C" __global__ __launch_bounds__(THREADS) void row_sum(float* out, const float* x, int n, int with_barrier) {
+// out [grid] = sums of the rows of x [grid, n]. Right only with the barrier.
+extern "C" __global__ __launch_bounds__(THREADS)
+void row_sum(float* out, const float* x, int n, int with_barrier) {
     __shared__ float partial[THREADS / 32];
     float sum = 0;
     for (int i = threadIdx.x; i < n; i += THREADS) sum += x[blockIdx.x * n + i];
@@ -688,7 +588,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void row_sum(float* out, const 
     }
 }
 
-// out [32]: a shuffle of 8 bytes;  votes [32]
+// out [32]: a shuffle of 8 bytes. votes [32]: whether lane 20 is in the lane's half of the warp.
 extern "C" __global__ __launch_bounds__(32) void warp(long long* out, int* votes) {
     int lane = threadIdx.x;
     long long x = 1000000000000ll + lane;
@@ -696,58 +596,72 @@ extern "C" __global__ __launch_bounds__(32) void warp(long long* out, int* votes
     votes[lane] = lane < 16 ? __any_sync(0xffff, lane == 20) : __any_sync(0xffff0000, lane == 20);
 }
 
-// out [256]: what of two votes each thread learned: whether one of the threads from `first` on was there, and of those after 300
+// out [256]: what each thread learned from two votes: 2 if a thread from `first` on was there,
+// plus 1 if a thread after 300 was.
 extern "C" __global__ __launch_bounds__(THREADS) void block_vote(int* out, int first) {
     const int any = __syncthreads_or(threadIdx.x >= first);
     out[threadIdx.x] = 2 * any + __syncthreads_or(threadIdx.x > 300);
 }
 
-// count [1] += all threads; turns [1] counts them from 0 to 999 again and again; total [1] += 0.5 a thread
+// count [1] += the number of threads; turns [1] counts threads from 0 to 999, again and again;
+// total [1] += 0.5 a thread
 extern "C" __global__ __launch_bounds__(THREADS) void atomics(int* count, int* turns, float* total) {
     atomicAdd(count, 1);
     atomicInc((unsigned*)turns, 999u);
     atomicAdd(total, 0.5f);
 }
 
-// d [16, 16] = a [16, 32] @ b [32, 16] + d, or a @ b.T with b [16, 32], through the fragments of the PTX manual
+// d [16, 16] = a [16, 32] @ b [32, 16] + d, or a @ b.T + d with b [16, 32].
+// The fragments are laid out as in the PTX manual.
 template <bool TRANSPOSED> __device__ void multiply(float* d, const bf16* a, const bf16* b) {
     constexpr int COLUMNS = TRANSPOSED ? 32 : 16;
     alignas(16) __shared__ bf16 tile[512];
     for (int i = threadIdx.x; i < 512; i += 32) tile[i] = b[i];
     __syncwarp();
-    int g = threadIdx.x / 4, i = threadIdx.x % 4 * 2;
+    const int row = threadIdx.x / 4;
+    const int column = threadIdx.x % 4 * 2;
+    auto place = [=](int e) { return (row + e % 4 / 2 * 8) * 16 + e / 4 * 8 + column + e % 2; };
     unsigned fa[2][1][4];
     float fd[1][2][4];
-    for (int r = 0; r < 8; r++) fa[r / 4][0][r % 4] = *(const unsigned*)(a + (g + r % 2 * 8) * 32 + i + r / 2 * 8);
-    for (int e = 0; e < 8; e++) fd[0][e / 4][e % 4] = d[(g + e % 4 / 2 * 8) * 16 + e / 4 * 8 + i + e % 2];
-    mma_shared<TRANSPOSED, COLUMNS / 8, 2>(fd, [&](int step) -> auto& { return fa[step]; },
-                                           [=](int row, int part) { return tile + row * COLUMNS + part * 8; });
-    for (int e = 0; e < 8; e++) d[(g + e % 4 / 2 * 8) * 16 + e / 4 * 8 + i + e % 2] = fd[0][e / 4][e % 4];
+    for (int r = 0; r < 8; r++)
+        fa[r / 4][0][r % 4] = *(const unsigned*)(a + (row + r % 2 * 8) * 32 + column + r / 2 * 8);
+    for (int e = 0; e < 8; e++) fd[0][e / 4][e % 4] = d[place(e)];
+    auto fragments = [&](int step) -> auto& { return fa[step]; };
+    auto at = [=](int row, int part) { return tile + row * COLUMNS + part * 8; };
+    mma_shared<TRANSPOSED, COLUMNS / 8, 2>(fd, fragments, at);
+    for (int e = 0; e < 8; e++) d[place(e)] = fd[0][e / 4][e % 4];
 }
 extern "C" __global__ __launch_bounds__(32) void mma(float* d, const bf16* a, const bf16* b, int transposed) {
-    if (transposed) multiply<true>(d, a, b); else multiply<false>(d, a, b);
+    if (transposed) multiply<true>(d, a, b);
+    else multiply<false>(d, a, b);
 }
 
-// out [2, 128] = x [2, 128], one group a row. After the first wait, `groups` groups may still be under way.
+// out [2, 128] = x [2, 128], one group of copies a row.
+// After the wait, `groups` groups may still be under way.
 extern "C" __global__ __launch_bounds__(32) void copy(float* out, const float* x, int groups) {
     alignas(16) __shared__ float rows[2][128];
     for (int r = 0; r < 2; r++)
         for (int i = 0; i < 4; i++) rows[r][threadIdx.x * 4 + i] = -1;
-    for (int r = 0; r < 2; r++, cp_async_commit()) cp_async_16(&rows[r][threadIdx.x * 4], x + r * 128 + threadIdx.x * 4);
-    if (groups == 0) cp_async_wait<0>(); else cp_async_wait<1>();
+    for (int r = 0; r < 2; r++) {
+        cp_async_16(&rows[r][threadIdx.x * 4], x + r * 128 + threadIdx.x * 4);
+        cp_async_commit();
+    }
+    if (groups == 0) cp_async_wait<0>();
+    else cp_async_wait<1>();
     __syncthreads();
     for (int r = 0; r < 2; r++)
-        for (int i = 0; i < 128; i += 32) out[r * 128 + i + threadIdx.x] = rows[r][(i + threadIdx.x + 32) % 128];
+        for (int i = threadIdx.x; i < 128; i += 32) out[r * 128 + i] = rows[r][(i + 32) % 128];
 }
 
-// out [1] = a shared variable, to which nobody has written unless told to
+// out [1] = a shared variable, which nobody has written unless `write`
 extern "C" __global__ __launch_bounds__(32) void uninitialised(float* out, int write) {
     __shared__ float x;
     if (write) x = 1;
     *out = x;
 }
 
-// out [1] of each block: what the block before has written, plus one; the first learns it from nobody. In vain, if that is 0.
+// out [grid]: 1 + the number of the thread block before; for the first block, 1 + `first`.
+// The number 0 means "not written yet": whoever reads it waits, and after first = -1 waits in vain.
 extern "C" __global__ __launch_bounds__(256) void relay(int* out, int first) {
     if (threadIdx.x != 255) return;
     int before = first;
@@ -755,7 +669,7 @@ extern "C" __global__ __launch_bounds__(256) void relay(int* out, int first) {
     __atomic_store_n(out + blockIdx.x, before + 1, __ATOMIC_RELAXED);
 }
 
-// Each mistake is made in the second block only, by some of the threads.
+// Some threads of the second thread block make the mistake number `which`.
 extern "C" __global__ __launch_bounds__(64) void mistakes(float* x, int which) {
     __shared__ float shared[64];
     bool mine = blockIdx.x == 1 && threadIdx.x >= 40;
@@ -765,7 +679,7 @@ extern "C" __global__ __launch_bounds__(64) void mistakes(float* x, int which) {
     if (which == 3 && mine) assert(x == nullptr);                                // ASSERT
     if (which == 4 && mine) shared[threadIdx.x + 24] = 1;                        // SHARED
     if (which == 5 && mine) x[threadIdx.x - 40 + 101] = 1;                       // GLOBAL
-    if (which == 6 && mine) x[0] = __shfl_xor_sync(0xff00u << 16, 1u, 11);        // SOURCE
+    if (which == 6 && mine) x[0] = __shfl_xor_sync(0xff00u << 16, 1u, 11);       // SOURCE
     __syncthreads();                                                             // END
     if (which == 7 && blockIdx.x == 1 && threadIdx.x < 20) __syncwarp();         // EXITED
     x[threadIdx.x] = shared[threadIdx.x % 40];
@@ -786,11 +700,12 @@ def path(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["hand-written switch", "ucontext"])
 def kernels(request, path):
+    """KERNELS, with each of the simulator's ways to switch from one thread's stack to another's."""
     return CpuDevice().compile({"SIMULATOR_UCONTEXT": 1} if request.param == "ucontext" else {}, path)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("blocks, n", [(1, 1), (100, 4000)])  # the second is worth all cores
+@pytest.mark.parametrize("blocks, n", [(1, 1), (100, 4000)])        # the second spreads over all cores
 def test_sums(kernels, blocks, n, seed):
     x = RNG(0).integers(-9, 9, (blocks, n)).astype(np.float32)
     out = np.zeros(blocks, np.float32)
@@ -804,7 +719,7 @@ def test_shuffling_finds_a_missing_barrier_or_initialisation(kernels):
     x = np.ones((1, 256), np.float32)
     out = np.zeros(1, np.float32)
     wrong = 0
-    for seed in range(1, 21):  # the data stay: what the launch before left must not help
+    for seed in range(1, 21):       # the same data each time: what the last launch left must not help
         kernels.simulator_shuffle(seed)
         kernels.row_sum((1,), out, x, 256, 0)
         wrong += out[0] != 256
@@ -818,7 +733,7 @@ def test_warp_shuffles_and_votes(kernels):
     votes = np.zeros(32, np.int32)
     kernels.warp((1,), out, votes)
     lane = np.arange(32)
-    assert (out - 10**12 == lane ^ 5).all()
+    assert (out - 10 ** 12 == lane ^ 5).all()
     assert (votes == (lane >= 16)).all()
 
 
@@ -840,15 +755,14 @@ def test_atomics_across_cores(kernels):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_mma_fragments(kernels, transposed):
     rng = RNG(0)
-    a, b = (
-        rng.standard_normal(shape).astype(bfloat16)
-        for shape in [(16, 32), (16, 32) if transposed else (32, 16)]
-    )
+    a = randn(rng, 16, 32)
+    b = randn(rng, 16, 32) if transposed else randn(rng, 32, 16)
     c = rng.standard_normal((16, 16)).astype(np.float32)
     d = c.copy()
     kernels.mma((1,), d, a, b, int(transposed))
     b = b.astype(np.float64)
-    np.testing.assert_allclose(d, a.astype(np.float64) @ (b.T if transposed else b) + c, rtol=1e-5, atol=1e-5)
+    want = a.astype(np.float64) @ (b.T if transposed else b) + c
+    np.testing.assert_allclose(d, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("groups, arrived", [(0, [True, True]), (1, [True, False])])
@@ -863,35 +777,28 @@ def test_blocks_that_wait_for_one_another(kernels):
     out = np.zeros(2, np.int32)
     kernels.relay((2,), out, 5)
     assert out.tolist() == [6, 7]
-    with pytest.raises(TinyVLLMError, match="block .1, 0, 0., .* waits in vain"):
+    with pytest.raises(TinyVLLMError, match=r"block .1, 0, 0., .* waits in vain"):
         kernels.relay((2,), np.zeros(2, np.int32), -1)
 
 
-@pytest.mark.parametrize(
-    "which, thread, mark, message",
-    [
-        (0, 40, "LANES", "waits for lanes 0xffffffff, but 0x000000ff returned or are at a barrier"),
-        (1, 40, "BARRIER", f"__syncthreads() while others wait at the one in line {line_of('END')}"),
-        (3, 40, "ASSERT", "assertion failed: x == nullptr"),
-        (6, 40, "SOURCE", "reads lane 3, not in its mask 0xff000000"),
-        (7, 0, "EXITED", "waits for lanes 0xffffffff, but 0xfff00000 returned or are at a barrier"),
-    ],
-)
+@pytest.mark.parametrize("which, thread, mark, message", [
+    (0, 40, "LANES", "waits for lanes 0xffffffff, but 0x000000ff returned or are at a barrier"),
+    (1, 40, "BARRIER", f"__syncthreads() while others wait at the one in line {line_of('END')}"),
+    (3, 40, "ASSERT", "assertion failed: x == nullptr"),
+    (6, 40, "SOURCE", "reads lane 3, not in its mask 0xff000000"),
+    (7, 0, "EXITED", "waits for lanes 0xffffffff, but 0xfff00000 returned or are at a barrier"),
+])
 def test_mistakes_are_errors_and_do_not_hang(kernels, which, thread, mark, message):
     x = np.zeros(101, np.float32)
     with pytest.raises(TinyVLLMError) as error:
         kernels.mistakes((4,), x, which)
-    assert (
-        str(error.value)
-        == f"kernel mistakes, block (1, 0, 0), thread ({thread}, 0, 0), line {line_of(mark)}: {message}"
-    )
-    kernels.mistakes((4,), x, 2)  # the next launch is a good one: threads that have returned miss no barrier
+    place = f"block (1, 0, 0), thread ({thread}, 0, 0), line {line_of(mark)}"
+    assert str(error.value) == f"kernel mistakes, {place}: {message}"
+    kernels.mistakes((4,), x, 2)    # a good launch follows: a thread that has returned misses no barrier
 
 
-@pytest.mark.parametrize(
-    "which, finding, mark",
-    [(99, "", ""), (4, "index 64 out of bounds", "SHARED"), (5, "heap-buffer-overflow", "GLOBAL")],
-)
+@pytest.mark.parametrize("which, finding, mark", [
+    (99, "", ""), (4, "index 64 out of bounds", "SHARED"), (5, "heap-buffer-overflow", "GLOBAL")])
 def test_sanitizer(path, which, finding, mark):
     code = f"""
 from pathlib import Path
@@ -901,6 +808,5 @@ CpuDevice().compile({{}}, Path({str(path)!r})).mistakes((4,), np.zeros(101, np.f
     environment = os.environ | sanitizer_environment() | {"PYTHONPATH": os.pathsep.join(sys.path)}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert (result.returncode == 0) == (finding == ""), result.stderr
-    assert finding in result.stderr and (not mark or f"test.cu:{line_of(mark)}" in result.stderr), (
-        result.stderr
-    )
+    assert finding in result.stderr, result.stderr
+    assert not mark or f"test.cu:{line_of(mark)}" in result.stderr, result.stderr
