@@ -1,4 +1,4 @@
-"""What the tests share: a Llama in NumPy, from the equations, and model folders with random weights.
+"""What the tests share: a Llama in NumPy, from the equations, and models with random weights.
 
 Nothing here comes from the engine: an error there cannot hide behind the same error here.
 
@@ -119,10 +119,10 @@ def random_weights(config):
 
 
 def write_model(folder, config=(), weights=(), files=("model.safetensors",), sizes=TINY):
-    """Writes a model folder: `sizes` as config.json, random weights for them, and Parrot's tokenizer.
+    """Writes a model folder: `sizes` as config.json, random weights, and Parrot's tokenizer.
 
-    `config` and `weights` change entries; the value None removes an entry. The files get the tensors
-    in turn.
+    `config` and `weights` change entries; the value None removes an entry. The files get the
+    tensors in turn.
     """
     def changed(entries, changes):
         return {name: value for name, value in (entries | dict(changes)).items() if value is not None}

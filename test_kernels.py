@@ -1,7 +1,9 @@
 """The kernels, each against its twin, and the simulator that runs them on a CPU.
 
-A twin is the kernel's equation in NumPy and float64, with no thought of speed. Letters as in kernels.cu:
-T tokens, S sequences, H query heads, K key-value heads, h head_dim, V vocabulary, B tokens a page, N pages.
+A twin is the kernel's equation in NumPy and float64, with no thought of speed.
+
+Letters as in kernels.cu: T tokens, S sequences, H query heads, K key-value heads, h head_dim,
+V vocabulary, B tokens a page, N pages.
 """
 import math
 import os
@@ -22,8 +24,8 @@ from tinyvllm import TinyVLLMError
 # --------------------------------------------------------------------------------------------------
 # Kernels
 #
-# Outputs are poisoned before each run. So is all memory that a kernel must not read: unused slots of
-# pages, unused entries of block tables, the keys and values in qkv.
+# Outputs are poisoned before each run. So is all memory that a kernel must not read: unused slots
+# of pages, unused entries of block tables, the keys and values in qkv.
 # --------------------------------------------------------------------------------------------------
 SOURCE = (ROOT / "kernels.cu").read_text()
 ATTENTION_ROWS, SILU_COLUMNS = (
@@ -148,7 +150,7 @@ extern "C" __global__ __launch_bounds__(256) void two(float* out, const float* x
 
 
 def test_two_reductions_in_a_row(tmp_path):
-    """The second reduction writes no partial result while a slow warp still reads the first one's."""
+    """A slow warp still reads the first reduction's partial results: the second must not write."""
     helpers = SOURCE[:SOURCE.index("// gather_rows: ")]
     (tmp_path / "two.cu").write_text(helpers + TWO_REDUCTIONS)
     kernels = device.compile(BASE, tmp_path / "two.cu")
@@ -203,7 +205,10 @@ def test_rope_and_cache(model, T):
 
 # paged_attention
 def attention_twin(q, keys, values):
-    """[h] of one head's query at position p: q [h], times log2(e) / sqrt(h); keys and values [p + 1, h]."""
+    """[h], for one head's query at position p: q [h], keys and values [p + 1, h].
+
+    q is already multiplied by log2(e) / sqrt(h).
+    """
     scores = np.float64(keys) @ np.float64(q)
     p = np.exp2(scores - scores.max())
     return p / p.sum() @ np.float64(values)
@@ -238,9 +243,9 @@ def paged_cache(model, batch, rng, scale):
 
 
 def check_attention(model, batch, scale=1.0, splits=1):
-    """A launch for the batch of (queries, context) equals the twin, query by query and head by head."""
+    """A launch for a batch of (queries, context) equals the twin in each query and head."""
     rng = RNG(4)
-    H, K, h, B = attention_sizes(model)
+    H, K, h, _ = attention_sizes(model)
     T = sum(queries for queries, _ in batch)
     caches, tables, keys, values = paged_cache(model, batch, rng, scale)
     S, max_blocks = tables.shape
@@ -267,7 +272,7 @@ def check_attention(model, batch, scale=1.0, splits=1):
     attend(np.full_like(caches[0], NAN), np.full_like(caches[1], NAN))
     out[...] = NAN
     attend(*caches)
-    if splits > 1:      # thread blocks in another order give the same bits; a GPU promises no order either
+    if splits > 1:      # thread blocks in another order, as a GPU promises none: the same bits
         first = out.copy()
         shuffle(1)
         attend(*caches)
@@ -384,7 +389,7 @@ def noise_twin(seed, position, tokens):
 
 
 def assert_drawn(token, logits, temperature, k, p, seed, position):
-    """The token has the greatest sum of logit and noise among the tokens that top-k and top-p keep."""
+    """Of the tokens that top-k and top-p keep, `token` has the greatest sum of logit and noise."""
     x = np.float64(logits)
     t = np.float64(np.float32(temperature))
     noise = noise_twin(seed, position, np.arange(len(x)))
@@ -485,7 +490,7 @@ def test_sample_at_extreme_temperatures_and_logits():
 
 
 def test_sample_depends_on_seed_and_position_alone():
-    """One request, in every row of a batch, at every alignment, beside other requests: the same bits."""
+    """The same bits for a request in every row of a batch, at every alignment, in any company."""
     rng = RNG(10)
     mine = randn(rng, 1001, scale=2)
     S = 16
@@ -524,7 +529,7 @@ def test_sample_draws_the_distribution(by):
 
 
 def test_noise_is_exact_in_the_tail():
-    """100,000 tokens at exp(-25) share 1e-6 of the mass. With noise of 24 bits, they win far too often."""
+    """100,000 tokens at exp(-25) share 1e-6 of the mass: noise of 24 bits lets them win too often."""
     tokens = np.arange(1, 100_001)
     first = np.zeros(1, int)
     wins = sum(noise_twin(seed, 0, tokens).max() - 25 > noise_twin(seed, 0, first)[0] for seed in range(500))
