@@ -529,7 +529,7 @@ def test_sample_draws_the_distribution(by):
 
 
 def test_noise_is_exact_in_the_tail():
-    """100,000 tokens at exp(-25) share 1e-6 of the mass: noise of 24 bits lets them win too often."""
+    """100,000 tokens at exp(-25) share 1e-6 of the mass. Noise of 24 bits makes them win too often."""
     tokens = np.arange(1, 100_001)
     first = np.zeros(1, int)
     wins = sum(noise_twin(seed, 0, tokens).max() - 25 > noise_twin(seed, 0, first)[0] for seed in range(500))

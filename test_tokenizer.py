@@ -194,7 +194,7 @@ def test_streamed_random_ids_join_to_the_whole(model):
         ids = [rng.randrange(model.ours.vocab_size + 5) for _ in range(rng.randrange(30))]
         whole = model.ours.decode(ids)
         assert "".join(stream(model.ours, ids)) == whole
-        if model.ours._byte_level:      # other decoders of the package replace the whole run of bytes
+        if model.ours._byte_level:      # the package's other decoders replace the whole run
             assert whole == model.hf.decode(ids)
 
 
@@ -347,7 +347,7 @@ def test_where_the_template_stands(build, models_of):
     assert Tokenizer(model.folder).chat(HI) == models_of["llama3.1"].ours.chat(HI)
 
 
-# What the models' templates do, in our own words. Transformers runs a model's template by Jinja too.
+# What the models' templates do, in our own words. Transformers too runs a template by Jinja.
 HEADER = "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
 LLAMA3_0_JINJA = (
     "{{ bos_token }}{% for m in messages %}" + HEADER + "{% endfor %}{% if add_generation_prompt %}"

@@ -1,5 +1,4 @@
-"""Views and bench."""
-
+"""What can be seen of a run: the views, and the bench."""
 import contextlib
 import fcntl
 import json
@@ -15,6 +14,7 @@ import subprocess
 import sys
 import termios
 import time
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -27,48 +27,41 @@ from test_tinyvllm import ON_GPU, TEXTS, assert_refused, chats, recitation, run_
 from tinyvllm import LLM, BlockAllocator, RequestOutput, SamplingParams, Scheduler, Sequence
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Bench
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def test_bench_floor_against_counting():
-    """The floor of a step, counted tensor by tensor and pair by pair."""
+    """The floor of a step, counted tensor by tensor and pair of query and key by pair."""
     c = tinyvllm.SHAPES["llama-3.1-8b"]
     matrices = 32 * (4096 * 4096 * 2 + 2 * 1024 * 4096 + 3 * 14336 * 4096)
-    weights = 2 * (matrices + 128256 * 4096 + 4096)  # of the norms, only the last has its weight to itself
-    cache = 2 * 2 * 32 * 1024  # a token: K and V, 2 bytes, 32 layers, 8 heads of 128
-    slow_memory, slow_matrices = (
-        {"bytes_per_second": a, "operations_per_second": b} for a, b in ((1.0, 1e30), (1e30, 1.0))
-    )
+    head = 128256 * 4096
+    weights = 2 * (matrices + head + 4096)          # only the last norm keeps weights of its own
+    cache = 2 * 2 * 32 * 1024                       # of a token: K and V, 2 bytes, 32 layers, 8 heads of 128
+    slow_memory = {"bytes_per_second": 1.0, "operations_per_second": 1e30}
     prefill, decode = bench.seconds_at_best(c, slow_memory, [(10, 3), (20, 2)])
     assert prefill == weights and decode == 2 * weights + cache * (11 + 21 + 12)
+    slow_matrices = {"bytes_per_second": 1e30, "operations_per_second": 1.0}
     prefill, decode = bench.seconds_at_best(c, slow_matrices, [(3, 2)])
-    pair = 2 * 2 * 32 * 32 * 128  # q . k and p v, 32 layers, 32 heads of 128
-    norms = 2 * 4096  # counted as if it were a matrix: next to nothing
-    assert abs(prefill - (2 * (3 * matrices + 128256 * 4096) + 6 * pair)) <= 3 * norms
-    assert abs(decode - (2 * (matrices + 128256 * 4096) + 4 * pair)) <= norms
+    pair = 2 * 2 * 32 * 32 * 128                    # q . k and p v, 32 layers, 32 heads of 128
+    norms = 2 * 4096                                # counted as a matrix by the floor: next to nothing
+    assert abs(prefill - (2 * (3 * matrices + head) + 6 * pair)) <= 3 * norms
+    assert abs(decode - (2 * (matrices + head) + 4 * pair)) <= norms
 
 
 def test_bench_rows():
-    """The mix is that of nano-vllm's benchmark."""
+    """The mix is the load of nano-vllm's benchmark."""
     rows = bench.bench_rows()
     mix = rows["mix"].requests
-    assert (
-        len(mix) == 256
-        and [sum(column) for column in zip(*mix)] == [142_827, 133_966]
-        and rows["mix-sampled"].requests == mix
-    )
-    assert rows["decode-64-4000"].requests == [(4000, 256)] * 64 and rows["prefill-1-8192"].requests == [
-        (8192, 1)
-    ]
+    assert len(mix) == 256 and [sum(column) for column in zip(*mix)] == [142_827, 133_966]
+    assert rows["mix-sampled"].requests == mix
+    assert rows["decode-64-4000"].requests == [(4000, 256)] * 64
+    assert rows["prefill-1-8192"].requests == [(8192, 1)]
 
 
 def test_bench_wants_a_gpu_and_a_file_that_it_can_write(tmp_path):
     assert_refused(run_main("--device", "cpu", "--bench", "mix"), "--bench wants an NVIDIA GPU")
-    assert_refused(
-        run_main("--bench", "mix", "--json", tmp_path / "none" / "figures.json"),
-        "none/figures.json",
-        "No such file",
-    )
+    file = tmp_path / "none" / "figures.json"
+    assert_refused(run_main("--bench", "mix", "--json", file), "none/figures.json", "No such file")
 
 
 @pytest.mark.skipif(not ON_GPU, reason="the bench wants a GPU")
@@ -79,115 +72,99 @@ def test_bench_measures(tmp_path, row, unit):
     figures = json.loads((tmp_path / "figures.json").read_text())["rows"]
     [line] = [line for line in out.splitlines() if line.startswith(row)]
     value = figures[row]["value"]
-    assert (
-        code == 0
-        and list(figures) == [row]
-        and f"{value:,.{0 if unit == 'tokens/s' else 3}f} {unit}" in line
-        and value > 0
-    )
+    digits = 0 if unit == "tokens/s" else 3
+    assert code == 0 and list(figures) == [row] and value > 0
+    assert f"{value:,.{digits}f} {unit}" in line
+
+
+def are_off(llm):
+    """For each idea that bench.py can switch off, whether the idea is off now."""
+    return [getattr(thing, name) == value for _, thing, name, value in bench.switches(llm.engine)]
 
 
 def test_bench_ablation(monkeypatch, tmp_path):
-    """The logic, in the simulator on a small load: each row has its ideas off while it runs and all on afterwards, and is run twice."""
+    """The ablation's logic, in the simulator and on a small load.
+
+    While a row runs, its ideas are off. Afterwards all are on again. Each row runs twice.
+    """
     rows = bench.bench_rows()
-    seen = []
-    submit = LLM.submit
+    small = {"prefixes": 1, "shared": 18, "seqs": 2, "budget": 16, "whole": 64}
     for name, row in rows.items():
         if name.startswith("ablation-"):
             row.requests = [(20, 2), (21, 3), (20, 5)]
-            row.setup = row.setup | {"prefixes": 1, "shared": 18, "seqs": 2, "budget": 16, "whole": 64}
+            row.setup = row.setup | small
+    seen = []                   # (llm, which ideas are off, tokens a step, outputs) of each run
+    submit = LLM.submit
 
     def watched_submit(llm, prompts, params):
-        seen.append(
-            (
-                llm.engine,
-                [getattr(thing, name) == value for _, thing, name, value in bench.switches(llm.engine)],
-                llm.engine.scheduler,
-                llm.engine.scheduler.max_num_batched_tokens,
-                submit(llm, prompts, params),
-            )
-        )
-        return seen[-1][-1]
+        budget = llm.engine.scheduler.max_num_batched_tokens
+        outputs = submit(llm, prompts, params)
+        seen.append((llm, are_off(llm), budget, outputs))
+        return outputs
 
+    card = {"name": "a card", "bytes_per_second": 1e9, "operations_per_second": 1e9}
     monkeypatch.setattr(LLM, "submit", watched_submit)
     monkeypatch.setattr(bench, "bench_rows", lambda: rows)
     monkeypatch.setattr(bench, "CpuDevice", ())
-    monkeypatch.setattr(
-        bench,
-        "measure_card",
-        lambda llm: {"name": "a card", "bytes_per_second": 1e9, "operations_per_second": 1e9},
-    )
-    code, out, _ = run_main(
-        "--model",
-        PARROT,
-        "--bench",
-        "ablation",
-        "--json",
-        tmp_path / "figures.json",
-        "--max-num-batched-tokens",
-        "64",
-    )
+    monkeypatch.setattr(bench, "measure_card", lambda llm: card)
+    code, out, _ = run_main("--model", PARROT, "--bench", "ablation", "--json", tmp_path / "figures.json",
+                            "--max-num-batched-tokens", "64")
     figures = json.loads((tmp_path / "figures.json").read_text())["rows"]
-    wanted = [
-        [idea in row.setup["off"] for idea, *_ in bench.switches(None)]
-        for name, row in rows.items()
-        if name in figures
-    ]
-    assert (
-        code == 0
-        and len(figures) == 7
-        and [off for _, off, *_ in seen] == [off for off in wanted for _ in range(2)]
-    )
-    for name, (_, off, _, budget, outputs) in zip([name for name in figures for _ in range(2)], seen):
-        assert budget == (64 if off[2] else 16) and [len(output.token_ids) for output in outputs] == [
-            2,
-            3,
-            5,
-        ], name
-        assert (outputs[-1].num_cached_tokens == 16) != off[3] and outputs[0].num_cached_tokens == 0
-        assert (
-            figures[name]["value"] > 0 < figures[name]["between_tokens_p99_ms"]
-            and f"{figures[name]['between_tokens_p99_ms']:,.2f} ms" in out
-        )
-    engine, _, scheduler, *_ = seen[0]
-    assert not any(getattr(thing, name) == value for _, thing, name, value in bench.switches(engine))
+    ideas = [idea for idea, *_ in bench.switches(None)]
+    wanted = [[idea in row.setup["off"] for idea in ideas] for name, row in rows.items() if name in figures]
+    assert code == 0 and len(figures) == 7
+    assert [off for _, off, *_ in seen] == [off for off in wanted for _ in range(2)]
+    names = [name for name in figures for _ in range(2)]
+    for name, (_, off, budget, outputs) in zip(names, seen):
+        whole_prompts, no_caching = off[2:4]
+        latency = figures[name]["between_tokens_p99_ms"]
+        assert budget == (64 if whole_prompts else 16), name
+        assert [len(output.token_ids) for output in outputs] == [2, 3, 5], name
+        assert outputs[0].num_cached_tokens == 0
+        assert (outputs[-1].num_cached_tokens == 16) != no_caching
+        assert figures[name]["value"] > 0 and latency > 0 and f"{latency:,.2f} ms" in out
+    llm = seen[0][0]
+    scheduler = llm.engine.scheduler
+    assert not any(are_off(llm))
     assert (scheduler.max_num_batched_tokens, scheduler.max_num_seqs) == (64, 64)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Views
-# ---------------------------------------------------------------------------------------------------------------------
-QUESTIONS = [
-    "What is RoPE?",
-    "What is PagedAttention?",
-    "What is a KV cache?",
-    "Recite Basho's frog.",
-    "What is RMSNorm?",
-    "Who are you?",
-]
+# --------------------------------------------------------------------------------------------------
+QUESTIONS = ["What is RoPE?", "What is PagedAttention?", "What is a KV cache?", "Recite Basho's frog.",
+             "What is RMSNorm?", "Who are you?"]
+
+
+def pool_of(allocator):
+    """(reference count of each page, cached pages that nobody uses) as they are now."""
+    return list(allocator.ref_counts), {page for page in allocator.free if page in allocator.chains}
+
+
+def looked_inside(llm):
+    """looking_inside() with a recorder and no view."""
+    return views.looking_inside(llm, SimpleNamespace(watch=False, trace=None, stats=False))
 
 
 def watched_run(**options):
-    """(recorder, outputs, [(reference counts, cached pages) as each step was launched]) of six requests, in a pool that is too small for them."""
+    """(recorder, outputs, pool at each step's launch) of six requests.
+
+    Their pages do not fit into the pool together.
+    """
     llm = LLM(PARROT, num_blocks=14, max_num_batched_tokens=40, **options)
-    allocator = llm.engine.scheduler.allocator
     pools = []
 
     def told(event, what):
         if event == "launch":
-            pools.append(
-                (list(allocator.ref_counts), {page for page in allocator.free if page in allocator.chains})
-            )
+            pools.append(pool_of(llm.engine.scheduler.allocator))
 
     llm.engine.observers.append(SimpleNamespace(told=told))
-    args = SimpleNamespace(watch=False, trace=None, stats=False)
-    messages = [
-        [{"role": "system", "content": "You are a helpful assistant."}, {"role": "user", "content": question}]
-        for question in QUESTIONS
-    ]
-    with views.looking_inside(llm, args) as recorder:
-        outputs = llm.generate([llm.tokenizer.chat(m) for m in messages], SamplingParams(max_tokens=36))
-    assert all(recitation(question).startswith(output.text) for question, output in zip(QUESTIONS, outputs))
+    system = {"role": "system", "content": "You are a helpful assistant."}
+    prompts = [llm.tokenizer.chat([system, {"role": "user", "content": question}]) for question in QUESTIONS]
+    with looked_inside(llm) as recorder:
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=36))
+    for question, output in zip(QUESTIONS, outputs):
+        assert recitation(question).startswith(output.text)
     assert len(llm.engine.observers) == 1
     return recorder, outputs, pools
 
@@ -198,77 +175,64 @@ def watched():
 
 
 def assert_accounts(recorder):
-    """Segments lie end to end from arrival to finish, and so the parts of an account add up; every token is in exactly one step."""
+    """A request's segments lie end to end, so the parts of its account add up to its time.
+
+    Every token is in exactly one step.
+    """
     for request in recorder.requests:
         o = request.output
         segments = request.segments
         ends = [o.arrival_time, *(s.end for s in segments)]
         assert [s.begin for s in segments] == ends[:-1] and ends == sorted(ends)
-        assert min(o.account.values()) >= 0 and math.isclose(
-            sum(o.account.values()), ends[-1] - o.arrival_time, abs_tol=1e-9
-        )
+        assert min(o.account.values()) >= 0
+        assert math.isclose(sum(o.account.values()), ends[-1] - o.arrival_time, abs_tol=1e-9)
         steps = [step for s in segments if s.count for step in range(s.first, s.last + 1)]
         assert len(steps) == len(set(steps)) and sum(s.sampled for s in segments) == len(o.token_ids)
-        assert (
-            all(s.count == s.sampled == s.last - s.first + 1 for s in segments if s.kind == "decode")
-            or o.finish_reason == "abort"
-        )
-        assert (
-            sum(s.count for s in segments if s.kind == "prefill") + o.num_cached_tokens
-            == len(o.prompt_token_ids)
-            or o.num_preemptions
-            or o.finish_reason == "abort"
-        )
+        if o.finish_reason == "abort":
+            continue
+        assert all(s.count == s.sampled == s.last - s.first + 1 for s in segments if s.kind == "decode")
+        prefilled = sum(s.count for s in segments if s.kind == "prefill")
+        assert prefilled + o.num_cached_tokens == len(o.prompt_token_ids) or o.num_preemptions
 
 
 @pytest.mark.parametrize("overlap, simulated", [(True, True), (True, False), (False, True)])
 def test_views_account(watched, monkeypatch, overlap, simulated):
-    """A request's time is all accounted for; who was preempted has a part for it, others have none."""
+    """All of a request's time is accounted for. Only a preempted request has a part "preempted"."""
     if (overlap, simulated) != (True, True):
-        if not simulated:  # steps as on a GPU: their tokens are there when they are read
+        if not simulated:                           # as on a GPU: a step takes time after its launch
             monkeypatch.setattr(views, "CpuDevice", ())
         watched = watched_run(overlap=overlap)
     recorder, outputs, _ = watched
     assert_accounts(recorder)
-    assert [r.output for r in recorder.requests] == outputs and all(
-        r.segments[-1].end == r.output.finish_time for r in recorder.requests
-    )
-    assert [o.account["preempted"] > 0 for o in outputs] == [o.num_preemptions > 0 for o in outputs] and any(
-        o.num_preemptions for o in outputs
-    )
+    assert [r.output for r in recorder.requests] == outputs
+    assert all(r.segments[-1].end == r.output.finish_time for r in recorder.requests)
+    assert [o.account["preempted"] > 0 for o in outputs] == [o.num_preemptions > 0 for o in outputs]
+    assert any(o.num_preemptions for o in outputs)
     assert any(o.account["recomputed"] for o in outputs) and all(o.account["prefill"] for o in outputs)
-    assert (
-        any(o.account["stalled"] for o in outputs) or not simulated
-    )  # else its launches, which are slow, count to the step before
+    # Unless told so, views count the simulator's slow launch to the step before: nothing is stalled.
+    assert any(o.account["stalled"] for o in outputs) or not simulated
 
 
 def test_views_stalled():
     """Decode steps of 1 s, and three of 5, 1 and 0.5 s beside others' prefill: 4 s of stall."""
-    request = views.Request(
-        1, SimpleNamespace(block_table=[], output=RequestOutput([1], arrival_time=10.0)), 0
-    )
+    sequence = SimpleNamespace(block_table=[], output=RequestOutput([1], arrival_time=10.0))
+    request = views.Request(1, sequence, 0)
     request.wait(2, 11.0)
     request.spend("prefill", 2, 2, 13.0, 0, 1)
     request.spend("decode", 3, 8, 22.5, 1, 6)
     request.alone = [1.0, 1.0, 1.0]
     request.beside = [5.0, 1.0, 0.5]
-    assert request.account() == {
-        "queued": 1,
-        "prefill": 2,
-        "decode": 5.5,
-        "stalled": 4,
-        "preempted": 0,
-        "recomputed": 0,
-    }
+    assert request.account() == {"queued": 1, "prefill": 2, "decode": 5.5, "stalled": 4, "preempted": 0,
+                                 "recomputed": 0}
 
 
 def embedded(page):
-    """The data of a page."""
+    """The data that an HTML page holds."""
     return json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.S)[1])
 
 
 def assert_pools(data, pools):
-    """The changes of the block tables, one after the other, give the reference counts and the cached pages of every step."""
+    """The changes of the block tables give each step's reference counts and cached pages."""
     users = [0] * data["num_blocks"]
     cached = set()
     tables = {}
@@ -276,211 +240,187 @@ def assert_pools(data, pools):
     for step, (ref_counts, kept) in enumerate(pools):
         while changes and changes[0][0] <= step:
             _, request, pages = changes.pop(0)
-            if isinstance(pages, int):
+            if isinstance(pages, int):      # given back: all pages but the last `pages + 1` stay cached
                 given_back = tables.pop(request)
-                cached = cached - set(given_back) | set(given_back[: -1 - pages])
+                cached = cached - set(given_back) | set(given_back[:-1 - pages])
             else:
                 tables[request] = tables.get(request, []) + pages
             users = [sum(page in table for table in tables.values()) for page in range(data["num_blocks"])]
-        used, shared = (sum(count > n for count in users) for n in (0, 1))
+        used = sum(count > 0 for count in users)
+        shared = sum(count > 1 for count in users)
         assert users == ref_counts and {page for page in cached if not users[page]} == kept
         assert data["steps"][step][4:] == [used, shared, len(kept)]
     assert max(s[5] for s in data["steps"]) > 0 and max(s[4] for s in data["steps"]) == data["num_blocks"]
-    assert all(isinstance(pages, int) for _, _, pages in changes) and len(changes) == len(
-        tables
-    )  # after the last step: all is given back
+    # After the last step, only requests that give their pages back are left.
+    assert all(isinstance(pages, int) for _, _, pages in changes) and len(changes) == len(tables)
 
 
 def test_views_pages(watched):
     assert_pools(embedded(views.html_trace(watched[0])), watched[2])
 
 
+def run_step(scheduler, recorder, pools):
+    """A step as the engine takes it, but with no model: every sampled token is 1."""
+    recorder.told("schedule", None)
+    scheduled = scheduler.schedule()
+    if not scheduled:
+        return
+    recorder.told("launch", scheduled)
+    pools.append(pool_of(scheduler.allocator))
+    for sequence, count in scheduled:
+        sequence.num_computed_tokens += count
+        scheduler.register_full_blocks(sequence)
+    for event in "launched", "wait", "read":
+        recorder.told(event, None)
+    sampled = [sequence for sequence, _ in scheduled if sequence.remaining == 0]
+    for sequence in sampled:
+        sequence.token_ids.append(1)
+        sequence.output.token_ids.append(1)
+        if sequence.is_full:
+            sequence.output.finish_reason = "length"
+            sequence.output.finish_time = time.perf_counter()
+            scheduler.remove(sequence)
+    recorder.told("done", sampled)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_views_random_events(seed):
-    """Requests that often begin alike come, are preempted, go and are given up, with no model: facts and pages are right throughout."""
+    """Requests come, are preempted, go and are given up: accounts and pages are right throughout.
+
+    The requests often begin alike. There is no model.
+    """
     rng = RNG(seed)
-    allocator = BlockAllocator(20, 4)
-    scheduler = Scheduler(allocator, 24, 8)
+    scheduler = Scheduler(BlockAllocator(20, 4), 24, 8)
+    engine = SimpleNamespace(scheduler=scheduler, in_flight=[])
+    recorder = views.Recorder(SimpleNamespace(device=SimpleNamespace(name="none"), engine=engine))
     pools = []
-    recorder = views.Recorder(
-        SimpleNamespace(
-            device=SimpleNamespace(name="none"), engine=SimpleNamespace(scheduler=scheduler, in_flight=[])
-        )
-    )
+
+    def give_up(sequence):
+        sequence.output.finish_reason = "abort"
+        scheduler.remove(sequence)
+
     for _ in range(400):
         if rng.random() < 0.3 and len(recorder.live) < 12:
             output = RequestOutput([1] * int(rng.integers(1, 30)), arrival_time=time.perf_counter())
-            scheduler.waiting.append(
-                Sequence(
-                    SamplingParams(), output, None, len(output.prompt_token_ids) + int(rng.integers(1, 40))
-                )
-            )
+            max_len = len(output.prompt_token_ids) + int(rng.integers(1, 40))
+            scheduler.waiting.append(Sequence(SamplingParams(), output, None, max_len))
         elif rng.random() < 0.05 and scheduler.running:
-            gone = scheduler.running[int(rng.integers(len(scheduler.running)))]
-            gone.output.finish_reason = "abort"
-            scheduler.remove(gone)
-        recorder.told("schedule", None)
-        scheduled = scheduler.schedule()
-        if not scheduled:
-            continue
-        recorder.told("launch", scheduled)
-        pools.append(
-            (list(allocator.ref_counts), {page for page in allocator.free if page in allocator.chains})
-        )
-        for sequence, count in scheduled:
-            sequence.num_computed_tokens += count
-            scheduler.register_full_blocks(sequence)
-        for event in "launched", "wait", "read":
-            recorder.told(event, None)
-        sampled = [sequence for sequence, _ in scheduled if sequence.remaining == 0]
-        for sequence in sampled:
-            sequence.token_ids.append(1)
-            sequence.output.token_ids.append(1)
-            if sequence.is_full:
-                sequence.output.finish_reason = "length"
-                sequence.output.finish_time = time.perf_counter()
-                scheduler.remove(sequence)
-        recorder.told("done", sampled)
+            give_up(scheduler.running[int(rng.integers(len(scheduler.running)))])
+        run_step(scheduler, recorder, pools)
     for sequence in [*scheduler.running, *scheduler.waiting]:
-        sequence.output.finish_reason = "abort"
-        scheduler.remove(sequence)
+        give_up(sequence)
     recorder.close()
     assert_accounts(recorder)
     assert_pools(embedded(views.html_trace(recorder, max_requests=1000)), pools)
-    assert {"queued", "prefill", "decode", "preempted", "recomputed"} == {
-        s.kind for request in recorder.requests for s in request.segments
-    }
+    kinds = {s.kind for request in recorder.requests for s in request.segments}
+    assert {"queued", "prefill", "decode", "preempted", "recomputed"} == kinds
 
 
 def test_views_traces(watched):
-    """A valid Chrome trace, whose tracks end when their requests end; the page holds the same."""
+    """The Chrome trace is valid; a track ends when its request ends. The page holds the same."""
     recorder, outputs, _ = watched
     events = json.loads(json.dumps(views.chrome_trace(recorder)))["traceEvents"]
     data = embedded(views.html_trace(recorder))
-    assert all(
-        event["ph"] in "MXC"
-        and event["ts"] >= 0
-        and event.get("dur", 0) >= 0
-        and {"name", "pid", "tid", "args"} <= event.keys()
-        for event in events
-    )
+    for event in events:
+        assert event["ph"] in "MXC" and event["ts"] >= 0 and event.get("dur", 0) >= 0
+        assert {"name", "pid", "tid", "args"} <= event.keys()
     engine = [event for event in events if event["ph"] == "X" and event["pid"] == 1]
     assert {event["name"] for event in engine} == {"schedule", "launch", "wait", "read"}
-    assert all(a["ts"] + a["dur"] <= b["ts"] + 1e-3 for a, b in zip(engine, engine[1:]))
-    assert (
-        sorted(event["args"]["step"] for event in engine if event["name"] == "read")[-1]
-        >= data["num_steps"] - 2
-    )  # the last step: surplus
-    zero = recorder.start
+    assert all(a["ts"] + a["dur"] <= b["ts"] + 1e-3 for a, b in pairwise(engine))
+    reads = [event["args"]["step"] for event in engine if event["name"] == "read"]
+    assert max(reads) >= data["num_steps"] - 2                  # the very last step may be a surplus
     for number, (output, request) in enumerate(zip(outputs, data["requests"]), 1):
-        track = [
-            event for event in events if event["ph"] == "X" and (event["pid"], event["tid"]) == (2, number)
-        ]
-        assert abs(track[0]["ts"] / 1e6 - (output.arrival_time - zero)) < 1e-6
-        assert abs((track[-1]["ts"] + track[-1]["dur"]) / 1e6 - (output.finish_time - zero)) < 1e-6
-        assert sum(event["args"]["new_tokens"] for event in track) == len(output.token_ids) == request[
-            "new"
-        ] and output.text.startswith(request["text"])
+        track = [event for event in events
+                 if event["ph"] == "X" and (event["pid"], event["tid"]) == (2, number)]
+        end = track[-1]["ts"] + track[-1]["dur"]
+        assert abs(track[0]["ts"] / 1e6 - (output.arrival_time - recorder.start)) < 1e-6
+        assert abs(end / 1e6 - (output.finish_time - recorder.start)) < 1e-6
+        assert sum(event["args"]["new_tokens"] for event in track) == len(output.token_ids) == request["new"]
+        assert output.text.startswith(request["text"])
         assert request["segments"] == [
-            [event["name"], event["args"]["first_step"], event["args"]["last_step"]] for event in track
-        ]
-    for name, keys, columns in (
-        ("pages", ["used", "shared", "cached"], slice(4, 7)),
-        ("tokens of the step", ["prefill", "decode"], slice(2, 4)),
-    ):
+            [event["name"], event["args"]["first_step"], event["args"]["last_step"]] for event in track]
+    for name, keys, columns in (("pages", ["used", "shared", "cached"], slice(4, 7)),
+                                ("tokens of the step", ["prefill", "decode"], slice(2, 4))):
         counters = [[event["args"][key] for key in keys] for event in events if event["name"] == name]
         assert counters[:-1] == [step[columns] for step in data["steps"]] and sum(counters[-1][:2]) == 0
-    assert all(
-        decode + prefill <= data["budget"] and used + cached <= data["num_blocks"]
-        for _, _, prefill, decode, used, _, cached in data["steps"]
-    )
+    for _, _, prefill, decode, used, _, cached in data["steps"]:
+        assert decode + prefill <= data["budget"] and used + cached <= data["num_blocks"]
 
 
 def test_views_page_of_a_long_run_is_cut(watched):
-    """It holds the first steps and requests, and says of how many; a text cannot end the script that holds it."""
+    """The page holds the first steps and requests, and says of how many.
+
+    A text cannot end the script that holds the text.
+    """
     recorder = watched[0]
-    recorder.requests[0].output.text, text = "</script><b>", recorder.requests[0].output.text
-    data = embedded(views.html_trace(recorder, max_steps=50, max_requests=3))
-    recorder.requests[0].output.text = text
     whole = embedded(views.html_trace(recorder))
-    assert (
-        data["requests"][0]["text"] == "</script><b>"
-        and data["steps"] == whole["steps"][:50]
-        and data["num_steps"] == len(whole["steps"])
-    )
-    assert len(data["requests"]) == 3 and all(
-        last < 50 for request in data["requests"] for _, _, last in request["segments"]
-    )
+    output = recorder.requests[0].output
+    text = output.text
+    output.text = "</script><b>"
+    data = embedded(views.html_trace(recorder, max_steps=50, max_requests=3))
+    output.text = text
+    assert data["requests"][0]["text"] == "</script><b>"
+    assert data["steps"] == whole["steps"][:50] and data["num_steps"] == len(whole["steps"])
+    assert len(data["requests"]) == 3
+    assert all(last < 50 for request in data["requests"] for _, _, last in request["segments"])
     assert data["changes"] == [change for change in whole["changes"] if change[0] <= 50 and change[1] <= 3]
+
+
+def in_browser(file, step, folder):
+    """The page as a browser shows it, at the step that the address names."""
+    command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}",
+               "--enable-logging=stderr", "--virtual-time-budget=2000", "--dump-dom", f"file://{file}#{step}"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert "CONSOLE" not in result.stderr and "Uncaught" not in result.stderr
+    return result.stdout
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="there is no chromium")
 @pytest.mark.parametrize("step", [30, None])
 def test_views_page_in_a_browser(watched, tmp_path, step):
-    """It loads without an error, and shows the pages and block tables of the step that the address names; with no steps it loads too."""
+    """The page loads without an error, with no steps too, and shows the pool of its step."""
     recorder = watched[0] if step else views.Recorder(LLM(PARROT, num_blocks=14))
     (tmp_path / "run.html").write_text(views.html_trace(recorder), "utf-8")
-    result = subprocess.run(
-        [
-            "chromium",
-            "--headless=new",
-            "--no-sandbox",
-            "--disable-gpu",
-            f"--user-data-dir={tmp_path}",
-            "--enable-logging=stderr",
-            "--virtual-time-budget=2000",
-            "--dump-dom",
-            f"file://{tmp_path}/run.html#{step}",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert "CONSOLE" not in result.stderr and "Uncaught" not in result.stderr
-    page = result.stdout
-    data = embedded(result.stdout)
-    pool = page[page.index('id="map"') : page.index("Block tables")]
+    page = in_browser(tmp_path / "run.html", step, tmp_path)
+    pool = page[page.index('id="map"'):page.index("Block tables")]
     counts = [int(count) for count in re.findall(r"reference count (\d+)", pool)]
     if not step:
         assert counts == [0] * 14 and "0 requests" in page
         return
-    _, _, prefill, decode, used, shared, cached = data["steps"][step]
-    assert (
-        counts == watched[2][step][0]
-        and pool.count('class="page cached"') == cached
-        and pool.count('class="page shared"') == shared
-    )
+    data = embedded(page)
+    _, _, prefill, decode, _, shared, cached = data["steps"][step]
+    assert counts == watched[2][step][0]
+    assert pool.count('class="page cached"') == cached and pool.count('class="page shared"') == shared
     assert f"Step {step + 1} of {len(data['steps'])}: {decode} decode + {prefill} prefill tokens" in page
-    table = page[page.index('id="tables"') : page.index('<script id="data"')]
-    assert (
-        len(re.findall(r"<i ", table)) == sum(counts)
-        and table.count('class="table"')
-        == len(re.findall("request \\d+: (?:decode|prefill|has ended)", table))
-        > 2
-    )
-    assert (
-        page.count('class="preempted"') > 1 and page[page.index('id="time"') :].count('class="decode"') >= 6
-    )
+    table = page[page.index('id="tables"'):page.index('<script id="data"')]
+    named = re.findall(r"request \d+: (?:decode|prefill|has ended)", table)
+    assert len(re.findall(r"<i ", table)) == sum(counts)
+    assert table.count('class="table"') == len(named) > 2
+    assert page.count('class="preempted"') > 1
+    assert page[page.index('id="time"'):].count('class="decode"') >= 6
 
 
-def on_terminal(columns, lines, *args, act=lambda read: None):
-    """(exit code, all that a terminal of this size was sent) by the command line. act: called once it runs, with (process, resize). In the
-    simulator: a GPU would be done before the second picture."""
+# --------------------------------------------------------------------------------------------------
+# A terminal
+# --------------------------------------------------------------------------------------------------
+def on_terminal(columns, lines, *args, act=None):
+    """(exit code, text) that the command line sends to a terminal of this size.
+
+    act(process, resize) is called once, when the run is under way. Always in the simulator: a GPU is
+    done before the second picture.
+    """
     master, slave = pty.openpty()
-    resize = lambda columns, lines: fcntl.ioctl(
-        slave, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0)
-    )
+
+    def resize(columns, lines):
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+
     resize(columns, lines)
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "tinyvllm.py", "--model", PARROT, "--device", "cpu", *args],
-        stdin=slave,
-        stdout=slave,
-        stderr=slave,
-        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    command = [sys.executable, ROOT / "tinyvllm.py", "--model", PARROT, "--device", "cpu", *args]
+    process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave,
+                               env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     sent = b""
-    with contextlib.suppress(OSError):  # the other end is closed: that is how a terminal ends
+    with contextlib.suppress(OSError):      # a terminal's end of file: its other end is closed, reading fails
         while True:
             if act and b"tokens/s" in sent:
                 act(process, resize)
@@ -488,101 +428,92 @@ def on_terminal(columns, lines, *args, act=lambda read: None):
             if process.poll() is not None and slave:
                 os.close(slave)
                 slave = None
-            if chunk := select.select([master], [], [], 0.1)[0] and os.read(master, 65536):
-                sent += chunk
+            readable, _, _ = select.select([master], [], [], 0.1)
+            if readable:
+                sent += os.read(master, 65536)
     os.close(master)
     return process.wait(), sent.decode().replace("\r\n", "\n")
 
 
 def plain(text):
-    """Without the codes that move the cursor and colour."""
+    """The text without the codes that move the cursor and set colours."""
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
 
 
+ENTER = "\x1b[?1049h"
 LEAVE = "\x1b[?7h\x1b[?25h\x1b[?1049l"
 POOL = ["--num-blocks", "12", "--max-num-batched-tokens", "40"]
 
 
 def test_views_watch():
-    """It draws pages, requests and steps, no line too long, and leaves: then the answers stand on the terminal, and nothing else."""
-    code, sent = on_terminal(80, 24, "--watch", *POOL, *QUESTIONS[:3], "", act=None)
-    before, view = sent.split("\x1b[?1049h")
+    """--watch draws pages, requests and steps, no line too long, and leaves.
+
+    Then the terminal holds the answers and nothing else.
+    """
+    code, sent = on_terminal(80, 24, "--watch", *POOL, *QUESTIONS[:3], "")
+    before, view = sent.split(ENTER)
     view, after = view.split(LEAVE)
-    assert code == 2 and "\x1b" not in before + after  # the empty prompt is refused: that is said afterwards
-    assert [line for line in after.splitlines() if line.startswith("tinyvllm: ")] == [
-        "tinyvllm: '': the prompt is empty: expected some text"
-    ]
+    errors = [line for line in after.splitlines() if line.startswith("tinyvllm: ")]
+    assert code == 2 and "\x1b" not in before + after
+    assert errors == ["tinyvllm: '': the prompt is empty: expected some text"]      # said after the view
     assert all(f"> {question}\n{recitation(question)}\n" in after for question in QUESTIONS[:3])
     frames = [plain(frame).splitlines() for frame in view.split("\x1b[H")[1:]]
-    assert len(frames) > 5 and all(len(frame) <= 24 and max(map(len, frame)) <= 80 for frame in frames)
+    assert len(frames) > 5
+    assert all(len(frame) <= 24 and max(len(line) for line in frame) <= 80 for frame in frames)
     text = "\n".join("\n".join(frame) for frame in frames)
-    for part in (
-        "of 40 tokens",
-        "of 12 pages in use",
-        "A decode",
-        "C preempted",
-        "prefill",
-        "2 running, 1 waiting, 0 done",
-        "tokens/s",
-        "A B ",
-    ):
+    for part in ("of 40 tokens", "of 12 pages in use", "A decode", "C preempted", "prefill",
+                 "2 running, 1 waiting, 0 done", "tokens/s", "A B "):
         assert part in text, part
     cells = next(line for line in frames[-1] if re.fullmatch(r"([A-C1-9+.] ){12}", line))
     assert f"{sum(c.isalpha() for c in cells)} of 12 pages in use" in "\n".join(frames[-1])
 
 
-@pytest.mark.parametrize("what", ["too small", "becomes too small", "Ctrl-C"])
-def test_views_watch_ends_early(what):
-    """Too small a terminal: one line, and the answer all the same. Ctrl-C: the terminal is as before."""
-    act = {
-        "Ctrl-C": lambda process, resize: process.send_signal(signal.SIGINT),
-        "becomes too small": lambda process, resize: resize(59, 24),
-    }.get(what)
-    code, sent = on_terminal(80, 15 if what == "too small" else 24, "--watch", QUESTIONS[0], act=act)
+def interrupt(process, resize):
+    process.send_signal(signal.SIGINT)
+
+
+def make_small(process, resize):
+    resize(59, 24)
+
+
+@pytest.mark.parametrize("lines, act, size", [
+    (15, None, "80 columns and 15 lines"), (24, make_small, "59 columns and 24 lines"), (24, interrupt, "")],
+    ids=["too small", "becomes too small", "Ctrl-C"])
+def test_views_watch_ends_early(lines, act, size):
+    """Too small a terminal gets one line, and the answer. After Ctrl-C, the terminal is restored."""
+    code, sent = on_terminal(80, lines, "--watch", QUESTIONS[0], act=act)
     view, _, after = sent.rpartition(LEAVE)
-    assert "\x1b" not in after and code == (130 if what == "Ctrl-C" else 0) and "Traceback" not in sent
-    if what != "Ctrl-C":
+    assert "\x1b" not in after and "Traceback" not in sent and code == (130 if act == interrupt else 0)
+    if size:
         [line] = [line for line in after.splitlines() if "--watch" in line]
-        size = "80 columns and 15 lines" if what == "too small" else "59 columns and 24 lines"
-        assert (
-            line == f"tiny-vLLM: --watch is off: the terminal has {size}, 60 and 16 are needed"
-            and recitation(QUESTIONS[0]) in after
-        )
-    assert (view == "") == (what == "too small")
+        assert line == f"tiny-vLLM: --watch is off: the terminal has {size}, 60 and 16 are needed"
+        assert recitation(QUESTIONS[0]) in after
+    assert (view == "") == (lines == 15)
 
 
 def test_views_watch_wants_a_terminal():
     code, out, err = run_process("--watch", QUESTIONS[3])
-    assert (
-        (code, out) == (0, recitation(QUESTIONS[3]) + "\n")
-        and err.count("--watch is off: stderr is no terminal\n") == 1
-        and "\x1b" not in err
-    )
+    assert (code, out) == (0, recitation(QUESTIONS[3]) + "\n")
+    assert err.count("--watch is off: stderr is no terminal\n") == 1 and "\x1b" not in err
 
 
 def test_views_watch_many_pages_and_a_wild_text():
-    """Several pages a cell; control characters of an answer do not reach the terminal, and a wide text has its width."""
-    llm = LLM(PARROT, num_blocks=5000)
-    recorder = views.Recorder(llm)
+    """Several pages share a cell. Control characters stay out, and a wide text has its width."""
+    recorder = views.Recorder(LLM(PARROT, num_blocks=5000))
     recorder.users = {77: [3], 4999: [1, 2]}
     recorder.shared = {4999}
     recorder.kept = {78, 200}
     note, *lines = views.Watch(recorder).grid(100, 7)
     assert note == "2 of 5000 pages in use, 1 shared, 2 cached; 8 pages a cell" and len(lines) == 7
     cells = plain("".join(lines))
-    assert (
-        len(cells) == 625
-        and cells[9] == "C"
-        and cells[25] == "+"
-        and cells[-1] == "2"
-        and cells.count(".") == 622
-    )
+    assert len(cells) == 625 and cells[9] == "C" and cells[25] == "+" and cells[-1] == "2"
+    assert cells.count(".") == 622
     assert views.tail("ab\x1b[2Jc\n", 4) == "2Jc " and views.tail("古池や", 5) == "池や"
 
 
 @pytest.mark.parametrize("name", ["run.json", "run.html"])
 def test_views_interrupted_run(tmp_path, name):
-    """Ctrl-C: the file is there, and valid, and the request's track ends with it."""
+    """After Ctrl-C the file is there and valid. The request's track ends with the run."""
     process = start("--trace", str(tmp_path / name), "--stats", "Recite The Raven.")
     process.stdout.read1(100)
     process.send_signal(signal.SIGINT)
@@ -590,59 +521,48 @@ def test_views_interrupted_run(tmp_path, name):
     text = (tmp_path / name).read_text("utf-8")
     assert process.returncode == 130 and "Traceback" not in err.decode() and "decode" in err.decode()
     if name == "run.json":
-        assert {"prefill", "decode", "launch", "read"} <= {
-            event["name"] for event in json.loads(text)["traceEvents"]
-        }
+        names = {event["name"] for event in json.loads(text)["traceEvents"]}
+        assert {"prefill", "decode", "launch", "read"} <= names
     else:
         [request] = embedded(text)["requests"]
         assert [kind for kind, _, _ in request["segments"]] == ["queued", "prefill", "decode"]
 
 
 def test_views_given_up_requests():
-    """A request that its caller gives up, and one that never ran: their time is accounted for as well."""
-    parrot = LLM(PARROT)
-    with views.looking_inside(parrot, SimpleNamespace(watch=False, trace=None, stats=False)) as recorder:
-        outputs = parrot.submit(chats(parrot, TEXTS[:2]))
-        parrot.engine.step()
-        parrot.engine.step()
-        parrot.abort(outputs)
-        late = parrot.submit(chats(parrot, TEXTS[2:3]))
-        for _ in parrot.run(late):
+    """The time of a request that is given up is accounted for, even if the request never ran."""
+    llm = LLM(PARROT)
+    with looked_inside(llm) as recorder:
+        outputs = llm.submit(chats(llm, TEXTS[:2]))
+        llm.engine.step()
+        llm.engine.step()
+        llm.abort(outputs)
+        late = llm.submit(chats(llm, TEXTS[2:3]))
+        for _ in llm.run(late):
             break
     assert_accounts(recorder)
-    assert (
-        [r.output.finish_reason for r in recorder.requests] == ["abort"] * 3
-        and not recorder.live
-        and not any(recorder.users.values())
-    )
+    assert [r.output.finish_reason for r in recorder.requests] == ["abort"] * 3
+    assert not recorder.live and not any(recorder.users.values())
 
 
 def test_views_stats():
-    """The table of --stats: its parts add up to wall, and its tokens are those of the line below."""
+    """The parts of a request add up to its wall time; the tokens agree with the last line."""
     code, _, err = run_process("--stats", "--num-blocks", "9", "--max-tokens", "40", *QUESTIONS[:3])
     lines = err.splitlines()
     head = next(i for i, line in enumerate(lines) if line.split()[:3] == ["request", "queued", "prefill"])
-    rows = [[float(cell) for cell in line.split()] for line in lines[head + 1 : head + 4]]
+    rows = [[float(cell) for cell in line.split()] for line in lines[head + 1:head + 4]]
     assert code == 0 and [row[0] for row in rows] == [1, 2, 3]
     assert all(abs(sum(row[1:7]) - row[7]) < 0.005 for row in rows) and rows[2][5] > 0
-    assert (
-        f"{sum(row[8] for row in rows):.0f} prompt tokens ({sum(row[9] for row in rows):.0f} cached), {sum(row[10] for row in rows):.0f} new"
-        in lines[-1]
-    )
-    assert [line.split(":")[0].strip() for line in lines[head + 4 : -1]] == list(views.PARTS)
+    prompt, cached, new = (int(sum(column)) for column in list(zip(*rows))[8:11])
+    assert f"{prompt} prompt tokens ({cached} cached), {new} new" in lines[-1]
+    assert [line.split(":")[0].strip() for line in lines[head + 4:-1]] == list(views.PARTS)
 
 
-@pytest.mark.parametrize(
-    "path, parts",
-    [
-        ("trace.txt", ["trace.txt", ".json or .html"]),
-        ("none/trace.json", ["none/trace.json", "No such file"]),
-        (".html", [".html", "Is a directory"]),
-    ],
-)
+@pytest.mark.parametrize("path, parts", [
+    ("trace.txt", ["trace.txt", ".json or .html"]), ("none/trace.json", ["none/trace.json", "No such file"]),
+    (".html", [".html", "Is a directory"])])
 def test_views_refuse_a_bad_path(tmp_path, path, parts):
-    """Before the model is loaded."""
+    """The path is refused before the model is loaded, and the check leaves no file."""
     (tmp_path / ".html").mkdir()
     assert_refused(run_main("--model", tmp_path, "--trace", tmp_path / path, "Hi"), "--trace", *parts)
     views.check_trace_path(str(tmp_path / "new.json"))
-    assert [file.name for file in tmp_path.iterdir()] == [".html"]  # the check leaves nothing
+    assert [file.name for file in tmp_path.iterdir()] == [".html"]
