@@ -28,14 +28,11 @@
 //   Grid: a block on each multiprocessor. All must come to be there at once, since they wait for one another.
 //   No sum depends on who draws or comes first: the same input gives the same bits.
 // ---------------------------------------------------------------------------------------------------------------------
-constexpr int DECODE_BATCH = 8;                  // sequences, at most;
-constexpr int DECODE_NUMBERS = 65536;            // F times these, at most: consumers have all of h in their registers
-constexpr int DECODE_LAYERS = 64;                // at most
-constexpr int DECODE_SHARED_BYTES = 232448;      // all that a block may have on compute capability 9.0
-extern "C" __device__ const int decode_shared_bytes = DECODE_SHARED_BYTES;
+constexpr int MOST_SEQUENCES = 8;
 constexpr int CONSUMERS = 8;                     // warps, both
 constexpr int MERGERS = 2;
-constexpr int DECODE_THREADS = 384;              // 32 (CONSUMERS + MERGERS + a reducer + a producer)
+EXPORT(DECODE_THREADS, 32 * (CONSUMERS + MERGERS + 2));    // 2: a reducer and a producer
+EXPORT(decode_shared_bytes, 227 * 1024);         // all that a block may have on compute capability 9.0
 constexpr int CONSUMER_REGISTERS = 200, OTHER_REGISTERS = 104;    // of a thread: of 168 each, the others hand over some
 constexpr int PENDING = 8;                       // tickets that are between producer and reducer at most
 constexpr int IN_FLIGHT = 3;                     // pieces (half units) on their way: as few as keep the memory busy,
@@ -43,6 +40,12 @@ constexpr int IN_FLIGHT_WAITING = 2;             // fewer if consumers wait: wor
 constexpr int BEHIND = 2;                        // they do if so many units lie before them
 constexpr unsigned ZEROS = 0x80008000;           // two bf16 that are 0, but are not a word that is 0
 constexpr int HEADS = NUM_HEADS * HEAD_DIM;
+constexpr int PARTIAL = HEAD_DIM / 2 + 4;        // words: a head's output of one split, and four times its logsumexp
+// `words` has TICKET_WORDS + (L + 1) S (VECTOR_WORDS + splits PARTIAL_WORDS) words; a context has DECODE_SPLITS / S splits at most.
+EXPORT(DECODE_TICKET_WORDS, 4);
+EXPORT(DECODE_VECTOR_WORDS, (2 * HIDDEN + QKV + HEADS + FFN) / 2);
+EXPORT(DECODE_PARTIAL_WORDS, NUM_HEADS * PARTIAL);
+EXPORT(DECODE_SPLITS, 32);
 
 struct alignas(16) Words { unsigned w[4]; };     // 8 bf16 or 4 floats; arrays are registers: all loops over them unroll
 struct alignas(8) Pair { float a, b; };
@@ -69,22 +72,33 @@ constexpr int STEP_KEYS = larger(TILE, BLOCK_SIZE);    // a slot has a multiple 
 constexpr int SLOT_KEYS = larger(1, 4 * SEGMENT / HEAD_DIM / STEP_KEYS) * STEP_KEYS;
 constexpr int SPLIT_KEYS = 256;                  // of a unit of attention, at least: a context no longer than this is one unit
 constexpr int PIECE = larger(8 * SEGMENT, 2 * HEAD_DIM * SLOT_KEYS) + 64;    // bytes; + 64, so that two use all banks
-constexpr int OTHERS = 8 * CONSUMERS * 4 * DECODE_BATCH * PENDING + 4 * CONSUMERS * GROUP * HEAD_DIM + 4096;    // bytes
-constexpr int FITTING = (DECODE_SHARED_BYTES - OTHERS) / (2 * PIECE), SLOTS = FITTING < 6 ? FITTING : 6;
 
-struct Shared {
-    alignas(128) char ring[SLOTS][2][PIECE];     // a unit's first four segments, and their partners; or keys, and values
-    Pair parts[PENDING][CONSUMERS][4 * DECODE_BATCH];    // sums over a consumer's columns, [.., sequence, segment]
+template <int STAGES> struct Layout {            // of a thread block's shared memory, with so many stages
+    alignas(128) char ring[STAGES][2][PIECE];     // a unit's first four segments, and their partners; or keys, and values
+    Pair parts[PENDING][CONSUMERS][4 * MOST_SEQUENCES];    // sums over a consumer's columns, [.., sequence, segment]
     Float8 heads[CONSUMERS][GROUP][HEAD_DIM / 8];        // attention over a consumer's keys
-    float squares[CONSUMERS][2 * DECODE_BATCH];          // sums over squares of its columns of x, [.., sequence and part]
-    u64 full[SLOTS][2], empty[SLOTS];            // mbarriers: a piece has come; all consumers are done with the slot
+    float squares[CONSUMERS][2 * MOST_SEQUENCES];          // sums over squares of its columns of x, [.., sequence and part]
+    u64 full[STAGES][2], empty[STAGES];            // mbarriers: a piece has come; all consumers are done with the slot
     u64 done[PENDING], summed[PENDING];          // all parts are written; the reducer has read them
     volatile int tickets[PENDING];               // numbers of units; a block's grow
-    int keys[DECODE_BATCH], attention_units;     // of a layer
-    const bf16* weights[4 * DECODE_LAYERS + 1];
+    int keys[MOST_SEQUENCES], attention_units;     // of a layer
+    const bf16* weights[4 * NUM_LAYERS + 1];
 };
-static_assert(sizeof(Shared) <= DECODE_SHARED_BYTES && SLOTS > BEHIND, "the ring is too large, or too short");
-static_assert(HIDDEN % 512 == 0 && HEADS % 512 == 0 && FFN % 512 == 0 && Shape<HEAD>::SHIFT < 2, "see Model.__init__");
+
+constexpr int LEAST_STAGES = BEHIND + 1, MOST_STAGES = 6;
+template <int N> __device__ constexpr int stages_that_fit() {    // but LEAST_STAGES for a model that does not fit
+    if constexpr (N <= LEAST_STAGES || sizeof(Layout<N>) <= decode_shared_bytes) return N;
+    else return stages_that_fit<N - 1>();
+}
+constexpr int SLOTS = stages_that_fit<MOST_STAGES>();
+using Shared = Layout<SLOTS>;
+
+__device__ constexpr bool whole(int columns) { return columns % (64 * CONSUMERS << shift_of(columns)) == 0; }
+constexpr bool FITS = whole(HIDDEN) && whole(HEADS) && whole(FFN) && Shape<HEAD>::SHIFT < 2 && VOCAB % 8 == 0 &&
+    (HEAD_DIM == 64 || HEAD_DIM == 128) && GROUP <= 8 && SLOT_KEYS <= 32 * BLOCK_SIZE &&
+    4 * NUM_LAYERS < DECODE_THREADS && sizeof(Shared) <= decode_shared_bytes;
+constexpr int SEQUENCES = FFN <= 8192 ? MOST_SEQUENCES : 4;    // consumers have all of h in their registers
+EXPORT(DECODE_BATCH, FITS ? SEQUENCES : 0);      // 0: this kernel does nothing
 
 struct Step {                                    // the kernel's arguments of these names
     bf16* logits; const bf16 *embed, *norm; const int *token_ids, *sampled; int layers;
@@ -95,14 +109,11 @@ struct Step {                                    // the kernel's arguments of th
     }
 };
 
-constexpr int PARTIAL = HEAD_DIM / 2 + 4;        // words: a head's output of one split, and four times its logsumexp
-
 struct Vectors {                                 // what is handed over in a layer
     bf16 *x, *qkv, *attention, *y, *h;           // [S, D], [S, (H + 2K) h], [S, H h], [S, D], [S, F]; x, y: residual
     unsigned* partial;                           // [S, H, splits, PARTIAL]
     __device__ Vectors(const Step& step, int layer) {
-        const int S = step.sequences, partials = S * NUM_HEADS * step.splits * PARTIAL;
-        const int size = S * (2 * HIDDEN + QKV + HEADS + FFN) / 2 + partials;
+        const int S = step.sequences, size = S * (DECODE_VECTOR_WORDS + step.splits * DECODE_PARTIAL_WORDS);
         x = reinterpret_cast<bf16*>(step.words + layer * (size_t)size);
         qkv = x + S * HIDDEN, attention = qkv + S * QKV, y = attention + S * HEADS, h = y + S * HIDDEN;
         partial = reinterpret_cast<unsigned*>(h + S * FFN);
@@ -460,7 +471,7 @@ struct Reducer {
         ++ticket;
     }
     template <int SHIFT> __device__ Pair sum() const {
-        constexpr int PAIRS = 4 * DECODE_BATCH;
+        constexpr int PAIRS = 4 * MOST_SEQUENCES;
         Pair sum = {0, 0};
         for (int i = 0; i < CONSUMERS * PAIRS / 32; ++i) {
             const Pair p = shared.parts[ticket % PENDING][(32 * i + lane) / PAIRS][lane % PAIRS];
@@ -604,32 +615,34 @@ extern "C" __global__ __launch_bounds__(DECODE_THREADS, 1) void decode(
         int layers, const float* cos_sin, const int* positions, const long long* slot_mapping, bf16* kv_cache,
         int num_blocks, const int* block_tables, const int* cu_blocks, const int* context_lens, float scale, int* words,
         int sequences, int splits) {
-    DYNAMIC_SHARED(DECODE_SHARED_BYTES);
-    Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
-    const int me = threadIdx.x, warp = me / 32, lane = me % 32;
-    const Step step = {logits, embed, norm, token_ids, sampled, layers, cos_sin, positions, slot_mapping, kv_cache,
-                       num_blocks, block_tables, cu_blocks, context_lens, scale, reinterpret_cast<unsigned*>(words) + 4,
-                       words, sequences, splits};
-    if (me < 2 * SLOTS) mbarrier_init(&shared.full[me / 2][me % 2], 1);
-    if (me < SLOTS) mbarrier_init(&shared.empty[me], CONSUMERS);
-    if (me < PENDING) mbarrier_init(&shared.done[me], CONSUMERS), mbarrier_init(&shared.summed[me], 1), shared.tickets[me] = -1;
-    if (me <= 4 * layers) shared.weights[me] = reinterpret_cast<const bf16*>(weights[me]);
-    if (me == 0) {
-        int units = 0, share;
-        for (int s = 0; s < sequences; ++s)
-            units += splits_of(shared.keys[s] = context_lens[s], splits, share) * NUM_KV_HEADS;
-        shared.attention_units = units;
-    }
-    __syncthreads();    // all this is there before anyone uses it
-    if (warp < CONSUMERS) {
-        set_registers<CONSUMER_REGISTERS>();
-        if (sequences <= 2) Consumer<2>{shared, step, warp, lane}.run();
-        else if (sequences <= 4) Consumer<4>{shared, step, warp, lane}.run();
-        else Consumer<DECODE_NUMBERS / FFN < DECODE_BATCH ? 4 : DECODE_BATCH>{shared, step, warp, lane}.run();
-    } else {
-        set_registers<OTHER_REGISTERS>();
-        if (warp < CONSUMERS + MERGERS) merge_all(shared, step, warp - CONSUMERS, lane);
-        else if (warp == CONSUMERS + MERGERS) Reducer{shared, step, lane}.run();
-        else Producer{shared, step, lane}.run();
+    if constexpr (FITS) {
+        DYNAMIC_SHARED(decode_shared_bytes);
+        Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
+        const int me = threadIdx.x, warp = me / 32, lane = me % 32;
+        const Step step = {logits, embed, norm, token_ids, sampled, layers, cos_sin, positions, slot_mapping, kv_cache,
+                           num_blocks, block_tables, cu_blocks, context_lens, scale, reinterpret_cast<unsigned*>(words) + DECODE_TICKET_WORDS,
+                           words, sequences, splits};
+        if (me < 2 * SLOTS) mbarrier_init(&shared.full[me / 2][me % 2], 1);
+        if (me < SLOTS) mbarrier_init(&shared.empty[me], CONSUMERS);
+        if (me < PENDING) mbarrier_init(&shared.done[me], CONSUMERS), mbarrier_init(&shared.summed[me], 1), shared.tickets[me] = -1;
+        if (me <= 4 * layers) shared.weights[me] = reinterpret_cast<const bf16*>(weights[me]);
+        if (me == 0) {
+            int units = 0, share;
+            for (int s = 0; s < sequences; ++s)
+                units += splits_of(shared.keys[s] = context_lens[s], splits, share) * NUM_KV_HEADS;
+            shared.attention_units = units;
+        }
+        __syncthreads();    // all this is there before anyone uses it
+        if (warp < CONSUMERS) {
+            set_registers<CONSUMER_REGISTERS>();
+            if (sequences <= 2) Consumer<2>{shared, step, warp, lane}.run();
+            else if (sequences <= 4) Consumer<4>{shared, step, warp, lane}.run();
+            else Consumer<SEQUENCES>{shared, step, warp, lane}.run();
+        } else {
+            set_registers<OTHER_REGISTERS>();
+            if (warp < CONSUMERS + MERGERS) merge_all(shared, step, warp - CONSUMERS, lane);
+            else if (warp == CONSUMERS + MERGERS) Reducer{shared, step, lane}.run();
+            else Producer{shared, step, lane}.run();
+        }
     }
 }

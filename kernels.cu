@@ -21,6 +21,10 @@
 // Everything is stored as bfloat16 (the upper half of a float32) and computed in float32. The file is compiled for one
 // model: the sizes below come in as -D macros, so that loops have constant bounds. The CPU simulator (simulator.h)
 // compiles this very file.
+//
+// compile_kernels() in tinyvllm.py reads this text: `extern "C" __global__ __launch_bounds__(THREADS) void name(...)`
+// declares a kernel, with THREADS a number or an EXPORTed constant, and parameters (or pointers to) bf16, float, int,
+// long long, u64. EXPORT(NAME, value) at the beginning of a line is a constant that Python reads as kernels.NAME.
 
 constexpr int GROUP = NUM_HEADS / NUM_KV_HEADS;                   // G
 constexpr int QKV = (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM;    // a token's row of qkv: its queries, keys, values
@@ -92,7 +96,7 @@ __device__ inline T block_reduce(T x, Op op) {
 //   out [T, D], table [V, D], rows [T], sampled [*]: by the step before; null if no row is negative.
 //   Grid (T): one block copies one row, a thread 16 bytes of it at a time.
 // ---------------------------------------------------------------------------------------------------------------------
-constexpr int GATHER_THREADS = 128;
+EXPORT(GATHER_THREADS, 128);
 
 extern "C" __global__ __launch_bounds__(GATHER_THREADS) void gather_rows(
         bf16* out, const bf16* table, const int* rows, const int* sampled) {
@@ -112,7 +116,7 @@ extern "C" __global__ __launch_bounds__(GATHER_THREADS) void gather_rows(
 //   out [R, D], residual [T, D], rows [R], weight [D].
 //   Grid (R): one block owns one row, a thread every 256th group of eight columns. Shared memory: block_reduce's.
 // ---------------------------------------------------------------------------------------------------------------------
-constexpr int NORM_THREADS = 256;
+EXPORT(NORM_THREADS, 256);
 
 // 1 / rms(x) of a row, for all threads of a block. Every thread must call it: it holds barriers.
 __device__ inline float inverse_rms(const bf16* x) {
@@ -153,7 +157,7 @@ extern "C" __global__ __launch_bounds__(NORM_THREADS) void rms_norm(
 //   pairs: it reads both sides before it writes either, and no barrier is needed between the two. (h/2 must be a multiple
 //   of 8: hence head_dim % 16 == 0.) Shared memory: block_reduce's.
 // ---------------------------------------------------------------------------------------------------------------------
-constexpr int ROPE_THREADS = 256;
+EXPORT(ROPE_THREADS, 256);
 
 extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
         bf16* qkv, const bf16* x, const float* cos_sin, const int* positions, const long long* slot_mapping,
@@ -219,8 +223,8 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
 //   partial [T, H, splits, h + 2] float, or null with one split: a few decode tokens make too few blocks for a GPU,
 //   however long their contexts. So the keys are dealt to `splits` blocks (flash-decoding), a run of tiles to each, or
 //   to fewer if there are few. Each leaves acc, m and l here, and the last one to end merges them.
-//   tiles [A, 2]: the work: a sequence, and the first of the rows of it that a block owns, ATTENTION_ROWS of them (twice
-//   as many if head_dim <= 128), or as many as there are. What sees the most keys should come first.
+//   tiles [A, 2]: the work: a sequence, and the first of the rows of it that a block owns, ATTENTION_ROWS of them,
+//   or as many as there are. What sees the most keys should come first.
 //   Grid (K * splits, A); A * K is at most 1,024 if splits > 1. Blocks begin in this order, heads first: so the longest
 //   tiles of all heads begin before any shorter one.
 //
@@ -231,15 +235,14 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
 //   (where head_dim makes tiles smaller, warps beyond repeat what others do). In the end warp 0 adds up what they found.
 // Shared memory: q of the block's rows, and a ring of tiles, K, V, K, V, ...: while one is used, the next are on their way.
 // ---------------------------------------------------------------------------------------------------------------------
-constexpr int ATTENTION_THREADS = 128;   // four warps, with 16 of every 64 rows each: wgmma wants just these, all at once
-constexpr int ATTENTION_ROWS = 64;       // of a block; twice as many if head_dim <= 128:
-constexpr int MOST_ROWS = HEAD_DIM <= 128 ? 2 * ATTENTION_ROWS : ATTENTION_ROWS;
+EXPORT(ATTENTION_THREADS, 128);         // four warps, with 16 of every 64 rows each: wgmma wants just these, all at once
+EXPORT(ATTENTION_ROWS, HEAD_DIM <= 128 ? 128 : 64);    // of a thread block
 constexpr int PARTS = HEAD_DIM / 8;      // 16-byte parts of a row of q, K or V
 constexpr int SMALL_TILE = HEAD_DIM <= 64 ? 64 : HEAD_DIM <= 128 ? 32 : 16;    // keys: at most 8 KB of K or V
 constexpr int SMALL_BYTES = 48 << 10;    // of shared memory in all: what needs no asking for
 constexpr bool WGMMA = HAS_WGMMA && (HEAD_DIM == 64 || HEAD_DIM == 128);
 constexpr int PREFILL_TILE = WGMMA ? 64 : SMALL_TILE, PREFILL_BYTES = PREFILL_TILE > SMALL_TILE ? 80 << 10 : SMALL_BYTES;
-extern "C" __device__ const int paged_attention_shared_bytes = PREFILL_BYTES;
+EXPORT(paged_attention_shared_bytes, PREFILL_BYTES);
 constexpr int MIN_SPLIT = 256;           // keys for one block at least: for fewer, merging costs more than it gains
 // ldmatrix reads one part of eight rows at a time, and these should lie in different banks. They do if a row has an odd
 // number of parts, so rows are padded; or, with 8, 16, ... parts, if part p of row r changes places with p xor r % 8.
@@ -259,7 +262,7 @@ __device__ inline void attend(
         Bf16x8* memory, unsigned first_row, unsigned rows, unsigned first_token, int first_seen, const int* block_table,
         bf16* out, const bf16* qkv, const bf16* k_cache, const bf16* v_cache, float* partial) {
     constexpr bool TOGETHER = WGMMA && !FEW;
-    constexpr int ROW_TILES = FEW ? 1 : MOST_ROWS / 64;        // a warp's, of 16 rows each, 64 apart
+    constexpr int ROW_TILES = FEW ? 1 : ATTENTION_ROWS / 64;        // a warp's, of 16 rows each, 64 apart
     constexpr int KEY_TILE = FEW ? SMALL_TILE : PREFILL_TILE, KEY_WARPS = FEW ? SMALL_TILE / 16 : 1;    // that share a tile
     constexpr unsigned KEYS = KEY_TILE / KEY_WARPS;       // of a warp in each tile
     constexpr unsigned Q_ROWS = FEW ? 16 : 64 * ROW_TILES, TILE = KEY_TILE * PADDED, BYTES = FEW ? SMALL_BYTES : PREFILL_BYTES;
@@ -475,7 +478,7 @@ __device__ inline void attend_tile(
         const int* cu_blocks, const int* cu_seqlens, const int* context_lens, const int* tiles, float* partial) {
     const int sequence = tiles[2 * blockIdx.y], first_row = tiles[2 * blockIdx.y + 1];
     const int first_token = cu_seqlens[sequence], queries = cu_seqlens[sequence + 1] - first_token;
-    const int first_seen = context_lens[sequence] - queries + 1, rows = min(queries * GROUP - first_row, MOST_ROWS);
+    const int first_seen = context_lens[sequence] - queries + 1, rows = min(queries * GROUP - first_row, ATTENTION_ROWS);
     const int* block_table = block_tables + cu_blocks[sequence];
     if (rows <= 16)
         attend<true>(memory, first_row, rows, first_token, first_seen, block_table, out, qkv, k_cache, v_cache, partial);
@@ -508,8 +511,8 @@ extern "C" __global__ __launch_bounds__(ATTENTION_THREADS, HEAD_DIM <= 128 ? 4 :
 //   x [T, D]: what gate_up is a product of, see rms_norm.
 //   Grid (ceil(F / SILU_COLUMNS), T): a thread owns twice eight columns of one token. Shared memory: block_reduce's.
 // ---------------------------------------------------------------------------------------------------------------------
-constexpr int SILU_THREADS = 256;
-constexpr int SILU_COLUMNS = 4096;    // of a block
+EXPORT(SILU_THREADS, 256);
+EXPORT(SILU_COLUMNS, 4096);    // of a thread block
 
 // exp(-g) is 2^(-g log2(e)). For a very negative g it is inf, and g / inf is the right answer, 0.
 __device__ inline float silu(float g) { return g / (1 + exp2_approx(-LOG2_E * g)); }
@@ -564,7 +567,7 @@ extern "C" __global__ __launch_bounds__(SILU_THREADS) void silu_mul(bf16* out, c
 //   Grid (R): one block owns one row; a thread owns every 1,024th group of eight logits.
 //   Shared memory: Scratch (33 KB), and block_reduce's.
 // ---------------------------------------------------------------------------------------------------------------------
-constexpr int SAMPLE_THREADS = 1024;
+EXPORT(SAMPLE_THREADS, 1024);
 constexpr int COPIES = 16;    // of the histogram: logits crowd in a few bins, and atomics on one address queue up
 
 // Maps floats to integers in the same order: a positive float's bits grow with it, a negative one's fall; -0 equals +0.
@@ -707,26 +710,4 @@ extern "C" __global__ __launch_bounds__(SAMPLE_THREADS, 2) void sample(
         token[s] = chosen;
         logprob[s] = __bfloat162float(row[chosen]) - greatest - logf(denominator);
     }
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// stream_read: reads memory as fast as the card can, for --bench: the floor of whatever is bound by memory
-//
-//   out [grid * READ_THREADS]: of each thread, the exclusive or of all that it read, so that no load can be left out.
-//   x [rounds, 4, grid * READ_THREADS, 2]: a round is four words of 16 bytes for each thread: four loads in flight.
-//   Grid (any).
-// ---------------------------------------------------------------------------------------------------------------------
-constexpr int READ_THREADS = 512;
-
-extern "C" __global__ __launch_bounds__(READ_THREADS) void stream_read(u64* out, const u64* x, int rounds) {
-    struct alignas(16) Word { u64 v[2]; };
-    const size_t threads = gridDim.x * READ_THREADS, me = blockIdx.x * READ_THREADS + threadIdx.x;
-    const Word* word = reinterpret_cast<const Word*>(x) + me;
-    u64 all = 0;
-    for (int round = 0; round < rounds; ++round, word += 4 * threads) {
-        Word loaded[4];
-        for (int j = 0; j < 4; ++j) loaded[j] = word[j * threads];
-        for (int j = 0; j < 4; ++j) all ^= loaded[j].v[0] ^ loaded[j].v[1];
-    }
-    out[me] = all;
 }

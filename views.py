@@ -20,8 +20,14 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
-from simulator import CpuDevice
-from tinyvllm import TinyVLLMError, cdiv
+
+class ViewsError(Exception):
+    """A user's mistake, in one line."""
+
+
+def cdiv(a, b):
+    return -(-a // b)
+
 
 PARTS = {"queued": "waiting for pages and a place in a step",
          "prefill": "steps that computed a piece of its prompt",
@@ -183,7 +189,7 @@ class Recorder:
 
     def account_step(self, step, now):
         """The tokens of a step are there: whose time was it?"""
-        end = step.launched if isinstance(self.llm.device, CpuDevice) else now
+        end = step.launched if self.llm.device.is_simulated else now
         step.begin, step.end = max(step.planned, self.last_end), end
         for request, kind, start, count in step.scheduled:
             if request.state == "done":                 # with the step before, which was seen too late: a surplus token
@@ -249,20 +255,20 @@ def account_table(requests):
 
 
 def check_writable(option, path):
-    """Raises TinyVLLMError if a file cannot be written there: better now than after a run. Leaves none."""
+    """Raises ViewsError if a file cannot be written there: better now than after a run. Leaves none."""
     is_new = not os.path.exists(path)
     try:
         open(path, "a").close()
     except OSError as error:
-        raise TinyVLLMError(f"{option} cannot write {path} ({error.strerror}): expected is a file that you may write") from None
+        raise ViewsError(f"{option} cannot write {path} ({error.strerror}): expected is a file that you may write") from None
     if is_new:
         os.remove(path)
 
 
 def check_trace_path(path):
-    """Raises TinyVLLMError if a trace cannot be written there."""
+    """Raises ViewsError if a trace cannot be written there."""
     if not path.endswith((".json", ".html")):
-        raise TinyVLLMError(f"--trace is {path}, expected is a file that ends in .json or .html")
+        raise ViewsError(f"--trace is {path}, expected is a file that ends in .json or .html")
     check_writable("--trace", path)
 
 
