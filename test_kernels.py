@@ -5,9 +5,11 @@ A twin is the kernel's equation in NumPy and float64, with no thought of speed.
 Letters as in kernels.cu: T tokens, S sequences, H query heads, K key-value heads, h head_dim,
 V vocabulary, B tokens a page, N pages.
 """
+import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -16,10 +18,10 @@ import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 
+from device import KERNELS, CpuDevice, compile_kernels, paste
 from reference import RNG, ROOT
-from simulator import CpuDevice
-from test_tinyvllm import ON_GPU, device
-from tinyvllm import TinyVLLMError
+from simulator import LaunchError
+from test_tinyvllm import DEVICE, ON_GPU
 
 # --------------------------------------------------------------------------------------------------
 # Kernels
@@ -27,13 +29,6 @@ from tinyvllm import TinyVLLMError
 # Outputs are poisoned before each run. So is all memory that a kernel must not read: unused slots
 # of pages, unused entries of block tables, the keys and values in qkv.
 # --------------------------------------------------------------------------------------------------
-SOURCE = (ROOT / "kernels.cu").read_text()
-ATTENTION_ROWS, SILU_COLUMNS = (
-    int(re.search(rf"constexpr int {name} = (\d+);", SOURCE)[1])
-    for name in ("ATTENTION_ROWS", "SILU_COLUMNS")
-)
-
-
 def sizes(D, H, K, h, F, V, B):
     return dict(HIDDEN=D, NUM_HEADS=H, NUM_KV_HEADS=K, HEAD_DIM=h, FFN=F, VOCAB=V, BLOCK_SIZE=B,
                 RMS_EPS="1e-05f")
@@ -57,8 +52,13 @@ NAN = np.float32("nan")
 
 
 @cache
-def compiled(items):
-    return device.compile(dict(items), ROOT / "kernels.cu")
+def compiled_once(items):
+    return compile_kernels(DEVICE, dict(items), paste(KERNELS))
+
+
+def compiled(model):
+    """kernels.cu, compiled for the model, once in a session."""
+    return compiled_once(tuple(model.items()))
 
 
 def launch(model, name, grid, *args):
@@ -66,12 +66,11 @@ def launch(model, name, grid, *args):
     def is_small(a):                # a huge array is not copied: most of its pages were never touched
         return isinstance(a, np.ndarray) and a.nbytes < 1 << 30
 
-    kernels = compiled(tuple(model.items()))
-    on_device = [device.to_device(a) if is_small(a) else a for a in args]
-    getattr(kernels, name)(grid, *on_device)
+    on_device = [DEVICE.to_device(a) if is_small(a) else a for a in args]
+    getattr(compiled(model), name)(grid, *on_device)
     for a, d in zip(args, on_device):
         if is_small(a):
-            a[...] = device.fetch(d)()
+            a[...] = DEVICE.fetch(d)()
 
 
 def randn(rng, *shape, scale=1.0):
@@ -97,6 +96,65 @@ def close(got, want, tolerance=2.0 ** -8, floor=1e-3):
     error = np.abs(got - want) - (tolerance * np.abs(want) + floor)
     place = np.unravel_index(error.argmax(), error.shape)
     assert (error <= 0).all(), f"off by {np.abs(got - want).max():.3g} at {place}"
+
+
+# Compilation
+@pytest.mark.parametrize("model, rows", [(MODELS[0], 128), (MODELS[4], 64)], ids=["head 64", "head 256"])
+def test_exported_constants(model, rows):
+    """kernels.NAME is what the code itself takes NAME for: a kernel writes all of them down."""
+    names = re.findall(r"^EXPORT\((\w+),", KERNELS.read_text(), re.M)
+    writes = "".join(f"out[{i}] = {name}; " for i, name in enumerate(names))
+    code = f'extern "C" __global__ __launch_bounds__(1) void constants(int* out) {{ {writes}}}\n'
+    kernels = compile_kernels(DEVICE, model, paste(KERNELS) + code)
+    out = DEVICE.empty(len(names), np.int32)
+    kernels.constants((1,), out)
+    assert [getattr(kernels, name) for name in names] == DEVICE.fetch(out)().tolist()
+    assert kernels.ATTENTION_ROWS == rows
+    assert kernels.rms_norm.block == (kernels.NORM_THREADS, 1, 1)
+    assert kernels.paged_attention.shared_bytes == kernels.paged_attention_shared_bytes > 0
+
+
+POWERS = """
+import numpy as np
+from device import compile_kernels, open_device
+code = '''
+extern "C" __global__ __launch_bounds__(32) void powers(float* out) {
+    out[threadIdx.x] = exp2_approx(threadIdx.x);
+}
+'''
+device = open_device(DEVICE)
+out = device.empty(32, np.float32)
+compile_kernels(device, {}, code).powers((1,), out)
+print(device.fetch(out)().tolist())
+"""
+
+
+def test_a_changed_header_is_compiled_again(tmp_path):
+    """The cache of compiled kernels knows the headers too: an edit of a header takes effect."""
+    header = tmp_path / ("ptx.h" if ON_GPU else "simulator.h")
+    for name in "device.py", "simulator.py", "ptx.h", "simulator.h":
+        shutil.copy(ROOT / name, tmp_path)
+    code = POWERS.replace("DEVICE", repr("cuda" if ON_GPU else "cpu"))
+    cache = tmp_path / "cache"
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache), "CUPY_CACHE_DIR": str(cache)}
+
+    def num_cached():
+        return sum(path.is_file() for path in cache.rglob("*"))
+
+    def assert_powers(first):
+        command = [sys.executable, "-c", code]
+        output = subprocess.check_output(command, cwd=tmp_path, env=environment, text=True)
+        assert np.allclose(json.loads(output), 2.0 ** np.arange(first, first + 32))
+
+    original = header.read_text()
+    assert_powers(0)
+    begin = re.search(r"float exp2_approx\(float x\) \{", original).end()
+    header.write_text(f"{original[:begin]} x += 1; {original[begin:]}")
+    assert_powers(1)
+    header.write_text(original)
+    before = num_cached()
+    assert_powers(0)
+    assert num_cached() == before > 0           # nothing was compiled: the cache is in use
 
 
 # gather_rows
@@ -151,13 +209,14 @@ extern "C" __global__ __launch_bounds__(256) void two(float* out, const float* x
 
 def test_two_reductions_in_a_row(tmp_path):
     """A slow warp still reads the first reduction's partial results: the second must not write."""
-    helpers = SOURCE[:SOURCE.index("// gather_rows: ")]
+    source = KERNELS.read_text()
+    helpers = source[:source.index("// gather_rows: ")]
     (tmp_path / "two.cu").write_text(helpers + TWO_REDUCTIONS)
-    kernels = device.compile(BASE, tmp_path / "two.cu")
-    x = device.to_device(np.repeat(floats([1, 3]), 256))
-    out = device.empty(512, np.float32)
+    kernels = compile_kernels(DEVICE, BASE, paste(tmp_path / "two.cu"))
+    x = DEVICE.to_device(np.repeat(floats([1, 3]), 256))
+    out = DEVICE.empty(512, np.float32)
     kernels.two((1,), out, x)
-    assert (device.fetch(out)() == np.repeat([256, 768], 256)).all()
+    assert (DEVICE.fetch(out)() == np.repeat([256, 768], 256)).all()
 
 
 # rope_and_cache
@@ -255,7 +314,7 @@ def check_attention(model, batch, scale=1.0, splits=1):
     partial = poison(T, H, splits, h + 2, dtype=np.float32)
     cu_seqlens = ints(np.cumsum([0] + [queries for queries, _ in batch]))
     name = "decode_attention" if all(queries == 1 for queries, _ in batch) else "paged_attention"
-    rows = ATTENTION_ROWS * (2 if h <= 128 else 1)
+    rows = compiled(model).ATTENTION_ROWS
     tiles = [(s, row) for s, (queries, _) in enumerate(batch) for row in range(0, queries * H // K, rows)]
     table_starts = ints(range(0, S * max_blocks + 1, max_blocks))
     contexts = ints([context for _, context in batch])
@@ -266,7 +325,7 @@ def check_attention(model, batch, scale=1.0, splits=1):
 
     def shuffle(seed):
         if not ON_GPU:
-            compiled(tuple(model.items())).simulator_shuffle(seed)
+            compiled(model).module.shuffle(seed)
 
     # The first launch leaves NaN in shared memory for the next one.
     attend(np.full_like(caches[0], NAN), np.full_like(caches[1], NAN))
@@ -352,7 +411,7 @@ def test_silu_mul(model):
     out = poison(4, ffn)
     gate_up[0, :4] = [-1e30, 1e30, -100, 0]
     gate, up = np.split(gate_up * inverse_rms_twin(x), 2, -1)
-    launch(model, "silu_mul", (-(-ffn // SILU_COLUMNS), 3), out, gate_up, x)
+    launch(model, "silu_mul", (-(-ffn // compiled(model).SILU_COLUMNS), 3), out, gate_up, x)
     with np.errstate(over="ignore"):
         close(out[:3], gate / (1 + np.exp(-gate)) * up)
     assert np.isnan(np.float32(out[3])).all()
@@ -529,7 +588,7 @@ def test_sample_draws_the_distribution(by):
 
 
 def test_noise_is_exact_in_the_tail():
-    """100,000 tokens at exp(-25) share 1e-6 of the mass. Noise of 24 bits makes them win too often."""
+    """100,000 tokens at exp(-25) share 1e-6 of the mass; noise of 24 bits gives them far more."""
     tokens = np.arange(1, 100_001)
     first = np.zeros(1, int)
     wins = sum(noise_twin(seed, 0, tokens).max() - 25 > noise_twin(seed, 0, first)[0] for seed in range(500))
@@ -574,8 +633,8 @@ def test_kernels_again(mode):
 # --------------------------------------------------------------------------------------------------
 # Simulator: it computes what a GPU computes, and finds the mistakes that it promises to find
 # --------------------------------------------------------------------------------------------------
-KERNELS = r"""
-constexpr int THREADS = 256;
+TEST_KERNELS = r"""
+EXPORT(THREADS, 256);
 
 // out [grid] = sums of the rows of x [grid, n]. Right only with the barrier.
 extern "C" __global__ __launch_bounds__(THREADS)
@@ -693,20 +752,21 @@ extern "C" __global__ __launch_bounds__(64) void mistakes(float* x, int which) {
 
 
 def line_of(mark):
-    return next(i for i, line in enumerate(KERNELS.splitlines(), 1) if f"// {mark}" in line)
+    return next(i for i, line in enumerate(TEST_KERNELS.splitlines(), 1) if f"// {mark}" in line)
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     path = tmp_path_factory.mktemp("kernels") / "test.cu"
-    path.write_text("using bf16 = __nv_bfloat16; using u64 = unsigned long long;\n#line 1\n" + KERNELS)
+    path.write_text(TEST_KERNELS)
     return path
 
 
 @pytest.fixture(scope="module", params=["hand-written switch", "ucontext"])
 def kernels(request, path):
-    """KERNELS, with each of the simulator's ways to switch from one thread's stack to another's."""
-    return CpuDevice().compile({"SIMULATOR_UCONTEXT": 1} if request.param == "ucontext" else {}, path)
+    """TEST_KERNELS, with each of the simulator's ways to switch between the threads' stacks."""
+    defines = {"SIMULATOR_UCONTEXT": 1} if request.param == "ucontext" else {}
+    return compile_kernels(CpuDevice(), defines, paste(path))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -714,9 +774,9 @@ def kernels(request, path):
 def test_sums(kernels, blocks, n, seed):
     x = RNG(0).integers(-9, 9, (blocks, n)).astype(np.float32)
     out = np.zeros(blocks, np.float32)
-    kernels.simulator_shuffle(seed)
+    kernels.module.shuffle(seed)
     kernels.row_sum((blocks,), out, x, n, 1)
-    kernels.simulator_shuffle(0)
+    kernels.module.shuffle(0)
     assert (out == x.sum(1)).all()
 
 
@@ -725,11 +785,11 @@ def test_shuffling_finds_a_missing_barrier_or_initialisation(kernels):
     out = np.zeros(1, np.float32)
     wrong = 0
     for seed in range(1, 21):       # the same data each time: what the last launch left must not help
-        kernels.simulator_shuffle(seed)
+        kernels.module.shuffle(seed)
         kernels.row_sum((1,), out, x, 256, 0)
         wrong += out[0] != 256
     kernels.uninitialised((3,), out, 0)
-    kernels.simulator_shuffle(0)
+    kernels.module.shuffle(0)
     assert wrong > 10 and np.isnan(out[0])
 
 
@@ -782,7 +842,7 @@ def test_blocks_that_wait_for_one_another(kernels):
     out = np.zeros(2, np.int32)
     kernels.relay((2,), out, 5)
     assert out.tolist() == [6, 7]
-    with pytest.raises(TinyVLLMError, match=r"block .1, 0, 0., .* waits in vain"):
+    with pytest.raises(LaunchError, match=r"block .1, 0, 0., .* waits in vain"):
         kernels.relay((2,), np.zeros(2, np.int32), -1)
 
 
@@ -795,7 +855,7 @@ def test_blocks_that_wait_for_one_another(kernels):
 ])
 def test_mistakes_are_errors_and_do_not_hang(kernels, which, thread, mark, message):
     x = np.zeros(101, np.float32)
-    with pytest.raises(TinyVLLMError) as error:
+    with pytest.raises(LaunchError) as error:
         kernels.mistakes((4,), x, which)
     place = f"block (1, 0, 0), thread ({thread}, 0, 0), line {line_of(mark)}"
     assert str(error.value) == f"kernel mistakes, {place}: {message}"
@@ -808,8 +868,9 @@ def test_sanitizer(path, which, finding, mark):
     code = f"""
 from pathlib import Path
 import numpy as np
-from {CpuDevice.__module__} import CpuDevice
-CpuDevice().compile({{}}, Path({str(path)!r})).mistakes((4,), np.zeros(101, np.float32), {which})"""
+from device import CpuDevice, compile_kernels, paste
+kernels = compile_kernels(CpuDevice(), {{}}, paste(Path({str(path)!r})))
+kernels.mistakes((4,), np.zeros(101, np.float32), {which})"""
     environment = os.environ | sanitizer_environment() | {"PYTHONPATH": os.pathsep.join(sys.path)}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert (result.returncode == 0) == (finding == ""), result.stderr
