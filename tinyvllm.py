@@ -1780,7 +1780,7 @@ def run_program(main, argv=None):
     except OSError as error:                    # the disk is full, the cache folder is not ours, ...
         print(f"tinyvllm: {error}", file=sys.stderr)
         discard_stdout()
-    except (TinyVLLMError, TokenizerError, views.ViewsError) as error:
+    except (TinyVLLMError, TokenizerError) as error:
         print(f"tinyvllm: {as_flags(str(error))}", file=sys.stderr)
     sys.exit(2)
 
