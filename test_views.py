@@ -1,6 +1,7 @@
 """What can be seen of a run: the views, and the bench."""
 import contextlib
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -13,8 +14,6 @@ import struct
 import subprocess
 import sys
 import termios
-import time
-from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +21,7 @@ import pytest
 import bench
 import tinyvllm
 import views
+from device import CpuDevice
 from reference import PARROT, RNG, ROOT
 from test_tinyvllm import ON_GPU, TEXTS, assert_refused, chats, recitation, run_main, run_process, start
 from tinyvllm import LLM, BlockAllocator, RequestOutput, SamplingParams, Scheduler, Sequence
@@ -200,7 +200,7 @@ def test_views_account(watched, monkeypatch, overlap, simulated):
     """All of a request's time is accounted for. Only a preempted request has a part "preempted"."""
     if (overlap, simulated) != (True, True):
         if not simulated:                           # as on a GPU: a step takes time after its launch
-            monkeypatch.setattr(views, "CpuDevice", ())
+            monkeypatch.setattr(CpuDevice, "is_simulated", False)
         watched = watched_run(overlap=overlap)
     recorder, outputs, _ = watched
     assert_accounts(recorder)
@@ -231,13 +231,16 @@ def embedded(page):
     return json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.S)[1])
 
 
-def assert_pools(data, pools):
-    """The changes of the block tables give each step's reference counts and cached pages."""
-    users = [0] * data["num_blocks"]
-    cached = set()
+def replayed(data):
+    """[(block tables, reference counts, cached pages that nobody uses)] of each step, and of the end.
+
+    Computed from the changes of the block tables that a page holds.
+    """
+    states = []
     tables = {}
-    changes = data["changes"]
-    for step, (ref_counts, kept) in enumerate(pools):
+    cached = set()
+    changes = list(data["changes"])
+    for step in range(len(data["steps"]) + 1):
         while changes and changes[0][0] <= step:
             _, request, pages = changes.pop(0)
             if isinstance(pages, int):      # given back: all pages but the last `pages + 1` stay cached
@@ -245,75 +248,226 @@ def assert_pools(data, pools):
                 cached = cached - set(given_back) | set(given_back[:-1 - pages])
             else:
                 tables[request] = tables.get(request, []) + pages
-            users = [sum(page in table for table in tables.values()) for page in range(data["num_blocks"])]
-        used = sum(count > 0 for count in users)
-        shared = sum(count > 1 for count in users)
-        assert users == ref_counts and {page for page in cached if not users[page]} == kept
-        assert data["steps"][step][4:] == [used, shared, len(kept)]
-    assert max(s[5] for s in data["steps"]) > 0 and max(s[4] for s in data["steps"]) == data["num_blocks"]
-    # After the last step, only requests that give their pages back are left.
-    assert all(isinstance(pages, int) for _, _, pages in changes) and len(changes) == len(tables)
+        counts = [sum(page in table for table in tables.values()) for page in range(data["num_blocks"])]
+        states.append((dict(tables), counts, {page for page in cached if not counts[page]}))
+    assert not changes
+    return states
+
+
+def assert_pools(data, pools):
+    """The changes of the block tables give each step's reference counts and cached pages."""
+    states = replayed(data)[:-1]
+    assert [(counts, kept) for _, counts, kept in states] == pools[data["first_step"]:]
+    for (_, counts, kept), step in zip(states, data["steps"]):
+        used = sum(count > 0 for count in counts)
+        shared = sum(count > 1 for count in counts)
+        assert step[4:] == [used, shared, len(kept)]
+
+
+def assert_pools_of_a_full_run(data, pools):
+    """Pages were shared, and all were in use at once. In the end all are given back."""
+    assert_pools(data, pools)
+    assert max(step[5] for step in data["steps"]) > 0
+    assert max(step[4] for step in data["steps"]) == data["num_blocks"]
+    assert replayed(data)[-1][0] == {}
 
 
 def test_views_pages(watched):
-    assert_pools(embedded(views.html_trace(watched[0])), watched[2])
+    assert_pools_of_a_full_run(embedded(views.html_trace(watched[0])), watched[2])
 
 
-def run_step(scheduler, recorder, pools):
-    """A step as the engine takes it, but with no model: every sampled token is 1."""
-    recorder.told("schedule", None)
-    scheduled = scheduler.schedule()
-    if not scheduled:
-        return
-    recorder.told("launch", scheduled)
-    pools.append(pool_of(scheduler.allocator))
-    for sequence, count in scheduled:
-        sequence.num_computed_tokens += count
-        scheduler.register_full_blocks(sequence)
-    for event in "launched", "wait", "read":
-        recorder.told(event, None)
-    sampled = [sequence for sequence, _ in scheduled if sequence.remaining == 0]
-    for sequence in sampled:
-        sequence.token_ids.append(1)
-        sequence.output.token_ids.append(1)
-        if sequence.is_full:
-            sequence.output.finish_reason = "length"
-            sequence.output.finish_time = time.perf_counter()
-            scheduler.remove(sequence)
-    recorder.told("done", sampled)
+class RandomRun:
+    """Requests that often begin alike come, are preempted, end and are given up at random.
+
+    There is no model: every sampled token is 1. `tell` gets the events that an engine would tell.
+    """
+    NUM_BLOCKS = 20
+
+    def __init__(self, seed):
+        self.rng = RNG(seed)
+        self.scheduler = Scheduler(BlockAllocator(self.NUM_BLOCKS, 4), 24, 8)
+        self.pools = []         # pool_of the allocator, as each step was launched
+        device = SimpleNamespace(name="none", is_simulated=False, memory_bandwidth=None)
+        engine = SimpleNamespace(scheduler=self.scheduler, in_flight=[])
+        self.llm = SimpleNamespace(device=device, engine=engine)
+
+    def end(self, sequence, reason):
+        sequence.output.finish_reason = reason
+        sequence.output.finish_time = views.time.perf_counter()
+        self.scheduler.remove(sequence)
+
+    def come_or_go(self):
+        """Now and then a request arrives, or is given up while it runs or waits."""
+        running = self.scheduler.running
+        waiting = self.scheduler.waiting
+        if self.rng.random() < 0.3 and len(running) + len(waiting) < 12:
+            prompt = [1] * int(self.rng.integers(1, 30))
+            output = RequestOutput(prompt, arrival_time=views.time.perf_counter())
+            max_len = len(prompt) + int(self.rng.integers(1, 40))
+            waiting.append(Sequence(SamplingParams(), output, None, max_len))
+        elif self.rng.random() < 0.05 and running:
+            self.end(running[int(self.rng.integers(len(running)))], "abort")
+        elif self.rng.random() < 0.05 and waiting:
+            self.end(waiting[-1], "abort")
+
+    def step(self, tell):
+        """A step as the engine takes it."""
+        tell("schedule", None)
+        scheduled = self.scheduler.schedule()
+        if not scheduled:
+            return
+        tell("launch", scheduled)
+        self.pools.append(pool_of(self.scheduler.allocator))
+        for sequence, count in scheduled:
+            sequence.num_computed_tokens += count
+            self.scheduler.register_full_blocks(sequence)
+        for event in "launched", "wait", "read":
+            tell(event, None)
+        sampled = [sequence for sequence, _ in scheduled if sequence.remaining == 0]
+        for sequence in sampled:
+            sequence.token_ids.append(1)
+            sequence.output.token_ids.append(1)
+            if sequence.is_complete:
+                self.end(sequence, "length")
+        tell("done", sampled)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_views_random_events(seed):
-    """Requests come, are preempted, go and are given up: accounts and pages are right throughout.
-
-    The requests often begin alike. There is no model.
-    """
-    rng = RNG(seed)
-    scheduler = Scheduler(BlockAllocator(20, 4), 24, 8)
-    engine = SimpleNamespace(scheduler=scheduler, in_flight=[])
-    recorder = views.Recorder(SimpleNamespace(device=SimpleNamespace(name="none"), engine=engine))
-    pools = []
-
-    def give_up(sequence):
-        sequence.output.finish_reason = "abort"
-        scheduler.remove(sequence)
-
+    """Accounts and pages are right, whatever happens to the requests."""
+    run = RandomRun(seed)
+    recorder = views.Recorder(run.llm)
     for _ in range(400):
-        if rng.random() < 0.3 and len(recorder.live) < 12:
-            output = RequestOutput([1] * int(rng.integers(1, 30)), arrival_time=time.perf_counter())
-            max_len = len(output.prompt_token_ids) + int(rng.integers(1, 40))
-            scheduler.waiting.append(Sequence(SamplingParams(), output, None, max_len))
-        elif rng.random() < 0.05 and scheduler.running:
-            give_up(scheduler.running[int(rng.integers(len(scheduler.running)))])
-        run_step(scheduler, recorder, pools)
-    for sequence in [*scheduler.running, *scheduler.waiting]:
-        give_up(sequence)
+        run.come_or_go()
+        run.step(recorder.told)
+    for sequence in [*run.scheduler.running, *run.scheduler.waiting]:
+        run.end(sequence, "abort")
     recorder.close()
     assert_accounts(recorder)
-    assert_pools(embedded(views.html_trace(recorder, max_requests=1000)), pools)
+    assert_pools_of_a_full_run(embedded(views.html_trace(recorder, max_requests=1000)), run.pools)
     kinds = {s.kind for request in recorder.requests for s in request.segments}
     assert {"queued", "prefill", "decode", "preempted", "recomputed"} == kinds
+
+
+def forgetting_run(monkeypatch, seed, keep, num_iterations, look):
+    """(recorder that keeps all, recorder that forgets, pool at each step's launch) of a RandomRun.
+
+    The clock counts events, so that both recorders see the same times. look(recorder that forgets,
+    pools so far) is called after each event.
+    """
+    clock = [0.0]
+    monkeypatch.setattr(views, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    run = RandomRun(seed)
+    whole = views.Recorder(run.llm)
+    recorder = views.Recorder(run.llm, keep)
+
+    def tell(event, what):
+        clock[0] += 1
+        whole.told(event, what)
+        recorder.told(event, what)
+        look(recorder, run.pools)
+
+    for _ in range(num_iterations):
+        run.come_or_go()
+        run.step(tell)
+    return whole, recorder, run.pools
+
+
+@pytest.mark.parametrize("keep, max_steps", [(0, 999), (1, 999), (7, 999), (7, 20), (9999, 9999)])
+def test_views_forgotten_requests(monkeypatch, keep, max_steps):
+    """A Recorder that forgets remembers the same facts as a Recorder that keeps all."""
+    monkeypatch.setattr(views, "MAX_STEPS", max_steps)
+    num_looks = itertools.count()
+
+    def look(recorder, pools):
+        are_launched = len(pools) == recorder.num_steps
+        if next(num_looks) % 23 == 0 and are_launched and keep < 100:
+            assert_pools(embedded(views.html_trace(recorder, max_requests=10**6)), pools)
+
+    whole, recorder, pools = forgetting_run(monkeypatch, 5, keep, 900, look)
+    ended = [request.number for request in whole.finished]
+    latest = ended[-keep:] if keep else []
+    running = [request.number for request in whole.live.values()]
+    assert running and [request.number for request in recorder.finished] == latest
+    whole.close()
+    recorder.close()
+    assert [request.number for request in recorder.requests] == sorted(latest + running)
+    assert not recorder.live
+    known = {request.number: request for request in whole.requests}
+    for request in recorder.requests:
+        assert request.account() == known[request.number].account() == request.output.account
+        assert request.segments == known[request.number].segments
+    lines = views.account_table(recorder.requests)
+    assert set(lines) <= set(views.account_table(whole.requests))
+    assert len(lines) == len(recorder.requests) + 8
+    assert_same_page(whole, recorder, pools, keep, max_steps)
+    assert_same_trace(whole, recorder, pools)
+
+
+def assert_same_page(whole, recorder, pools, keep, max_steps):
+    """The page of the remembered steps: numbers, segments, block tables and cached pages."""
+    data = embedded(views.html_trace(recorder, max_requests=10**6))
+    wanted = embedded(views.html_trace(whole, max_requests=10**6))
+    first = data["first_step"]
+    assert first == len(pools) - len(data["steps"]) and (first > 0) == (keep < 9999)
+    num_tokens = sum(len(request.output.token_ids) for request in whole.requests)
+    assert data["num_requests"] == len(whole.requests) and data["num_tokens"] == num_tokens
+    assert data["num_steps"] == len(pools)
+    assert data["steps"] == wanted["steps"][first:] and len(data["steps"]) <= max_steps
+    for request in data["requests"]:
+        all_segments = wanted["requests"][request["number"] - 1]["segments"]
+        shown = [(kind, start - first, last - first) for kind, start, last in all_segments]
+        shown = [[kind, max(start, 0), last] for kind, start, last in shown if last >= -1]
+        assert request["segments"] == shown
+    assert_pools(data, pools)
+    assert replayed(data) == replayed(wanted)[first:]
+
+
+def assert_same_trace(whole, recorder, pools):
+    """The Chrome trace of the remembered requests and steps."""
+    events = views.chrome_trace(recorder)["traceEvents"]
+    all_events = views.chrome_trace(whole)["traceEvents"]
+    numbers = {request.number for request in recorder.requests}
+    tracks = [event for event in events if event["pid"] == 2 and event["tid"]]
+    assert tracks == [event for event in all_events if event["pid"] == 2 and event["tid"] in numbers]
+    steps = {event["args"]["step"] for event in events if event["pid"] == 1 and event["ph"] == "X"}
+    assert set(range(len(pools) - len(recorder.steps), len(pools))) <= steps
+
+
+def num_remembered(recorder):
+    """Entries of all containers of a Recorder, and of its requests' containers."""
+    total = sum(len(value) for value in vars(recorder).values() if hasattr(value, "__len__"))
+    total += sum(len(pages) for pages in [*recorder.old_tables.values(), *recorder.users.values()])
+    total += sum(len(pages) for _, _, pages in recorder.changes if isinstance(pages, list))
+    for request in {*recorder.requests, *recorder.live.values(), *recorder.finished}:
+        total += len(request.segments) + len(request.alone) + len(request.beside)
+    return total
+
+
+@pytest.mark.parametrize("max_steps", [9999, 40])
+def test_views_memory_is_bounded(monkeypatch, max_steps):
+    """After thousands of requests, a Recorder that forgets holds no more than after some hundred.
+
+    The view on a terminal can be drawn at any time.
+    """
+    monkeypatch.setattr(views, "MAX_STEPS", max_steps)
+    sizes = []
+
+    def look(recorder, _):
+        sizes.append(num_remembered(recorder))
+        if len(sizes) % 500 == 0:
+            watch = views.Watch(recorder)
+            watch.history.append((0.0, 0, 0, 0))
+            watch.history.append((1.0, recorder.num_tokens, 0, 0))
+            head, _, _, note, *_ = watch.frame(100, 24)
+            assert f"step {recorder.num_steps} " in head and f"{recorder.num_tokens:.0f} tokens/s" in head
+            assert f"{recorder.num_requests - len(recorder.live)} done" in head
+            assert f"of {RandomRun.NUM_BLOCKS} pages in use" in note
+
+    whole, recorder, _ = forgetting_run(monkeypatch, 6, 10, 9_000, look)
+    assert recorder.num_requests > 2000 and len(whole.steps) > 8000
+    assert max(sizes) < 1.3 * max(sizes[:len(sizes) // 5])
+    assert num_remembered(whole) > 20 * max(sizes)
 
 
 def test_views_traces(watched):
@@ -326,7 +480,7 @@ def test_views_traces(watched):
         assert {"name", "pid", "tid", "args"} <= event.keys()
     engine = [event for event in events if event["ph"] == "X" and event["pid"] == 1]
     assert {event["name"] for event in engine} == {"schedule", "launch", "wait", "read"}
-    assert all(a["ts"] + a["dur"] <= b["ts"] + 1e-3 for a, b in pairwise(engine))
+    assert all(a["ts"] + a["dur"] <= b["ts"] + 1e-3 for a, b in itertools.pairwise(engine))
     reads = [event["args"]["step"] for event in engine if event["name"] == "read"]
     assert max(reads) >= data["num_steps"] - 2                  # the very last step may be a surplus
     for number, (output, request) in enumerate(zip(outputs, data["requests"]), 1):
