@@ -16,15 +16,19 @@ import sys
 import termios
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import bench
 import tinyvllm
 import views
-from device import CpuDevice
+from device import CpuDevice, compile_kernels
 from reference import PARROT, RNG, ROOT
-from test_tinyvllm import ON_GPU, TEXTS, assert_refused, chats, recitation, run_main, run_process, start
-from tinyvllm import LLM, BlockAllocator, RequestOutput, SamplingParams, Scheduler, Sequence
+from test_tinyvllm import (DEVICE, ON_GPU, TEXTS, assert_refused, chats, recitation, run_main, run_process,
+                           start)
+from tinyvllm import (LLM, BlockAllocator, EngineArgs, Model, ModelConfig, RequestOutput, SamplingParams,
+                      Scheduler, Sequence, TinyVLLMError)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -58,75 +62,181 @@ def test_bench_rows():
     assert rows["prefill-1-8192"].requests == [(8192, 1)]
 
 
-def test_bench_wants_a_gpu_and_a_file_that_it_can_write(tmp_path):
-    assert_refused(run_main("--device", "cpu", "--bench", "mix"), "--bench wants an NVIDIA GPU")
-    file = tmp_path / "none" / "figures.json"
-    assert_refused(run_main("--bench", "mix", "--json", file), "none/figures.json", "No such file")
+def test_stream_read():
+    """Each thread's exclusive or of what it reads: four words of two numbers a round."""
+    kernels = compile_kernels(DEVICE, {}, bench.STREAM_READ)
+    threads = 2 * kernels.READ_THREADS
+    x = RNG(0).integers(0, 2**64, (3, 4, threads, 2), np.uint64)
+    out = DEVICE.empty(threads, np.uint64)
+    kernels.stream_read((2,), out, DEVICE.to_device(x), 3)
+    assert np.array_equal(DEVICE.fetch(out)(), np.bitwise_xor.reduce(x, (0, 1, 3)))
 
 
-@pytest.mark.skipif(not ON_GPU, reason="the bench wants a GPU")
-@pytest.mark.parametrize("row, unit", [("decode-1-640", "ms"), ("batch-8", "tokens/s"), ("start", "s")])
+@pytest.mark.parametrize("arguments, parts", [
+    (["no-such-row"], ["no row no-such-row", "decode-1-128", "mix"]),
+    (["mix", "decode"], ["unrecognized arguments: decode", "--help"]),
+    (["mix", "--json", "no/such/figures.json"], ["--json", "no/such/figures.json", "No such file"]),
+    (["--device", "cpu", "mix"], ["the bench needs an NVIDIA GPU", "simulator"])])
+def test_bench_refuses(arguments, parts):
+    assert_refused(run_main(*arguments, program=bench), *parts)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="the bench needs a GPU")
+@pytest.mark.parametrize("row, unit", [
+    ("decode-1-640", "ms"), ("ablation-decode-8-no-fused-decode", "ms"), ("batch-8", "tokens/s"),
+    ("start", "s"), ("start-from-file", "s")])
 def test_bench_measures(tmp_path, row, unit):
     """A row on Parrot: a line of the table, and the same figure in the file."""
-    code, out, _ = run_main("--model", PARROT, "--bench", row, "--json", tmp_path / "figures.json")
-    figures = json.loads((tmp_path / "figures.json").read_text())["rows"]
-    [line] = [line for line in out.splitlines() if line.startswith(row)]
+    file = tmp_path / "figures.json"
+    command = [sys.executable, ROOT / "bench.py", row, "--json", file]
+    command += ["--model", PARROT, "--load-format", "dummy"]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    figures = json.loads(file.read_text())["rows"]
+    [line] = [line for line in out.splitlines() if line.startswith(f"{row} ")]
     value = figures[row]["value"]
     digits = 0 if unit == "tokens/s" else 3
-    assert code == 0 and list(figures) == [row] and value > 0
-    assert f"{value:,.{digits}f} {unit}" in line
+    assert list(figures) == [row] and f"{value:,.{digits}f} {unit}" in line and value > 0
 
 
-def are_off(llm):
-    """For each idea that bench.py can switch off, whether the idea is off now."""
-    return [getattr(thing, name) == value for _, thing, name, value in bench.switches(llm.engine)]
+@pytest.fixture
+def as_if_on_gpu(monkeypatch):
+    """The bench in the simulator, for its logic: the figures say nothing."""
+    card = {"name": "a card", "bytes_per_second": 1e9, "operations_per_second": 1e9}
+    monkeypatch.setattr(CpuDevice, "is_simulated", False)
+    monkeypatch.setattr(bench, "measure_card", lambda device: card)
+    monkeypatch.setattr(bench.measure_decode, "__defaults__", (3,))         # steps
 
 
-def test_bench_ablation(monkeypatch, tmp_path):
-    """The ablation's logic, in the simulator and on a small load.
+def run_bench(capsys, file, *arguments):
+    """(lines of the table, the figures in the file)"""
+    assert bench.main([*arguments, "--json", str(file)]) == 0
+    return capsys.readouterr().out.splitlines(), json.loads(file.read_text())["rows"]
 
-    While a row runs, its ideas are off. Afterwards all are on again. Each row runs twice.
+
+def ideas_off(engine):
+    """The ideas that the engine runs without."""
+    scheduler = engine.scheduler
+    off = {"cuda-graphs": engine.model.graph_sizes == (), "fused-decode": engine.model.decode_batch == 0,
+           "overlap": not engine.overlap, "chunked-prefill": not scheduler.chunked_prefill,
+           "prefix-caching": not scheduler.allocator.prefix_caching,
+           "continuous-batching": scheduler.static_batching}
+    assert list(off) == bench.IDEAS == list(bench.switches(engine))
+    return [idea for idea in off if off[idea]]
+
+
+def test_bench_ablation(monkeypatch, tmp_path, capsys, as_if_on_gpu):
+    """Each row runs twice with the row's ideas off, and afterwards all ideas are on.
+
+    In the simulator, on a small load.
     """
     rows = bench.bench_rows()
-    small = {"prefixes": 1, "shared": 18, "seqs": 2, "budget": 16, "whole": 64}
-    for name, row in rows.items():
-        if name.startswith("ablation-"):
+    for row in rows.values():
+        if row.measure is bench.measure_ablation:
             row.requests = [(20, 2), (21, 3), (20, 5)]
-            row.setup = row.setup | small
-    seen = []                   # (llm, which ideas are off, tokens a step, outputs) of each run
+            row.setup |= {"prefixes": 1, "shared": 18, "seqs": 2, "budget": 16, "whole": 64}
+        elif "off" in row.setup:
+            row.requests = [(3, 20)] * len(row.requests)
+    seen = []
     submit = LLM.submit
 
     def watched_submit(llm, prompts, params):
-        budget = llm.engine.scheduler.max_num_batched_tokens
+        if not seen:
+            llm.engine.model.decode_batch = 8           # as on a GPU that runs decode.cu
+        off = ideas_off(llm.engine)
+        graphs = llm.engine.model.graphs
         outputs = submit(llm, prompts, params)
-        seen.append((llm, are_off(llm), budget, outputs))
+        seen.append((off, graphs, llm.engine.scheduler.max_num_batched_tokens, outputs, llm.engine))
         return outputs
 
-    card = {"name": "a card", "bytes_per_second": 1e9, "operations_per_second": 1e9}
     monkeypatch.setattr(LLM, "submit", watched_submit)
+    monkeypatch.setattr(Model, "decode", Model.forward)
     monkeypatch.setattr(bench, "bench_rows", lambda: rows)
-    monkeypatch.setattr(bench, "CpuDevice", ())
-    monkeypatch.setattr(bench, "measure_card", lambda llm: card)
-    code, out, _ = run_main("--model", PARROT, "--bench", "ablation", "--json", tmp_path / "figures.json",
-                            "--max-num-batched-tokens", "64")
-    figures = json.loads((tmp_path / "figures.json").read_text())["rows"]
-    ideas = [idea for idea, *_ in bench.switches(None)]
-    wanted = [[idea in row.setup["off"] for idea in ideas] for name, row in rows.items() if name in figures]
-    assert code == 0 and len(figures) == 7
-    assert [off for _, off, *_ in seen] == [off for off in wanted for _ in range(2)]
-    names = [name for name in figures for _ in range(2)]
-    for name, (_, off, budget, outputs) in zip(names, seen):
-        whole_prompts, no_caching = off[2:4]
-        latency = figures[name]["between_tokens_p99_ms"]
-        assert budget == (64 if whole_prompts else 16), name
+    lines, figures = run_bench(capsys, tmp_path / "figures.json", "ablation", "--model", str(PARROT),
+                               "--max-num-batched-tokens", "64")
+    assert list(figures) == [name for name in rows if name.startswith("ablation-")] and len(figures) == 12
+    twice = [name for name in figures for _ in range(2)]
+    assert [off for off, *_ in seen] == [rows[name].setup["off"] for name in twice]
+    engine = seen[0][-1]
+    for name, (off, graphs, budget, outputs, _) in zip(twice, seen):
+        [line] = [line for line in lines if line.startswith(f"{name} ")]
+        assert figures[name]["value"] > 0 and (graphs is engine.model.graphs) != ("fused-decode" in off), name
+        if rows[name].measure is bench.measure_decode:
+            assert len(outputs) in (1, 8) and all(output.finish_reason == "abort" for output in outputs)
+            continue
+        assert budget == (64 if "chunked-prefill" in off else 16)
         assert [len(output.token_ids) for output in outputs] == [2, 3, 5], name
+        assert (outputs[-1].num_cached_tokens == 16) != ("prefix-caching" in off)
         assert outputs[0].num_cached_tokens == 0
-        assert (outputs[-1].num_cached_tokens == 16) != no_caching
-        assert figures[name]["value"] > 0 and latency > 0 and f"{latency:,.2f} ms" in out
-    llm = seen[0][0]
-    scheduler = llm.engine.scheduler
-    assert not any(are_off(llm))
-    assert (scheduler.max_num_batched_tokens, scheduler.max_num_seqs) == (64, 64)
+        latency = figures[name]["between_tokens_p99_ms"]
+        assert latency > 0 and f"p99 between tokens {latency:,.2f} ms" in line
+    assert ideas_off(engine) == []
+    assert (engine.scheduler.max_num_batched_tokens, engine.scheduler.max_num_seqs) == (64, 64)
+
+
+class Cuda:
+    """CuPy's events, as far as the bench uses them."""
+    class Event:
+        def record(self):
+            pass
+
+    get_elapsed_time = staticmethod(lambda before, after: 1.0)
+
+
+def test_bench_table(monkeypatch, tmp_path, capsys, as_if_on_gpu):
+    """A row of each kind, in the simulator, on small requests. Two rows need a larger engine."""
+    rows = bench.bench_rows()
+    refused = {"prefill-1-16384": "a context of 16385 is needed, this engine has 4096",
+               "long-prompt-stall-4096": "a --max-num-batched-tokens of 4096 is needed, this engine has 2048"}
+    measured = ["decode-4-128", "batch-8", "prefill-16-1024", "mix", "mix-sampled", "mix-small-pool",
+                "shared-prefix", "long-prompt-stall-512"]
+    rows = {name: row for name, row in rows.items() if name in refused or name in measured}
+    small = {"prompt": 40, "shared": 9, "pool": 0.6}
+    for name in measured:
+        row = rows[name]
+        row.requests = [(10, min(new, 14)) for _, new in row.requests[:3]]
+        row.setup |= {key: value for key, value in small.items() if key in row.setup}
+    monkeypatch.setattr(np, "cuda", Cuda, raising=False)
+    monkeypatch.setattr(bench, "bench_rows", lambda: rows)
+    lines, figures = run_bench(capsys, tmp_path / "figures.json", "--model", str(PARROT),
+                               "--max-num-batched-tokens", "2048")
+    assert list(figures) == measured
+    for name, row in rows.items():
+        [line] = [line for line in lines if line.startswith(f"{name} ")]
+        assert row.what in line
+        if name in refused:
+            assert f"not measured: {refused[name]}" in line
+        else:
+            value = figures[name]["value"]
+            digits = 0 if figures[name]["unit"] == "tokens/s" else 3
+            assert f" {value:,.{digits}f} {figures[name]['unit']}" in line and value > 0
+    assert sum("GPU busy" in line for line in lines) == 3
+    assert figures["mix-small-pool"]["preemptions"] > 0 == figures["mix"]["preemptions"]
+
+
+def test_bench_start_from_file(monkeypatch, tmp_path, capsys, as_if_on_gpu):
+    """A new process reads --load-format dummy's weights from a folder, if the disk has room."""
+    rows = {"start-from-file": bench.bench_rows()["start-from-file"]}
+    monkeypatch.setattr(bench, "bench_rows", lambda: rows)
+    file = tmp_path / "figures.json"
+    lines, figures = run_bench(capsys, file, "--model", str(PARROT), "--load-format", "dummy")
+    assert f"{figures['start-from-file']['value']:,.3f} s" in lines[-1]
+    lines, figures = run_bench(capsys, file, "--model", str(PARROT))
+    assert "not measured: row start reads weights from files" in lines[-1] and figures == {}
+
+    dummy = EngineArgs(str(PARROT), load_format="dummy")
+    bench.write_model(dummy, tmp_path)
+    written = load_file(tmp_path / "model.safetensors")
+    trained = load_file(PARROT / "model.safetensors")
+    assert {name: w.shape for name, w in written.items()} == {name: w.shape for name, w in trained.items()}
+    assert ModelConfig.from_folder(tmp_path) == ModelConfig.from_folder(PARROT)
+    params = SamplingParams(max_tokens=5, logprobs=0, ignore_eos=True)
+    [from_file] = LLM(tmp_path).generate([[1, 2, 3]], params)
+    [made] = LLM(PARROT, load_format="dummy").generate([[1, 2, 3]], params)
+    assert from_file.logprobs == made.logprobs
+
+    monkeypatch.setattr(bench.shutil, "disk_usage", lambda folder: type("usage", (), {"free": 10**6}))
+    with pytest.raises(TinyVLLMError, match="weights have 0.002 GB, .* 0.001 GB of free space: set TMPDIR"):
+        bench.write_model(dummy, tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -199,7 +309,7 @@ def assert_accounts(recorder):
 def test_views_account(watched, monkeypatch, overlap, simulated):
     """All of a request's time is accounted for. Only a preempted request has a part "preempted"."""
     if (overlap, simulated) != (True, True):
-        if not simulated:                           # as on a GPU: a step takes time after its launch
+        if not simulated:                       # as on a GPU: a step takes time after its launch
             monkeypatch.setattr(CpuDevice, "is_simulated", False)
         watched = watched_run(overlap=overlap)
     recorder, outputs, _ = watched
@@ -209,7 +319,7 @@ def test_views_account(watched, monkeypatch, overlap, simulated):
     assert [o.account["preempted"] > 0 for o in outputs] == [o.num_preemptions > 0 for o in outputs]
     assert any(o.num_preemptions for o in outputs)
     assert any(o.account["recomputed"] for o in outputs) and all(o.account["prefill"] for o in outputs)
-    # Unless told so, views count the simulator's slow launch to the step before: nothing is stalled.
+    # Unless simulated, views count the slow launch to the step before: nothing is stalled.
     assert any(o.account["stalled"] for o in outputs) or not simulated
 
 
@@ -232,7 +342,7 @@ def embedded(page):
 
 
 def replayed(data):
-    """[(block tables, reference counts, cached pages that nobody uses)] of each step, and of the end.
+    """[(block tables, reference counts, cached pages without users)] of each step, and of the end.
 
     Computed from the changes of the block tables that a page holds.
     """
@@ -634,7 +744,7 @@ def make_small(process, resize):
     (15, None, "80 columns and 15 lines"), (24, make_small, "59 columns and 24 lines"), (24, interrupt, "")],
     ids=["too small", "becomes too small", "Ctrl-C"])
 def test_views_watch_ends_early(lines, act, size):
-    """Too small a terminal gets one line, and the answer. After Ctrl-C, the terminal is restored."""
+    """Too small a terminal gets one line and the answer. Ctrl-C leaves a restored terminal."""
     code, sent = on_terminal(80, lines, "--watch", QUESTIONS[0], act=act)
     view, _, after = sent.rpartition(LEAVE)
     assert "\x1b" not in after and "Traceback" not in sent and code == (130 if act == interrupt else 0)
@@ -714,9 +824,10 @@ def test_views_stats():
 @pytest.mark.parametrize("path, parts", [
     ("trace.txt", ["trace.txt", ".json or .html"]), ("none/trace.json", ["none/trace.json", "No such file"]),
     (".html", [".html", "Is a directory"])])
-def test_views_refuse_a_bad_path(tmp_path, path, parts):
+def test_views_refuse_a_bad_path(tmp_path, monkeypatch, path, parts):
     """The path is refused before the model is loaded, and the check leaves no file."""
+    monkeypatch.chdir(tmp_path)
     (tmp_path / ".html").mkdir()
-    assert_refused(run_main("--model", tmp_path, "--trace", tmp_path / path, "Hi"), "--trace", *parts)
-    views.check_trace_path(str(tmp_path / "new.json"))
+    assert_refused(run_main("--model", tmp_path, "--trace", path, "Hi"), "--trace", *parts)
+    tinyvllm.check_writable("--trace", "new.json")
     assert [file.name for file in tmp_path.iterdir()] == [".html"]
