@@ -235,7 +235,7 @@ def test_bench_start_from_file(monkeypatch, tmp_path, capsys, as_if_on_gpu):
     assert from_file.logprobs == made.logprobs
 
     monkeypatch.setattr(bench.shutil, "disk_usage", lambda folder: type("usage", (), {"free": 10**6}))
-    with pytest.raises(TinyVLLMError, match="weights have 0.002 GB, .* 0.001 GB of free space: set TMPDIR"):
+    with pytest.raises(TinyVLLMError, match=r"weights have 0.002 GB, .* 0.001 GB of free space: set TMPDIR"):
         bench.write_model(dummy, tmp_path)
 
 
