@@ -1,227 +1,240 @@
-"""python tinyvllm.py --bench: how fast is it, and how fast could it be?
+"""The engine's speed on an NVIDIA GPU, beside the speed that the card allows.
 
-First the card itself is measured: how fast it reads memory, how fast it multiplies. A step must read all weights, and the keys and values
-of its sequences, and it must multiply each token with all weights: the bytes over the one rate or the operations over the
-other, whichever takes longer, are its floor, and each row of the table shows how near to it the engine comes.
+    python bench.py --model llama-3.2-1b --load-format dummy        every row of the table
+    python bench.py mix                                             one row
+    python bench.py ablation --json figures.json                    the rows with names that begin so
+
+First the card is measured: bytes read from memory a second, and operations of matrix products a
+second. A step must read all weights and all keys and values of the step's sequences, and must
+multiply every token with all weights. The step's floor is the longer of two times: the bytes over
+the first rate, and the operations over the second rate. The table shows each figure beside its floor.
+
+Sections: Card and floors, Rows, Measurements, New processes, Program.
 """
 import contextlib
 import json
+import multiprocessing
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import save_file
 
 import tinyvllm
-from simulator import CpuDevice
-from tinyvllm import (BYTES, DummyCheckpoint, SamplingParams, TinyVLLMError, cdiv, decode_weight_bytes, kv_bytes_per_token,
-                      weight_bytes)
-from views import check_writable
+from tinyvllm import (BYTES, DummyCheckpoint, EngineArgs, SamplingParams, TinyVLLMError, cdiv,
+                      decode_weight_bytes, kv_bytes_per_token, weight_bytes)
+
+# ======================================================================================================
+# Card and floors
+# ======================================================================================================
+STREAM_READ = """
+// stream_read: reads memory as fast as the card can. No kernel bound by memory can be faster.
+//
+//   out [grid * READ_THREADS]: each thread's exclusive or of all numbers read, so that the compiler
+//     can leave out no load.
+//   x [rounds, 4, grid * READ_THREADS, 2]: each round, a thread loads four words of 16 bytes. All
+//     four loads are in flight together.
+//   Grid (any).
+EXPORT(READ_THREADS, 512);
+
+extern "C" __global__ __launch_bounds__(READ_THREADS) void stream_read(u64* out, const u64* x, int rounds) {
+    struct alignas(16) Word { u64 v[2]; };
+    const size_t threads = gridDim.x * READ_THREADS;
+    const size_t me = blockIdx.x * READ_THREADS + threadIdx.x;
+    const Word* word = reinterpret_cast<const Word*>(x) + me;
+    u64 all = 0;
+    for (int round = 0; round < rounds; ++round, word += 4 * threads) {
+        Word loaded[4];
+        for (int j = 0; j < 4; ++j) loaded[j] = word[j * threads];
+        for (int j = 0; j < 4; ++j) all ^= loaded[j].v[0] ^ loaded[j].v[1];
+    }
+    out[me] = all;
+}
+"""
 
 
-@dataclass
-class BenchRow:
-    """One measurement: requests of (prompt tokens, new tokens), which come together and never stop early."""
-    measure: object                     # function (llm, row, card) -> figures: "value" and "unit", perhaps "best", what the card's rates
-                                        # allow, and "share", how much of that is reached, and more
-    what: str
-    requests: list
-    params: dict = field(default_factory=dict)      # of the sampling; none: greedy
-    setup: dict = field(default_factory=dict)       # what else its function wants to know
+def measure_card(device):
+    """The device's name, the rate of reading memory (bytes/s), and the rate of multiplying bfloat16
+    matrices (operations/s)."""
+    kernels = tinyvllm.compile_kernels(device, {}, STREAM_READ)
+    rounds = 64
+    thread_blocks = 4 * device.multiprocessors
+    out = device.empty(thread_blocks * kernels.READ_THREADS, np.uint64)
+    x = device.xp.arange(8 * rounds * out.size, dtype=np.uint64)        # 1.1 GB on an H200
+    size = 8192
+    checkpoint = DummyCheckpoint(device)
+    a = checkpoint.take("", size, size)
+    b = checkpoint.take("", size, size)
 
-
-def bench_rows():
-    """{name: BenchRow}, in the order of the table."""
-    rows = {"start": BenchRow(measure_start, "new process to first token, kernels compiled before", []),
-            "start-compiling": BenchRow(measure_start, "the same, kernels not compiled before", [], setup={"compiling": True})}
-    for batch, context in (1, 128), (1, 640), (1, 2048), (1, 16384), (4, 128), (8, 128), (64, 4000), (256, 1000):
-        rows[f"decode-{batch}-{context}"] = BenchRow(measure_decode, f"a decode step, {batch} x context {context:,}", [(context, 256)] * batch)
-    for batch in 8, 32, 128, 256:
-        rows[f"batch-{batch}"] = BenchRow(measure_output, f"{batch} x (prompt 128, 256 new)", [(128, 256)] * batch)
-    sampled = dict(temperature=0.8, top_p=0.95, top_k=50, seed=1)
-    rows["batch-256-sampled"] = BenchRow(measure_output, "the same, temperature 0.8, top_p 0.95, top_k 50", [(128, 256)] * 256, sampled)
-    for batch, prompt in (1, 2048), (1, 3500), (1, 8192), (1, 16384), (16, 1024):
-        rows[f"prefill-{batch}-{prompt}"] = BenchRow(measure_prefill, f"{batch} x (prompt {prompt:,}, 1 new)", [(prompt, 1)] * batch)
-    # The lengths of nano-vllm's benchmark. It draws each prompt's ids after its length, and all new lengths after the prompts.
-    draw, prompts = random.Random(0).randint, []
-    for _ in range(256):
-        prompts.append(draw(100, 1024))
-        for _ in range(prompts[-1]):
-            draw(0, 10000)
-    mix = [(prompt, draw(100, 1024)) for prompt in prompts]
-    rows["mix"] = BenchRow(measure_output, "256 x (prompt 100 to 1,024, 100 to 1,024 new)", mix)
-    rows["mix-sampled"] = BenchRow(measure_output, "the same, temperature 0.6", mix, dict(temperature=0.6, seed=1))
-    rows["mix-small-pool"] = BenchRow(measure_output, "the mix in a tenth of the pages that it fills", mix, setup={"pool": 0.1})
-    rows["shared-prefix"] = BenchRow(measure_shared_prefix, "63 x (prompt 2,000 cached + 32): last one's first token", [(2032, 1)] * 63,
-                                     setup={"shared": 2000})
-    for budget in 512, 1024, 2048, 4096:
-        rows[f"long-prompt-stall-{budget}"] = BenchRow(measure_stall, f"32 decode, 16,384 come in, {budget:,} a step: p99 a token",
-                                                       [(128, 1024)] * 32, setup={"budget": budget, "prompt": 16384})
-    # Half of the mix, behind four system prompts of 1,536 tokens, and every fourth with a document of 1,400. 48 may run at once: some always wait.
-    load = [(1536 + prompt + 1400 * (i % 4 == 0), new) for i, (prompt, new) in enumerate(mix[:128])]
-    ideas = [name for name, *_ in switches(None)]
-    for name, off in {"all-on": [], **{f"no-{idea}": [idea] for idea in ideas}, "all-off": ideas}.items():
-        what = "static batching" if off == ideas[-1:] else name.replace("-", " ").replace("cuda", "CUDA")
-        rows[f"ablation-{name}"] = BenchRow(measure_ablation, f"half of the mix, prefixes, documents: {what}", load,
-                                            setup={"off": off, "prefixes": 4, "shared": 1536, "seqs": 48, "budget": 512, "whole": 4096})
-    return rows
-
-
-def measure_card(llm):
-    """The device's name, and the rates at which it reads memory, bytes/s, and multiplies bfloat16 matrices, operations/s."""
-    device, kernels = llm.device, llm.engine.model.kernels
-    rounds, blocks, size = 64, 4 * device.multiprocessors, 8192
-    out = device.empty(blocks * kernels.READ_THREADS, np.uint64)
-    x = device.xp.arange(8 * rounds * out.size, dtype=np.uint64)               # 1.1 GB on an H200
-    a, b = (DummyCheckpoint(device).take("", size, size) for _ in range(2))
-
-    def best(function, repeats=20):
-        """Seconds of a call: of four rounds the fastest."""
-        def seconds():
+    def fastest(start_kernel, repeats=20):
+        """Seconds of a kernel: four times the mean of `repeats` runs, and the least of the four."""
+        means = []
+        for _ in range(4):
             start = time.perf_counter()
             for _ in range(repeats):
-                function()
-            device.fetch(out[:1])()                                 # behind them all on the device
-            return (time.perf_counter() - start) / repeats
-        return min(seconds() for _ in range(4))
+                start_kernel()
+            device.fetch(out[:1])()             # waits: the copy comes behind all kernels on the device
+            means.append((time.perf_counter() - start) / repeats)
+        return min(means)
 
-    return {"name": device.name, "bytes_per_second": x.nbytes / best(lambda: kernels.stream_read((blocks,), out, x, rounds)),
-            "operations_per_second": 2 * size**3 / best(lambda: device.linear(a, b))}
+    reading = fastest(lambda: kernels.stream_read((thread_blocks,), out, x, rounds))
+    multiplying = fastest(lambda: device.linear(a, b))
+    return {"name": device.name, "bytes_per_second": x.nbytes / reading,
+            "operations_per_second": 2 * size**3 / multiplying}
 
 
 def step_at_best(config, card, tokens, rows, pairs, context):
-    """Seconds that a step must take on a card of these rates. Of `tokens`, `rows` go through the head; queries meet keys in `pairs`; `context`
-    tokens are read from the cache."""
-    c, head = config, config.vocab_size * config.hidden_size
-    layers = decode_weight_bytes(c) / BYTES - head                              # weights that every token is multiplied with
-    a_pair = 4 * c.num_hidden_layers * c.num_attention_heads * c.head_dim       # operations for a query and a key with its value
+    """The least time of a step, in seconds, on a card of the given rates. tokens: of the whole step.
+    rows: tokens that go through the head. pairs: how often a query meets a key. context: tokens with
+    keys and values that attention reads from the cache."""
+    c = config
+    head = c.vocab_size * c.hidden_size
+    layers = decode_weight_bytes(c) / BYTES - head          # weights, each multiplied with every token
+    # Query times key, then probability times value: two operations for each of head_dim numbers.
+    a_pair = 4 * c.num_hidden_layers * c.num_attention_heads * c.head_dim
     num_bytes = decode_weight_bytes(c) + kv_bytes_per_token(c) * context
     operations = 2 * (tokens * layers + rows * head) + a_pair * pairs
     return max(num_bytes / card["bytes_per_second"], operations / card["operations_per_second"])
 
 
 def seconds_at_best(config, card, requests):
-    """(prefill, decode): what requests of (prompt tokens, new tokens) must take on a card of these rates, if first all prompts come in one
-    step, and then all that are not done decode together."""
-    pairs = sum(p * (p + 1) / 2 for p, _ in requests)
-    prefill = step_at_best(config, card, sum(p for p, _ in requests), len(requests), pairs, 0)
-    contexts = [[p + i for p, new in requests if new > i] for i in range(1, max(new for _, new in requests))]
-    return prefill, sum(step_at_best(config, card, len(context), len(context), sum(context), sum(context)) for context in contexts)
+    """(prefill, decode): the least time, in seconds, of requests of (prompt tokens, new tokens) on a card
+    of the given rates. One step computes all prompts; then all unfinished requests decode together."""
+    tokens = sum(prompt for prompt, _ in requests)
+    pairs = sum(prompt * (prompt + 1) / 2 for prompt, _ in requests)
+    prefill = step_at_best(config, card, tokens, len(requests), pairs, context=0)
+    decode = 0
+    for i in range(1, max(new for _, new in requests)):
+        contexts = [prompt + i for prompt, new in requests if new > i]
+        batch = len(contexts)
+        decode += step_at_best(config, card, batch, batch, pairs=sum(contexts), context=sum(contexts))
+    return prefill, decode
 
 
-def random_prompt(llm, count):
-    """So many random token ids: no two prompts are alike, in this row or another."""
-    return np.random.default_rng().integers(0, llm.config.vocab_size, count).tolist()
+# ======================================================================================================
+# Rows
+#
+# A row of the table is a load and a function that measures the load. Each load runs twice, and the
+# second run counts: the first run compiles kernels, records CUDA graphs and fills caches.
+# ======================================================================================================
+@dataclass
+class BenchRow:
+    """A load, and how to measure the load. All requests arrive together, and none stops early.
+
+    measure: function (llm, row, card) -> figures: "value", "unit", and more. Rows with a floor have
+    "best", the value that the card's rates allow, and "share", the part of "best" that is reached.
+    Only measure_start takes (engine_args, row): an LLM would hold the memory that new processes need.
+    """
+    measure: object
+    what: str                   # for the table
+    requests: list              # (prompt tokens, new tokens) of each
+    params: dict = field(default_factory=dict)      # of SamplingParams; none: greedy
+    setup: dict = field(default_factory=dict)       # more for `measure`; "off": ideas to turn off
 
 
-def random_prompts(llm, row):
-    """A random prompt for each of a row's requests."""
-    longest = max(prompt + new for prompt, new in row.requests)
-    if longest > llm.max_model_len:
-        raise TinyVLLMError(f"it needs a context of {longest} tokens, this model has {llm.max_model_len}")
-    return [random_prompt(llm, prompt) for prompt, _ in row.requests]
+def bench_rows():
+    """{name: BenchRow}, in the order of the table."""
+    rows = {}
+
+    def add(name, measure, what, requests, params=None, **setup):
+        rows[name] = BenchRow(measure, what, requests, params or {}, setup)
+
+    mix = mix_requests()
+    add("start", measure_start, "new process to first token, kernels compiled before", [])
+    add("start-compiling", measure_start, "the same, kernels not compiled before", [], compiling=True)
+    add("start-from-file", measure_start, "as start, weights from a folder (page cache warm)", [],
+        from_file=True)
+    shapes = [(1, 128), (1, 640), (1, 2048), (1, 16384), (4, 128), (8, 128), (64, 4000), (256, 1000)]
+    for batch, context in shapes:
+        what = f"a decode step, {batch} x context {context:,}"
+        add(f"decode-{batch}-{context}", measure_decode, what, [(context, 256)] * batch)
+    for batch in 8, 32, 128, 256:
+        add(f"batch-{batch}", measure_output, f"{batch} x (prompt 128, 256 new)", [(128, 256)] * batch)
+    add("batch-256-sampled", measure_output, "the same, temperature 0.8, top_p 0.95, top_k 50",
+        [(128, 256)] * 256, {"temperature": 0.8, "top_p": 0.95, "top_k": 50, "seed": 1})
+    for batch, prompt in (1, 2048), (1, 3500), (1, 8192), (1, 16384), (16, 1024):
+        what = f"{batch} x (prompt {prompt:,}, 1 new)"
+        add(f"prefill-{batch}-{prompt}", measure_prefill, what, [(prompt, 1)] * batch)
+    add("mix", measure_output, "256 x (prompt 100 to 1,024, 100 to 1,024 new)", mix)
+    add("mix-sampled", measure_output, "the same, temperature 0.6", mix, {"temperature": 0.6, "seed": 1})
+    add("mix-small-pool", measure_output, "the mix in a tenth of the pages that it fills", mix, pool=0.1)
+    add("shared-prefix", measure_shared_prefix, "63 x (prompt 2,000 cached + 32): last one's first token",
+        [(2032, 1)] * 63, shared=2000)
+    for budget in 512, 1024, 2048, 4096:
+        what = f"32 decode, 16,384 come in, {budget:,} a step: p99 a token"
+        add(f"long-prompt-stall-{budget}", measure_stall, what, [(128, 1024)] * 32,
+            budget=budget, prompt=16384)
+    return rows | ablation_rows(mix)
 
 
-def submit(llm, row, prompts):
-    """Queues a row's requests."""
-    return llm.submit(prompts, [SamplingParams(max_tokens=new, ignore_eos=True, **row.params) for _, new in row.requests])
+def mix_requests():
+    """The lengths of nano-vllm's benchmark. That program draws the ids of each prompt after the
+    prompt's length, and the lengths of all answers after all prompts."""
+    draw = random.Random(0).randint
+    prompts = []
+    for _ in range(256):
+        prompt = draw(100, 1024)
+        prompts.append(prompt)
+        for _ in range(prompt):
+            draw(0, 10000)
+    return [(prompt, draw(100, 1024)) for prompt in prompts]
 
 
-def time_decode(llm, row, steps=64):
-    """Seconds of a decode step, the mean of some, when every request has had its prompt read."""
-    outputs = submit(llm, row, random_prompts(llm, row))
-    while not all(len(output.token_ids) > 4 for output in outputs):
-        llm.engine.step()
-    start = time.perf_counter()
-    for _ in range(steps):
-        llm.engine.step()
-    seconds, running = (time.perf_counter() - start) / steps, len(llm.engine.scheduler.running)
-    llm.abort(outputs)
-    if running < len(outputs):
-        raise TinyVLLMError(f"only {running} of {len(outputs)} ran to the end: the cache does not hold them together")
-    return seconds
+def ablation_rows(mix):
+    """A load with all ideas, without each idea, without any; and decode steps of small batches.
+
+    The load is half of the mix. Each prompt begins with a system prompt of 1,536 tokens, and every fourth
+    prompt has a document of 1,400 tokens. Only 48 requests may run at once, so that others always wait.
+    48 sequences are too many for decode.cu: the small batches show the worth of fused decode.
+    """
+    load = []
+    for i, (prompt, new) in enumerate(mix[:128]):
+        document = 1400 if i % 4 == 0 else 0
+        load.append((1536 + prompt + document, new))
+    setup = {"prefixes": 4, "shared": 1536, "seqs": 48, "budget": 512, "whole": 4096}
+    rows = {}
+    for name, off in {"all-on": [], **{f"no-{idea}": [idea] for idea in IDEAS}, "all-off": IDEAS}.items():
+        what = name.replace("-", " ").replace("cuda", "CUDA").replace("no continuous", "static")
+        rows[f"ablation-{name}"] = BenchRow(
+            measure_ablation, f"half of the mix, prefixes, documents: {what}", load,
+            setup=setup | {"off": off})
+    for batch in 1, 8:
+        for name, off in ("", []), ("-no-fused-decode", ["fused-decode"]):
+            what = f"a decode step, {batch} x context 128: {'no fused decode' if off else 'all on'}"
+            rows[f"ablation-decode-{batch}{name}"] = BenchRow(
+                measure_decode, what, [(128, 256)] * batch, setup={"off": off})
+    return rows
 
 
-def time_run(llm, row):
-    """(seconds from the first arrival to the last token, more figures): all of a row's requests, in a "pool" of that share of the pages
-    which they all together fill, or in all that there are."""
-    cuda, model, marks, allocator = llm.device.xp.cuda, llm.engine.model, [], llm.engine.scheduler.allocator
-    launch, pages = model.launch, sum(cdiv(prompt + new, allocator.block_size) for prompt, new in row.requests)
-    held = allocator.allocate(max(0, len(allocator.free) - int(pages * row.setup["pool"])) if "pool" in row.setup else 0)
-
-    def marked_launch(batch):               # events on the device before and after each step say how long it was busy
-        marks.append((cuda.Event(), cuda.Event()))
-        marks[-1][0].record()
-        result = launch(batch)
-        marks[-1][1].record()
-        return result
-
-    prompts = random_prompts(llm, row)
-    model.launch, start = marked_launch, time.perf_counter()
-    try:
-        outputs = submit(llm, row, prompts)
-        for _ in llm.run(outputs):
-            pass
-    finally:
-        model.launch = launch
-        allocator.release(held)
-    seconds = time.perf_counter() - start
-    first = [output.first_token_time - output.arrival_time for output in outputs]
-    each = [(o.finish_time - o.first_token_time) / max(len(o.token_ids) - 1, 1) for o in outputs]
-    figures = {"gpu_busy": sum(cuda.get_elapsed_time(*pair) for pair in marks) / 1e3 / seconds,
-               "preemptions": sum(output.num_preemptions for output in outputs)}
-    for name, values in ("time_to_first_token", first), ("time_per_output_token", each):
-        figures |= {f"{name}_p{percent}": float(np.percentile(values, percent)) for percent in (50, 99)}
-    return seconds, figures
-
-
-def time_shared_prefix(llm, row):
-    """Seconds until the last of the row's requests has its first token. They begin alike, and that beginning has been computed before."""
-    shared, one = row.setup["shared"], SamplingParams(max_tokens=1, ignore_eos=True)
-    prefix = random_prompt(llm, shared)
-    llm.generate(prefix + random_prompt(llm, 1), one)
-    outputs = llm.submit([prefix + random_prompt(llm, prompt - shared) for prompt, _ in row.requests], one)
-    for _ in llm.run(outputs):
-        pass
-    return max(output.first_token_time - output.arrival_time for output in outputs)
-
-
-def time_stall(llm, row):
-    """(99th percentile of the seconds between two tokens of the row's requests while a long prompt comes in, seconds until that has its
-    first token), with row.setup["budget"] tokens a step."""
-    long, scheduler = BenchRow(None, "", [(row.setup["prompt"], 1)]), llm.engine.scheduler
-    largest, budget = scheduler.max_num_batched_tokens, row.setup["budget"]
-    if budget > largest or row.setup["prompt"] >= llm.max_model_len:
-        raise TinyVLLMError(f"it needs a budget of {budget} and a context of {row.setup['prompt'] + 1}, here are {largest} and {llm.max_model_len}")
-    with switched((scheduler, "max_num_batched_tokens", budget)):
-        running = submit(llm, row, random_prompts(llm, row))
-        while not all(len(output.token_ids) > 4 for output in running):
-            llm.engine.step()
-        [long] = submit(llm, long, random_prompts(llm, long))
-        times = [time.perf_counter()]
-        while not long.finish_reason:
-            llm.engine.step()                                       # each brings every running request a token
-            times.append(time.perf_counter())
-        llm.abort(running)
-    return float(np.percentile(np.diff(times), 99)), long.first_token_time - long.arrival_time
+# Ideas that a row can turn off.
+IDEAS = ["cuda-graphs", "fused-decode", "overlap", "chunked-prefill", "prefix-caching", "continuous-batching"]
 
 
 def switches(engine):
-    """(idea, the object that its switch is in, the switch, what it is set to when the idea is off), of each. engine: None for the names."""
-    model, scheduler, allocator = (engine.model, engine.scheduler, engine.scheduler.allocator) if engine else [None] * 3
-    return [("cuda-graphs", model, "graph_sizes", ()), ("overlap", engine, "overlap", False),
-            ("chunked-prefill", scheduler, "chunked_prefill", False), ("prefix-caching", allocator, "prefix_caching", False),
-            ("continuous-batching", scheduler, "static_batching", True)]
+    """{idea: [(object, attribute, value while the idea is off)]}, for all IDEAS."""
+    model = engine.model
+    scheduler = engine.scheduler
+    return {
+        "cuda-graphs": [(model, "graph_sizes", ())],
+        # The recorded graphs start decode.cu's kernel: without the idea, other graphs are recorded.
+        "fused-decode": [(model, "decode_batch", 0), (model, "graphs", {})],
+        "overlap": [(engine, "overlap", False)],
+        "chunked-prefill": [(scheduler, "chunked_prefill", False)],
+        "prefix-caching": [(scheduler.allocator, "prefix_caching", False)],
+        "continuous-batching": [(scheduler, "static_batching", True)]}
 
 
 @contextlib.contextmanager
 def switched(*settings):
-    """(object, attribute, value)s that hold while the block runs."""
+    """Sets attributes, by triples (object, attribute, value), for as long as the block runs."""
     with contextlib.ExitStack() as stack:
         for thing, name, value in settings:
             stack.callback(setattr, thing, name, getattr(thing, name))
@@ -229,137 +242,345 @@ def switched(*settings):
         yield
 
 
-def time_ablation(llm, row):
-    """(seconds from the first arrival to the last token, the seconds between two tokens of a request, all of them), with the ideas
-    row.setup["off"] turned off. Prompts begin with one of a few prefixes, in turn. With chunks a step has row.setup["budget"] tokens; without
-    them it must hold the longest prompt, and the decodes beside it."""
-    engine, scheduler, setup = llm.engine, llm.engine.scheduler, row.setup
-    whole = "chunked-prefill" in setup["off"]
-    if setup["whole"] > scheduler.max_num_batched_tokens or setup["seqs"] > scheduler.max_num_seqs:
-        raise TinyVLLMError(f"it needs {setup['whole']} tokens a step and {setup['seqs']} sequences, here are {scheduler.max_num_batched_tokens} "
-                            f"and {scheduler.max_num_seqs}")
-    prefixes = [random_prompt(llm, setup["shared"]) for _ in range(setup["prefixes"])]
-    prompts = [prefixes[i % len(prefixes)] + prompt[setup["shared"]:] for i, prompt in enumerate(random_prompts(llm, row))]
-    off = [switch for idea, *switch in switches(engine) if idea in setup["off"]]
-    with switched((scheduler, "max_num_batched_tokens", setup["whole" if whole else "budget"]), (scheduler, "max_num_seqs", setup["seqs"]), *off):
-        start, last, gaps = time.perf_counter(), {}, []
-        for output in llm.run(submit(llm, row, prompts)):
-            now = time.perf_counter()
-            if id(output) in last:
-                gaps.append(now - last[id(output)])
-            last[id(output)] = now
-    return time.perf_counter() - start, gaps
+# ======================================================================================================
+# Measurements
+# ======================================================================================================
+def random_prompt(llm, count):
+    """`count` random token ids: no two prompts are alike, in this row or in another."""
+    return np.random.default_rng().integers(0, llm.config.vocab_size, count).tolist()
 
 
-def time_start(args, compiling):
-    """Seconds from the start of a new process to its first token. compiling: with an empty cache of compiled kernels."""
-    command = [sys.executable, tinyvllm.__file__, "--raw", "--max-tokens", "1", "--load-format", args.load_format, "Once upon a time"]
-    command += ["--model", args.model] if args.model else []
-    with tempfile.TemporaryDirectory() as folder:
-        env = os.environ | ({"CUPY_CACHE_DIR": folder} if compiling else {})
-        start = time.perf_counter()
-        with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-            process.stdout.read(1)
-            seconds, error = time.perf_counter() - start, process.communicate()[1]
-    if process.returncode:
-        raise TinyVLLMError(error.decode(errors="replace").strip().rpartition("\n")[2].removeprefix("tinyvllm: "))
-    return seconds
+def random_prompts(llm, row):
+    """A random prompt for each of a row's requests."""
+    need("context", max(prompt + new for prompt, new in row.requests), llm.max_model_len)
+    return [random_prompt(llm, prompt) for prompt, _ in row.requests]
 
 
-# ======================================================================================================================
-# Rows: what is measured, and what stands in the table
-# ======================================================================================================================
-def measure_start(args, row, card):
-    """Of the command line's args; there is no llm yet, which would hold the card's memory."""
-    return {"value": time_start(args, "compiling" in row.setup), "unit": "s"}
+def need(what, needed, has):
+    """Raises TinyVLLMError if the engine has less of something than a row needs."""
+    if has < needed:
+        raise TinyVLLMError(f"a {what} of {needed} is needed, this engine has {has}")
 
 
-def measure_decode(llm, row, card):
-    """A decode step late in the run, against its floor."""
-    batch, seconds = len(row.requests), time_decode(llm, row)
-    best = seconds_at_best(llm.config, card, [(prompt, 2) for prompt, _ in row.requests])[1]
-    return {"value": 1e3 * seconds, "unit": "ms", "best": 1e3 * best, "share": best / seconds, "tokens_per_second": batch / seconds}
+def submit(llm, row, prompts):
+    """Queues a row's requests; returns the RequestOutputs."""
+    params = [SamplingParams(max_tokens=new, ignore_eos=True, **row.params) for _, new in row.requests]
+    return llm.submit(prompts, params)
+
+
+def step_until_all_decode(llm, outputs):
+    """Steps the engine until each request has more than four tokens: all prompts are read."""
+    while not all(len(output.token_ids) > 4 for output in outputs):
+        llm.engine.step()
+
+
+def measure_decode(llm, row, card, steps=64):
+    """The time of a decode step: the mean of `steps`, after all prompts are read."""
+    outputs = submit(llm, row, random_prompts(llm, row))
+    step_until_all_decode(llm, outputs)
+    start = time.perf_counter()
+    for _ in range(steps):
+        llm.engine.step()
+    seconds = (time.perf_counter() - start) / steps
+    running = len(llm.engine.scheduler.running)
+    llm.abort(outputs)
+    need("batch", len(outputs), running)
+    _, best = seconds_at_best(llm.config, card, [(prompt, 2) for prompt, _ in row.requests])
+    return {"value": 1e3 * seconds, "unit": "ms", "best": 1e3 * best, "share": best / seconds,
+            "tokens_per_second": len(outputs) / seconds}
 
 
 def measure_output(llm, row, card):
-    """New tokens of the whole run, a second."""
+    """New tokens a second, over the whole run."""
     return throughput(llm, row, card, sum(new for _, new in row.requests))
 
 
 def measure_prefill(llm, row, card):
-    """Prompt tokens of the whole run, a second."""
+    """Prompt tokens a second, over the whole run."""
     return throughput(llm, row, card, sum(prompt for prompt, _ in row.requests))
 
 
 def throughput(llm, row, card, tokens):
-    """So many tokens over the time of the whole run."""
-    seconds, figures = time_run(llm, row)
+    """`tokens` a second, from the first arrival to the last token; and the times of the requests."""
+    seconds, busy, outputs = time_run(llm, row)
     best = sum(seconds_at_best(llm.config, card, row.requests))
-    return {"value": tokens / seconds, "unit": "tokens/s", "best": tokens / best, "share": best / seconds, **figures}
+    figures = {"value": tokens / seconds, "unit": "tokens/s", "best": tokens / best, "share": best / seconds,
+               "gpu_busy": busy / seconds, "preemptions": sum(o.num_preemptions for o in outputs)}
+    first = [o.first_token_time - o.arrival_time for o in outputs]
+    each = [(o.finish_time - o.first_token_time) / max(len(o.token_ids) - 1, 1) for o in outputs]
+    for name, values in ("time_to_first_token", first), ("time_per_output_token", each):
+        for percent in 50, 99:
+            figures[f"{name}_p{percent}"] = float(np.percentile(values, percent))
+    return figures
+
+
+def time_run(llm, row):
+    """Runs a row's requests; returns (seconds from the first arrival to the last token, seconds for
+    which the device was busy, outputs). row.setup["pool"]: free pages, as a share of the pages that all
+    requests fill together; not given: all pages of the engine."""
+    model = llm.engine.model
+    allocator = llm.engine.scheduler.allocator
+    cuda = llm.device.xp.cuda
+    launch = model.launch
+    marks = []                                  # events on the device: (before, after) each step
+
+    def marked_launch(batch):
+        marks.append((cuda.Event(), cuda.Event()))
+        before, after = marks[-1]
+        before.record()
+        result = launch(batch)
+        after.record()
+        return result
+
+    prompts = random_prompts(llm, row)
+    held = []
+    if "pool" in row.setup:
+        filled = sum(cdiv(prompt + new, allocator.block_size) for prompt, new in row.requests)
+        held = allocator.allocate(max(0, len(allocator.free) - int(row.setup["pool"] * filled)))
+    with switched((model, "launch", marked_launch)):
+        start = time.perf_counter()
+        outputs = submit(llm, row, prompts)
+        for _ in llm.run(outputs):
+            pass
+        seconds = time.perf_counter() - start
+    allocator.release(held)
+    busy = sum(cuda.get_elapsed_time(before, after) for before, after in marks) / 1e3
+    return seconds, busy, outputs
 
 
 def measure_shared_prefix(llm, row, card):
-    """Time to the last first token."""
-    return {"value": 1e3 * time_shared_prefix(llm, row), "unit": "ms"}
+    """Time until every request has a first token. All prompts begin with the same tokens, and the cache
+    has the keys and values of these tokens."""
+    shared = row.setup["shared"]
+    one = SamplingParams(max_tokens=1, ignore_eos=True)
+    prefix = random_prompt(llm, shared)
+    llm.generate(prefix + random_prompt(llm, 1), one)
+    outputs = llm.submit([prefix + random_prompt(llm, prompt - shared) for prompt, _ in row.requests], one)
+    for _ in llm.run(outputs):
+        pass
+    return {"value": 1e3 * max(o.first_token_time - o.arrival_time for o in outputs), "unit": "ms"}
 
 
 def measure_stall(llm, row, card):
-    """How long a long prompt holds up the others."""
-    between, first = time_stall(llm, row)
-    return {"value": 1e3 * between, "unit": "ms", "long_prompt_first_token_ms": 1e3 * first}
+    """How long a long prompt holds up the running requests, with row.setup["budget"] tokens a step: the
+    99th percentile of the time between two tokens of a request while the prompt comes in."""
+    scheduler = llm.engine.scheduler
+    budget = row.setup["budget"]
+    prompt = row.setup["prompt"]
+    need("--max-num-batched-tokens", budget, scheduler.max_num_batched_tokens)
+    need("context", prompt + 1, llm.max_model_len)
+    with switched((scheduler, "max_num_batched_tokens", budget)):
+        running = submit(llm, row, random_prompts(llm, row))
+        step_until_all_decode(llm, running)
+        [long] = llm.submit([random_prompt(llm, prompt)], SamplingParams(max_tokens=1, ignore_eos=True))
+        times = [time.perf_counter()]
+        while not long.finish_reason:
+            llm.engine.step()                   # brings every running request a token
+            times.append(time.perf_counter())
+        llm.abort(running)
+    return {"value": 1e3 * float(np.percentile(np.diff(times), 99)), "unit": "ms",
+            "long_prompt_first_token_ms": 1e3 * (long.first_token_time - long.arrival_time)}
 
 
 def measure_ablation(llm, row, card):
-    """New tokens a second, and the 99th percentile of the time between two of a request."""
-    seconds, gaps = time_ablation(llm, row)
-    return {"value": sum(new for _, new in row.requests) / seconds, "unit": "tokens/s", "between_tokens_p99_ms": 1e3 * float(np.percentile(gaps, 99))}
+    """New tokens a second, and the 99th percentile of the time between two tokens of a request.
+
+    A few prefixes take turns at the beginning of the prompts. With chunks a step has
+    row.setup["budget"] tokens. Without chunks a step must hold the longest prompt beside the decodes:
+    row.setup["whole"] tokens.
+    """
+    scheduler = llm.engine.scheduler
+    setup = row.setup
+    need("--max-num-batched-tokens", setup["whole"], scheduler.max_num_batched_tokens)
+    need("--max-num-seqs", setup["seqs"], scheduler.max_num_seqs)
+    prefixes = [random_prompt(llm, setup["shared"]) for _ in range(setup["prefixes"])]
+    prompts = random_prompts(llm, row)
+    for i, prompt in enumerate(prompts):
+        prompt[:setup["shared"]] = prefixes[i % len(prefixes)]
+    budget = setup["budget"] if scheduler.chunked_prefill else setup["whole"]
+    last_times = {}                             # id of an output -> time of the latest token
+    gaps = []
+    with switched((scheduler, "max_num_batched_tokens", budget), (scheduler, "max_num_seqs", setup["seqs"])):
+        start = time.perf_counter()
+        for output in llm.run(submit(llm, row, prompts)):
+            now = time.perf_counter()
+            if id(output) in last_times:
+                gaps.append(now - last_times[id(output)])
+            last_times[id(output)] = now
+        seconds = time.perf_counter() - start
+    return {"value": sum(new for _, new in row.requests) / seconds, "unit": "tokens/s",
+            "between_tokens_p99_ms": 1e3 * float(np.percentile(gaps, 99))}
 
 
-def measure(row, llm, card=None):
-    """A row's figures, of its second run: the first one warms up."""
-    row.measure(llm, row, card)
-    return row.measure(llm, row, card)
+# ======================================================================================================
+# New processes
+# ======================================================================================================
+def measure_start(engine_args, row):
+    """Time from the start of a new process to the first token. The first of two processes fills the
+    caches of kernels and files; the second process counts. row.setup["compiling"]: each process has an
+    empty cache of compiled kernels. row.setup["from_file"]: the weights come from a folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        if "from_file" in row.setup:
+            engine_args = written_model(engine_args, Path(folder))
+        for cache in "first", "second":
+            environment = {"CUPY_CACHE_DIR": f"{folder}/{cache}"} if "compiling" in row.setup else {}
+            seconds = time_start(engine_args, environment)
+    return {"value": seconds, "unit": "s"}
+
+
+def time_start(engine_args, environment):
+    """Seconds from the start of a new process to the first token."""
+    command = [sys.executable, tinyvllm.__file__, "--raw", "--max-tokens", "1", "Once upon a time",
+               "--load-format", engine_args.load_format]
+    if engine_args.model:
+        command += ["--model", engine_args.model]
+    pipe = subprocess.PIPE
+    start = time.perf_counter()
+    with subprocess.Popen(command, env=os.environ | environment, stdout=pipe, stderr=pipe) as process:
+        process.stdout.read(1)
+        seconds = time.perf_counter() - start
+        _, error = process.communicate()
+    if process.returncode:
+        last_line = error.decode(errors="replace").strip().rpartition("\n")[2]
+        raise TinyVLLMError(last_line.removeprefix("tinyvllm: "))
+    return seconds
+
+
+def written_model(engine_args, folder):
+    """Writes the model of --load-format dummy into a folder; returns options that load the folder."""
+    if engine_args.load_format != "dummy":
+        raise TinyVLLMError("row start reads weights from files already, this row needs --load-format dummy")
+    # Written by a new process: as soon as the process ends, the card's memory is free again.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        process.submit(write_model, engine_args, folder).result()
+    return replace(engine_args, model=str(folder), load_format="auto")
+
+
+def write_model(engine_args, folder):
+    """Writes the model of --load-format dummy into a folder, in the Hugging Face layout."""
+    source, config = tinyvllm.open_config(engine_args)
+    free = shutil.disk_usage(folder).free
+    if weight_bytes(config) > 0.9 * free:
+        raise TinyVLLMError(
+            f"the weights have {weight_bytes(config) / 1e9:.3f} GB, {folder.parent} has {free / 1e9:.3f} GB "
+            "of free space: set TMPDIR to a folder on another disk")
+    device = tinyvllm.open_device(engine_args.device)
+    checkpoint = DummyCheckpoint(device)
+    take = checkpoint.take
+    tensors = {}
+
+    def take_and_keep(name, *shape):
+        tensor = take(name, *shape)
+        tensors[name] = device.fetch(tensor)()
+        return tensor
+
+    checkpoint.take = take_and_keep
+    tinyvllm.load_weights(checkpoint, config, device)           # takes every tensor of the model
+    save_file(tensors, folder / "model.safetensors")
+    fields = {"architectures": ["LlamaForCausalLM"], **asdict(config)}
+    fields["eos_token_id"] = sorted(fields.pop("eos_token_ids"))
+    if config.rope_scaling:
+        fields["rope_scaling"]["rope_type"] = "llama3"
+    (folder / "config.json").write_text(json.dumps(fields), "utf-8")
+    shutil.copy(source / "tokenizer.json", folder)
+
+
+# ======================================================================================================
+# Program
+# ======================================================================================================
+def measure_warm(llm, row, card):
+    """A row's figures, of the second run."""
+    off = []
+    for idea in row.setup.get("off", []):
+        off += switches(llm.engine)[idea]
+    with switched(*off):
+        row.measure(llm, row, card)
+        return row.measure(llm, row, card)
+
+
+def figures_or_error(measure, *args):
+    """The figures that measure(*args) returns; {"error": reason} if the row cannot be measured."""
+    try:
+        return measure(*args)
+    except TinyVLLMError as error:
+        return {"error": str(error)}
 
 
 def print_row(name, row, figures):
-    """One line of the table; two for the mix."""
+    """A line of the table, and for the mix a second line."""
+    line = f"{name:<34} {row.what:<56} "
+    if "error" in figures:
+        print(f"{line}not measured: {figures['error']}", flush=True)
+        return
     digits = 0 if figures["unit"] == "tokens/s" else 3
-    best = f"{figures['best']:>10,.{digits}f} {figures['share']:>6.0%}" if "best" in figures else ""
-    more = {"tokens_per_second": "  {:,.0f} tokens/s", "long_prompt_first_token_ms": "the long one's first token after {:,.0f} ms",
-            "between_tokens_p99_ms": "p99 between tokens {:,.2f} ms"}
-    rate = "".join(text.format(figures[key]) for key, text in more.items() if key in figures)
-    print(f"{name:<30} {row.what:<56} {figures['value']:>10,.{digits}f} {figures['unit']:<8}{best}{rate}".rstrip(), flush=True)
+    line += f"{figures['value']:>10,.{digits}f} {figures['unit']:<8}"
+    if "best" in figures:
+        line += f"{figures['best']:>10,.{digits}f} {figures['share']:>6.0%}"
+    for key, text in {"tokens_per_second": "  {:,.0f} tokens/s",
+                      "long_prompt_first_token_ms": "the long one's first token after {:,.0f} ms",
+                      "between_tokens_p99_ms": "p99 between tokens {:,.2f} ms"}.items():
+        if key in figures:
+            line += text.format(figures[key])
+    print(line.rstrip(), flush=True)
     if name.startswith("mix"):
-        def percentiles(time):
-            return ", ".join(f"p{percent} {1e3 * figures[f'{time}_p{percent}']:,.1f}" for percent in (50, 99))
-        print(f"{'':<30} ms to first token {percentiles('time_to_first_token')}; ms a token {percentiles('time_per_output_token')}; "
-              f"{figures['preemptions']} preemptions; GPU busy {figures['gpu_busy']:.1%}", flush=True)
+        first = percentiles(figures, "time_to_first_token")
+        each = percentiles(figures, "time_per_output_token")
+        print(f"{'':<34} ms to first token {first}; ms a token {each}; {figures['preemptions']} preemptions; "
+              f"GPU busy {figures['gpu_busy']:.1%}", flush=True)
 
 
-def run_bench(args):
-    """Measures all rows, one, or those whose names begin alike, and prints a table; returns the exit code."""
+def percentiles(figures, time):
+    """Two percentiles of a time, in milliseconds, as text."""
+    return ", ".join(f"p{percent} {1e3 * figures[f'{time}_p{percent}']:,.1f}" for percent in (50, 99))
+
+
+def chosen_rows(name):
+    """{name: row} of a row or of a group, the rows with names that begin so. name: None for all rows."""
     rows = bench_rows()
-    if args.bench != "all":
-        rows = {name: row for name, row in rows.items() if name == args.bench or args.bench not in rows and name.startswith(f"{args.bench}-")}
-    if not rows:
-        raise TinyVLLMError(f"--bench has no row {args.bench}, known are {', '.join(bench_rows())}")
+    if name is None:
+        return rows
+    if name in rows:
+        return {name: rows[name]}
+    group = {key: row for key, row in rows.items() if key.startswith(f"{name}-")}
+    if not group:
+        raise TinyVLLMError(f"the bench has no row {name}, known rows are {', '.join(rows)}")
+    return group
+
+
+def main(argv=None):
+    """Measures rows and prints the table; returns the exit code."""
+    parser = tinyvllm.ArgumentParser(prog="bench.py", description="Measure the engine's speed.")
+    parser.add_argument("row", nargs="?", metavar="ROW",
+                        help="a row of the table, or a group such as ablation (default: all)")
+    parser.add_argument("--json", metavar="FILE", help="where to write the figures")
+    EngineArgs.add_to(parser)
+    args = parser.parse_args(argv)
+    engine_args = EngineArgs.from_namespace(args)
+    rows = chosen_rows(args.row)
     if args.json:
-        check_writable("--json", args.json)
-    if isinstance(tinyvllm.open_device(args.device), CpuDevice):
-        raise TinyVLLMError("--bench wants an NVIDIA GPU: in the simulator its figures would say nothing")
-    # New processes first, while this one does not hold the card's memory.
-    results = {name: measure(row, args) for name, row in rows.items() if row.measure is measure_start}
-    llm = tinyvllm.open_llm(args)
-    card = measure_card(llm)
-    print(f"{card['name']}: reads {card['bytes_per_second'] / 1e9:,.0f} GB/s, multiplies {card['operations_per_second'] / 1e12:,.0f} TFLOP/s in "
-          f"bf16; {args.model or 'default model'} has {weight_bytes(llm.config) / 1e9:.2f} GB of weights\n\n"
-          f"{'row':<30} {'':<56} {'measured':>10} {'':<8}{'at best':>10} {'share':>6}", flush=True)
+        tinyvllm.check_writable("--json", args.json)
+    if tinyvllm.open_device(engine_args.device).is_simulated:
+        raise TinyVLLMError("the bench needs an NVIDIA GPU: figures from the simulator say nothing")
+    results = {}
     for name, row in rows.items():
-        try:
-            results[name] = results.get(name) or measure(row, llm, card)
-            print_row(name, row, results[name])
-        except TinyVLLMError as error:
-            print(f"{name:<30} {row.what:<56} not measured: {error}", flush=True)
+        if row.measure is measure_start:
+            results[name] = figures_or_error(measure_start, engine_args, row)
+    llm = tinyvllm.open_llm(engine_args)
+    card = measure_card(llm.device)
+    print(f"{card['name']}: reads {card['bytes_per_second'] / 1e9:,.0f} GB/s, multiplies "
+          f"{card['operations_per_second'] / 1e12:,.0f} TFLOP/s in bf16; {args.model or 'default model'} has "
+          f"{weight_bytes(llm.config) / 1e9:.2f} GB of weights\n\n"
+          f"{'row':<34} {'':<56} {'measured':>10} {'':<8}{'at best':>10} {'share':>6}", flush=True)
+    for name, row in rows.items():
+        if name not in results:
+            results[name] = figures_or_error(measure_warm, llm, row, card)
+        print_row(name, row, results[name])
     if args.json:
-        Path(args.json).write_text(json.dumps({"card": card, "model": args.model, "rows": results}, indent=2), "utf-8")
+        figures = {name: result for name, result in results.items() if "error" not in result}
+        text = json.dumps({"card": card, "model": args.model, "rows": figures}, indent=2)
+        Path(args.json).write_text(text, "utf-8")
     return 0
+
+
+if __name__ == "__main__":
+    tinyvllm.run_program(main)

@@ -1,15 +1,15 @@
-"""How Python starts a kernel: on an NVIDIA GPU, or on a CPU that simulates one (simulator.py).
+"""How Python compiles and starts kernels: on an NVIDIA GPU, or in a simulator on the CPU.
 
-CudaDevice and CpuDevice have the same members, so nothing above this module asks for the device's kind:
+CudaDevice and CpuDevice have the same members. Above this module nothing depends on the kind:
 
     device.xp                           cupy or numpy: the same functions on the device's arrays
-    device.linear(x, w)                 the one place that multiplies matrices
-    device.fetch(array)                 starts a copy to the host, and returns wait(), which gives the array
-    device.record(function)             the kernels that function() starts, as one thing to start: a graph
+    device.linear(x, w)                 the only product of matrices
+    device.fetch(array)                 starts a copy to the host; returns wait(), to get the copy
+    device.record(function)             the kernels started by function(), recorded as a CUDA graph
     kernels = compile_kernels(device, {"HEAD_DIM": 64}, paste(KERNELS))
                                         the kernels in CUDA source text, compiled for one model
-    kernels.rms_norm((T,), out, ...)    starts T thread blocks. The number of threads and the types of the
-                                        arguments stand in kernels.cu alone; compile_kernels reads them
+    kernels.rms_norm((T,), out, ...)    starts T thread blocks. compile_kernels reads the number of
+                                        threads and the arguments' types from the source text alone
 """
 import ctypes
 import os
@@ -32,14 +32,14 @@ class TinyVLLMError(Exception):
 
 
 def first_line(error, word=""):
-    """The first line of an error's text that contains `word`, else the first line of all."""
+    """The first line of an error's text with `word`, else the first line."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return next((line for line in lines if word in line), lines[0]).strip()
 
 
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Kernels
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 KERNELS = FOLDER / "kernels.cu"
 DECODE_KERNEL = FOLDER / "decode.cu"
 PARAMETER_TYPES = {"bf16": BFLOAT16, "float": np.dtype(np.float32), "int": np.dtype(np.int32),
@@ -48,16 +48,16 @@ MAX_GRID_YZ = 65535                     # thread blocks that CUDA allows in y an
 
 
 def paste(*paths):
-    """The text of CUDA files, one after the other. Compilers report file names and lines of each."""
+    """The joined text of CUDA files. Compilers report each file's own name and line numbers."""
     return "".join(f'#line 1 "{path.name}"\n{path.read_text()}\n' for path in paths)
 
 
 def compile_kernels(device, defines, code):
     """Compiles CUDA source text for a device and returns its Kernels. defines: {macro: value}.
 
-    kernels.NAME(grid, *args) starts a kernel, kernels.NAME is an EXPORTed constant of the source.
-    Headers are pasted in front, never included: CuPy's cache of compiled kernels is found by the text
-    and would not notice that an included file has changed.
+    kernels.NAME(grid, *args) starts a kernel; kernels.NAME is also an EXPORTed constant. A new
+    kernel or constant in the text needs no change here. Headers are pasted, never included: CuPy's
+    cache of compiled kernels goes by the text and would not notice a change in an included file.
     """
     code = paste(*device.headers) + code
     declarations = find_declarations(code)
@@ -71,7 +71,7 @@ def compile_kernels(device, defines, code):
 
 def find_declarations(code):
     """[(number of threads or its name, kernel name, text of the parameters)] of the kernels in CUDA
-    source text. kernels.cu says which form a declaration must have."""
+    source text. kernels.cu states the form of a declaration."""
     code = re.sub(r"//[^\n]*|/\*.*?\*/", "", code, flags=re.S)
     form = r'extern "C" __global__ __launch_bounds__\((\w+)[^)]*\)\s*void (\w+)\(([^)]*)\)'
     declarations = re.findall(form, code)
@@ -83,7 +83,7 @@ def find_declarations(code):
 
 
 def parse_parameter(text):
-    """"const bf16* x" -> ("x", bfloat16, True): name, dtype, whether it is a pointer."""
+    """"const bf16* x" -> ("x", bfloat16, True): name, dtype, is a pointer."""
     plain = text.replace("unsigned long long", "u64").replace("__restrict__", "")
     match = re.fullmatch(r"\s*(?:const )?([\w ]+?)\s*(\*?)\s*(\w+)\s*", plain)
     assert match and match[1] in PARAMETER_TYPES, (
@@ -92,7 +92,7 @@ def parse_parameter(text):
 
 
 class Kernels:
-    """What compile_kernels returns: a Kernel, or an int, for each name."""
+    """The attributes are a Kernel for each kernel's name and an int for each EXPORTed name."""
 
     def __init__(self, module, array_type, code, declarations):
         self.module = module
@@ -101,7 +101,7 @@ class Kernels:
             setattr(self, name, int(value))
         for threads, name, parameters in declarations:
             function = module.get_function(name)
-            # Shared memory beyond 48 KB is allowed here, and asked for at each launch.
+            # Shared memory beyond 48 KB must be allowed here and requested at each launch.
             shared_bytes = getattr(self, f"{name}_shared_bytes", 0)
             function.max_dynamic_shared_size_bytes = shared_bytes
             parameters = [parse_parameter(text) for text in parameters.split(",")]
@@ -113,8 +113,8 @@ class Kernel:
     """One kernel, ready to be started."""
 
     def __init__(self, name, function, threads, shared_bytes, parameters, array_type):
-        """threads: of a thread block. shared_bytes: of dynamic shared memory. parameters: see
-        parse_parameter. array_type: of the device."""
+        """threads: of a thread block. shared_bytes: dynamic shared memory of a thread block.
+        parameters: see parse_parameter. array_type: the device's."""
         self.name = name
         self.function = function
         self.block = (threads, 1, 1)
@@ -123,19 +123,19 @@ class Kernel:
         self.array_type = array_type
 
     def __call__(self, grid, *args):
-        """Starts the kernel. grid: thread blocks in x, y and z (1 to 3 ints). args: arrays (None is a
-        null pointer) and numbers."""
+        """Starts the kernel. grid: thread blocks in x, y, z (1 to 3 ints). args: arrays, numbers,
+        or None for a null pointer."""
         assert len(args) == len(self.parameters), (
             f"{self.name} takes {len(self.parameters)} arguments, got {len(args)}")
-        # CuPy would start one thread block in place of none.
+        # For an empty grid CuPy would start one thread block.
         assert min(grid) >= 1 and max(grid[1:], default=1) <= MAX_GRID_YZ, (
             f"{self.name}: grid {grid} is beyond 1 to {MAX_GRID_YZ}")
         values = [self.checked(arg, *parameter) for arg, parameter in zip(args, self.parameters)]
         self.function((*grid, 1, 1)[:3], self.block, values, shared_mem=self.shared_bytes)
 
     def checked(self, arg, parameter, dtype, is_pointer):
-        """The argument as a launch wants it. A kernel sees bare addresses: nothing after this check
-        would notice a wrong type."""
+        """The argument in the form for a launch. A kernel sees bare addresses: nothing after this
+        check would notice a wrong type."""
         if not is_pointer:
             return dtype.type(arg)
         if arg is None:
@@ -147,13 +147,13 @@ class Kernel:
         return arg
 
 
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Devices
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Numbers of cuBLAS's interface.
 CUDA_R_16BF = 14                        # bfloat16
 CUBLAS_COMPUTE_32F = 68                 # sums in float32
-CUBLAS_OP_N = 0                         # the matrix as it is
+CUBLAS_OP_N = 0                         # not transposed
 CUBLAS_OP_T = 1                         # transposed
 CUBLAS_GEMM_DEFAULT = -1                # cuBLAS chooses the algorithm
 ONE = ctypes.byref(ctypes.c_float(1))
@@ -165,8 +165,8 @@ MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97  # bytes
 
 
 def open_cublas(cupy):
-    """(cublasGemmEx, cublasSetStream, a handle) of the cuBLAS that CuPy has loaded. CuPy's own matmul
-    does the same product but refuses to be recorded in a CUDA graph."""
+    """(cublasGemmEx, cublasSetStream, a handle) of the cuBLAS loaded by CuPy. CuPy's own matmul is
+    the same product, but cannot be recorded in a CUDA graph."""
     cupy.cuda.device.get_cublas_handle()                            # loads the library
     with open("/proc/self/maps") as maps:
         path = next(line.split(maxsplit=5)[-1].strip() for line in maps if "libcublas.so" in line)
@@ -208,14 +208,14 @@ class CudaDevice:
         # decode.cu needs bulk copies, and 227 KB of shared memory for a thread block.
         shared_bytes = runtime.deviceGetAttribute(MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, number)
         self.runs_decode = major >= 9 and shared_bytes >= 227 << 10
-        # The "a" admits instructions that later generations may lack: wgmma, registers that warps hand over.
+        # The "a" admits wgmma and setmaxnreg (registers change warps), which later GPUs may lack.
         self.options = [f"-arch=sm_{major}{minor}a"] if self.runs_decode else []
         clock = 1e3 * runtime.deviceGetAttribute(MEMORY_CLOCK_RATE, number)
         width = runtime.deviceGetAttribute(GLOBAL_MEMORY_BUS_WIDTH, number) / 8
         self.memory_bandwidth = 2 * clock * width or None           # bytes/s at best; some drivers say 0
 
     def load_module(self, code, options, kernel_names):
-        """The compiled code. NVRTC compiles for this very GPU; CuPy caches in ~/.cupy/kernel_cache."""
+        """The code, compiled by NVRTC for this very GPU. CuPy caches in ~/.cupy/kernel_cache."""
         return self.xp.RawModule(code=code, options=(*self.options, *options), backend="nvrtc")
 
     def empty(self, shape, dtype=BFLOAT16):
@@ -227,25 +227,25 @@ class CudaDevice:
         return self.xp.asarray(array)
 
     def address(self, array):
-        """Where an array of the device begins, for kernels that find arrays in an array."""
+        """The address of an array of the device, for kernels that read addresses from an array."""
         return array.data.ptr
 
     def memory(self):
-        """Bytes: (free, total). What CuPy's pool has freed and kept counts as free."""
+        """Bytes: (free, total). Memory freed into CuPy's pool counts as free."""
         free, total = self.xp.cuda.runtime.memGetInfo()
         return free + self.xp.get_default_memory_pool().free_bytes(), total
 
     def pinned(self, num_bytes):
-        """Host memory that the GPU can read and write by itself, uint8."""
+        """Host memory for direct reads and writes by the GPU, uint8."""
         return np.frombuffer(self.xp.cuda.alloc_pinned_memory(num_bytes), np.uint8, num_bytes)
 
     def copy(self, target, source):
-        """Starts a copy of pinned memory to an array of the device. The source must not change before
-        the copy is done."""
+        """Starts a copy of pinned memory to an array of the device. Until the copy is done, the
+        source must not change."""
         target.data.copy_from_host_async(source.ctypes.data, source.nbytes)
 
     def fetch(self, array):
-        """Starts a copy to the host. Returns a function that waits for it and returns a NumPy array."""
+        """Starts a copy to the host. Returns wait(), which waits and returns a NumPy array."""
         host = self.pinned(array.nbytes)
         event = self.xp.cuda.Event(disable_timing=True)
         array.data.copy_to_host_async(host.ctypes.data, array.nbytes)
@@ -257,10 +257,10 @@ class CudaDevice:
         return wait
 
     def linear(self, x, w, add_to=None):
-        """x [T, in] @ w [out, in] transposed -> [T, out], bfloat16, summed in float32. add_to [T, out]:
-        the product is added to this array instead, and the array returned."""
-        # cuBLAS stores matrices by columns: our x [T, in] is its x' [in, T]. cuBLAS computes w x', whose
-        # columns are our rows of [T, out].
+        """x [T, in] @ w [out, in] transposed -> [T, out] in bfloat16, with sums in float32. add_to:
+        an array [T, out]; the product is added to this array, and the array returned."""
+        # cuBLAS stores matrices by columns: our x [T, in] is x' [in, T] for cuBLAS. cuBLAS computes
+        # w x'; the columns of w x' are our rows of [T, out].
         T, columns = x.shape
         rows = len(w)
         out = self.empty((T, rows)) if add_to is None else add_to
@@ -274,17 +274,17 @@ class CudaDevice:
         return out
 
     def record(self, function):
-        """Runs function() once, captures it as a CUDA graph, and returns its result together with
-        replay(). replay() costs one launch, overwrites the same arrays and returns them.
+        """Runs function() once, captures the kernels as a CUDA graph, and returns (result, replay).
+        replay() costs one launch, overwrites the result's arrays, and returns the same arrays.
 
-        To start a kernel costs the CPU some microseconds, and a decode step has more than a hundred
-        kernels. A CUDA graph starts them all at once, with the arguments of the recording: whatever
-        changes from step to step must be data at fixed addresses.
+        The CPU needs some microseconds to start a kernel, and a decode step has more than a hundred
+        kernels. A CUDA graph starts all at once, with the arguments of the recording: everything
+        that changes from step to step must be data at fixed addresses.
         """
-        # The graph's stream does not wait for the current one, whose kernels write what function() reads.
+        # The graph's stream does not wait for the current stream, which writes function()'s input.
         self.xp.cuda.get_current_stream().synchronize()
-        # A graph's arrays must belong to nobody else while the graph may run: their pool lives as long as
-        # the device. Graphs share the pool: they run one after the other, and their results stay taken.
+        # A graph's arrays must not be reused while the graph may run: their pool lives as long as
+        # the device. All graphs share the pool: graphs run in turn, and each result stays taken.
         with self.xp.cuda.using_allocator(self.graph_pool.malloc), self.graph_stream as stream:
             first = function()                      # compiles, loads and allocates everything
             stream.begin_capture()
@@ -299,9 +299,9 @@ class CudaDevice:
 
 
 class CpuDevice:
-    """A CPU that runs the kernels in the simulator, with the members of CudaDevice."""
+    """A CPU with the kernels in the simulator, and with the members of CudaDevice."""
     is_simulated = True
-    headers = ()                                    # simulator.py puts simulator.h in front itself
+    headers = ()                                    # simulator.py puts simulator.h in front
     CompileError = simulator.CompileError
     memory_bandwidth = None                         # no figure of the simulator's speed means anything
     has_warned = False
@@ -326,13 +326,13 @@ class CpuDevice:
         return np.empty(shape, dtype)
 
     def to_device(self, array):
-        return np.array(array, order="C")           # a copy, as on a GPU: the caller may change its own
+        return np.array(array, order="C")           # a copy, as on a GPU: the caller may change `array`
 
     def address(self, array):
         return array.ctypes.data
 
     def memory(self):
-        # A third of the machine's memory: the weights' float32 copies take twice their size.
+        # A third of the machine's memory: the float32 copies of the weights take two thirds.
         third = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 3
         return third, third
 
@@ -347,8 +347,7 @@ class CpuDevice:
         return lambda: host
 
     def linear(self, x, w, add_to=None):
-        # NumPy multiplies bfloat16 number by number, without BLAS. Each weight is converted once: weights
-        # never change.
+        # For bfloat16 NumPy has no BLAS. Each weight is converted only once: weights never change.
         if id(w) not in self.float32_weights:
             self.float32_weights[id(w)] = w.astype(np.float32)
             weakref.finalize(w, self.float32_weights.pop, id(w))
@@ -368,8 +367,8 @@ def open_device(name="auto"):
         return CpuDevice()
     try:
         import cupy
-        cupy.cuda.runtime.getDeviceCount()          # raises where there is no driver or no GPU
-    except Exception as error:                      # CuPy has many kinds; an import can fail half-way
+        cupy.cuda.runtime.getDeviceCount()          # raises without a driver or a GPU
+    except Exception as error:                      # CuPy raises many kinds; an import can fail half-way
         problem = f"no NVIDIA GPU can be used ({first_line(error)})"
         if name == "cuda":
             raise TinyVLLMError(f"{problem}: check nvidia-smi and `pip install cupy-cuda12x`, or use "

@@ -1,32 +1,29 @@
 #!/usr/bin/env python3
-"""tiny-vLLM: an LLM inference engine that one person can read, from top to bottom.
+"""tiny-vLLM: an LLM inference engine, small enough to be read from top to bottom.
 
     python tinyvllm.py "What is a KV cache?"            from tinyvllm import LLM, SamplingParams
 
 The life of a request:
-  1. tokenizer.py turns a prompt into token ids. The prompt becomes a Sequence and waits in the
-     scheduler's queue.
-  2. At every step the scheduler picks the tokens to compute: one token of each sequence that is
-     already answering (decode), and pieces of the prompts of new sequences (prefill). A sequence
-     joins when there are pages for its keys and values.
-  3. The chosen tokens of all sequences are laid one after the other: a ragged batch of T tokens.
-     Arrays beside the batch say where each token stands in its text, and into which slot of the
-     paged KV cache its key and value go.
-  4. The forward pass takes the batch through the model's layers. Attention finds each sequence's
-     earlier keys and values through the sequence's block table.
-  5. For each sequence whose last token was in the batch, the sampler picks the next token from the
-     logits.
-  6. The next token is appended and its text streamed. A sequence that is done frees its pages, and
-     the next sequence comes in.
+  1. tokenizer.py turns a prompt into token ids. The prompt waits in the scheduler as a Sequence.
+  2. At every step the scheduler picks the tokens to compute: one token of each answering sequence
+     (decode), and pieces of the prompts of new sequences (prefill). A sequence joins when there are
+     pages for its keys and values.
+  3. The chosen tokens of all sequences form a ragged batch of T tokens. Arrays beside the batch
+     give each token's position in its text, and the slot in the paged KV cache for key and value.
+  4. The forward pass takes the batch through the model's layers. Attention finds the earlier keys
+     and values of a sequence through the sequence's block table.
+  5. If a sequence's last token was in the batch, the sampler picks the next token from the logits.
+  6. The next token is appended and its text streamed. A finished sequence frees its pages, and the
+     next sequence joins.
 When the pages run out, the youngest sequence gives its pages back and is computed again later.
 
-Letters for sizes: T tokens of a step, S sequences of a step, R rows to sample (sequences that get a
-token in this step), L layers, D hidden size, H query heads, K key/value heads, h head_dim, F ffn
-size, V vocabulary, N pages of the cache, B tokens of a page (block_size). Weights and activations
-are bfloat16. A matrix is stored as [out, in], so a product is x @ w.T.
+Letters for sizes: T tokens of a step, S sequences of a step, R sampled sequences (each gets a token
+in this step), L layers, D hidden size, H query heads, K key/value heads, h head_dim, F ffn size,
+V vocabulary, N pages of the cache, B tokens of a page (block_size). Weights and activations are
+bfloat16. A matrix is stored as [out, in], so a product is x @ w.T.
 
 Sections: Config and weights, Pages, Sequences and scheduler, Forward pass, Memory, Engine, API,
-Command line. device.py, beside this file, starts kernels on a GPU or in a simulator.
+Command line. device.py compiles and starts kernels, on a GPU or in a simulator.
 """
 import argparse
 import contextlib
@@ -40,10 +37,10 @@ import sys
 import time
 from array import array as int_array
 from collections import Counter, OrderedDict, deque, namedtuple
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-# NumPy's idle threads are to sleep, not to spin: the simulator needs the cores.
+# NumPy's idle threads must sleep, not spin: the simulator needs the cores.
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 try:
     import numpy as np
@@ -64,10 +61,7 @@ __version__ = "0.1.0"
 
 
 def check(name, value, is_good, expected):
-    """Returns the value of an option or a field. Raises TinyVLLMError unless is_good(value).
-
-    is_good may raise TypeError or AttributeError for a value of a wrong type.
-    """
+    """Returns the value. Raises TinyVLLMError if is_good(value) is false or the type wrong."""
     with contextlib.suppress(TypeError, AttributeError):
         if is_good(value):
             return value
@@ -80,26 +74,25 @@ def is_int(value, least=1, most=math.inf):
 
 
 def cdiv(a, b):
-    """a / b, rounded up: the number of pages of b tokens that hold a tokens."""
+    """a / b, rounded up: the number of pages of b tokens for a tokens."""
     return -(-a // b)
 
 
-# ======================================================================================================
+# ==================================================================================================
 # Config and weights
 #
-# A model is a folder in the Hugging Face layout: config.json (the model's shape), *.safetensors (the
-# weights, by name), generation_config.json (the tokens that end an answer). The architecture is
-# written down where the weights are read: each tensor is taken by its name, with the shape that the
-# tensor must have.
+# A model is a folder in the Hugging Face layout: config.json (the model's shape), *.safetensors
+# (the weights, by name), generation_config.json (the ids that end an answer). load_weights states
+# the architecture: each tensor is taken by name, and its shape checked.
 #
 # Two changes are made on the way to the device:
-# - q, k and v are products with the same input, so their matrices are stacked into one matrix, and so
-#   are gate and up. A layer then has two large products instead of five smaller ones.
+# - q, k and v are products with the same input, so the matrices are stacked into one, like gate
+#   and up. A layer then has two large products instead of five smaller products.
 # - In front of both stands an RMSNorm, x / rms(x) * g. The weight g is multiplied into the matrix,
-#   since (x * g) @ W.T = x @ (W * g).T. The remaining factor, 1 / rms(x), is one scalar per token; the
-#   kernel that reads the product multiplies by it. W * g is rounded to bfloat16: one rounding more
-#   than Hugging Face does. In return 2 L of the 2 L + 1 norms need no kernel.
-# ======================================================================================================
+#   since (x * g) @ W.T = x @ (W * g).T. The remaining factor, 1 / rms(x), is one scalar per token;
+#   the kernel behind the product multiplies by this scalar. So 2 L of the 2 L + 1 norms need no
+#   kernel. The price is one rounding more than in Hugging Face: W * g is stored in bfloat16.
+# ==================================================================================================
 HUB_MODEL = "meta-llama/Llama-3.2-1B-Instruct"
 
 
@@ -125,7 +118,7 @@ def find_model(name=None, load_format="auto"):
 
 
 def download(repo, local_files_only=False):
-    """The local folder of a Hugging Face model. With local_files_only: None if it is not there."""
+    """The local folder of a Hugging Face model. local_files_only: None instead of a download."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
     advice = {
@@ -134,7 +127,7 @@ def download(repo, local_files_only=False):
     patterns = ["*.json", "*.jinja", "model*.safetensors"]
     try:
         return Path(snapshot_download(repo, allow_patterns=patterns, local_files_only=local_files_only))
-    except Exception as error:      # the hub, its HTTP client and the disk raise many kinds
+    except Exception as error:      # the hub, the HTTP client and the disk raise many kinds
         if local_files_only:
             return None
         what = advice.get(type(error), "check the network, or give the folder of a model that is here")
@@ -155,15 +148,16 @@ def read_json(path):
 
 
 def positive(settings, name, file, kind=int):
-    """settings[name]. Raises TinyVLLMError unless it is an int above 0, or, with kind=float, any
-    number above 0."""
-    def is_good(value):
-        return type(value) in (int, kind) and 0 < value < math.inf
-    return check(f"{file}: {name}", settings.get(name), is_good,
-                 "a whole number above 0" if kind is int else "a number above 0")
+    """settings[name]. Raises TinyVLLMError unless it is an int, or kind=float a number, above 0."""
+    expected = "a whole number above 0" if kind is int else "a number above 0"
+    return check(f"{file}: {name}", settings.get(name),
+                 lambda value: type(value) in (int, kind) and 0 < value < math.inf, expected)
 
 
-SUPPORTED = {       # fields of config.json and the values that this engine computes; None: not there
+# Fields of config.json and the values supported by this engine. None: the field is absent.
+# A bias on q, k and v would change attention_bias here, LayerWeights, take() and layer() in
+# load_weights, and the kernels rope_and_cache and decode, to add the bias after 1 / rms(x).
+SUPPORTED = {
     "architectures": (["LlamaForCausalLM"], ["MistralForCausalLM"]),
     "hidden_act": ("silu", None),
     "rope_type": ("llama3", "default", None),
@@ -189,25 +183,24 @@ class ModelConfig:
     rope_theta: float
     rope_scaling: dict | None           # Llama 3's four numbers, see rope_frequencies
     tie_word_embeddings: bool           # whether the head is the embedding table
-    eos_token_ids: frozenset            # each of them ends an answer
+    eos_token_ids: frozenset            # each id ends an answer
 
     @property
     def heads_size(self):
-        """Numbers of a token's attention output, H h."""
+        """H h: the size of a token's attention output."""
         return self.num_attention_heads * self.head_dim
 
     @property
     def qkv_size(self):
-        """Numbers of a token's queries, keys and values, (H + 2K) h."""
+        """(H + 2K) h: the size of a token's queries, keys and values."""
         return (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
 
     @classmethod
     def from_folder(cls, folder):
-        """Reads config.json and generation_config.json. Raises TinyVLLMError for a model that this
-        engine would compute wrongly."""
+        """Reads config.json and generation_config.json. Raises TinyVLLMError unless supported."""
         file = folder / "config.json"
         settings = {name: value for name, value in read_json(file).items() if value is not None}
-        # Newer files have rope_parameters, older ones rope_scaling; the oldest call rope_type "type".
+        # rope_parameters is the new name, rope_scaling the old. The oldest files say "type".
         rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
         check(f"{file}: rope_scaling", rope, lambda rope: isinstance(rope, dict), "a dict")
         settings |= rope
@@ -219,15 +212,11 @@ class ModelConfig:
         hidden_size = positive(settings, "hidden_size", file)
         defaults = {"num_key_value_heads": heads, "head_dim": hidden_size // heads, "rope_theta": 10000.0}
         settings = defaults | settings
+        whole_numbers = {name: positive(settings, name, file) for name in (
+            "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings")}
         config = cls(
-            hidden_size=hidden_size,
-            intermediate_size=positive(settings, "intermediate_size", file),
-            num_hidden_layers=positive(settings, "num_hidden_layers", file),
-            num_attention_heads=heads,
-            num_key_value_heads=positive(settings, "num_key_value_heads", file),
-            head_dim=positive(settings, "head_dim", file),
-            vocab_size=positive(settings, "vocab_size", file),
-            max_position_embeddings=positive(settings, "max_position_embeddings", file),
+            **whole_numbers,
             rms_norm_eps=positive(settings, "rms_norm_eps", file, float),
             rope_theta=positive(settings, "rope_theta", file, float),
             rope_scaling=cls.read_rope_scaling(settings, file),
@@ -250,7 +239,7 @@ class ModelConfig:
 
     @staticmethod
     def read_eos_token_ids(settings, folder):
-        """The ids that end an answer. generation_config.json, where it exists, goes before config.json."""
+        """The ids that end an answer. generation_config.json, if present, overrides config.json."""
         eos = settings.get("eos_token_id", [])
         generation = folder / "generation_config.json"
         if generation.exists():
@@ -261,7 +250,7 @@ class ModelConfig:
         return frozenset(ids)
 
     def check_kernel_limits(self, file):
-        """Raises TinyVLLMError for sizes that kernels.cu is not written for."""
+        """Raises TinyVLLMError for sizes beyond the limits of kernels.cu."""
         kv_heads = self.num_key_value_heads
         check(f"{file}: num_attention_heads", self.num_attention_heads,
               lambda heads: heads in range(kv_heads, 16 * kv_heads + 1, kv_heads),
@@ -273,7 +262,7 @@ class ModelConfig:
 
 
 def llama_3_shape(rope_factor, **sizes):
-    """The ModelConfig of a Llama 3.1 or 3.2, whose sizes differ and little else."""
+    """The ModelConfig of a Llama 3.1 or 3.2. The models differ in little but sizes."""
     scaling = {"factor": rope_factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                "original_max_position_embeddings": 8192}
     return ModelConfig(num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072,
@@ -281,7 +270,7 @@ def llama_3_shape(rope_factor, **sizes):
                        eos_token_ids=frozenset([128001, 128008, 128009]), **sizes)
 
 
-SHAPES = {          # for --load-format dummy: models that need no download
+SHAPES = {          # for --load-format dummy: models without a download
     "llama-3.2-1b": llama_3_shape(
         hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, head_dim=64,
         rope_factor=32.0, tie_word_embeddings=True),
@@ -296,24 +285,19 @@ SHAPES = {          # for --load-format dummy: models that need no download
 @dataclass(frozen=True)
 class LayerWeights:
     """One layer's weights, on the device."""
-    qkv: object                         # [(H + 2K) h, D], multiplied by the weight of the norm before it
+    qkv: object                         # [(H + 2K) h, D], multiplied by the weight of the preceding norm
     o: object                           # [D, H h]
-    gate_up: object                     # [2F, D], multiplied by the weight of the norm before it
+    gate_up: object                     # [2F, D], multiplied by the weight of the preceding norm
     down: object                        # [D, F]
-
-    @property
-    def matrices(self):
-        """The layer's matrices in the order of the forward pass."""
-        return self.qkv, self.o, self.gate_up, self.down
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The model's weights, on the device. Nothing changes them."""
+    """The model's weights, on the device, read-only."""
     embed: object                       # [V, D]
     layers: list                        # L LayerWeights
     norm: object                        # [D]
-    head: object                        # [V, D]; the very array `embed` if the two are tied
+    head: object                        # [V, D]; tied weights: the very array `embed`
 
 
 Tensor = namedtuple("Tensor", "dtype shape data")       # the dtype's name, a tuple, uint8 [bytes]
@@ -322,16 +306,15 @@ Tensor = namedtuple("Tensor", "dtype shape data")       # the dtype's name, a tu
 class Checkpoint:
     """The safetensors files of a folder: one file, or the shards in model.safetensors.index.json.
 
-    A safetensors file is 8 bytes with the length of the header, then the header, JSON: {name: {"dtype",
-    "shape", "data_offsets": [begin, end]}}, then the numbers. The package validates the header. The
-    numbers are mapped, not read: the operating system copies a tensor out of its page cache when the
-    tensor goes to the device, five times as fast as the package does.
-    """
+    A safetensors file is the length of the header in 8 bytes, the header in JSON: {name: {"dtype",
+    "shape", "data_offsets": [begin, end]}}, and the numbers. The package validates the header. The
+    numbers are mapped, not read: the operating system copies a tensor from its page cache to the
+    device, five times as fast as the package does."""
     DTYPES = {"BF16": BFLOAT16, "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 
     def __init__(self, folder):
         self.folder = folder
-        self.tensors = {}               # name -> Tensor, of those that nobody has taken
+        self.tensors = {}               # name -> Tensor, of all tensors not yet taken
         index = folder / "model.safetensors.index.json"
         weight_map = {"every tensor": "model.safetensors"}
         if index.exists():
@@ -348,8 +331,8 @@ class Checkpoint:
                                     "again") from None
 
     def open(self, path):
-        """Validates a file, maps it and finds its tensors."""
-        with safe_open(path, framework="numpy"):    # raises for overlaps, holes, sizes that do not fit
+        """Validates and maps a file, and finds its tensors."""
+        with safe_open(path, framework="numpy"):    # raises for overlaps, holes and wrong sizes
             pass
         data = np.memmap(path, np.uint8, "r")
         header_end = 8 + int.from_bytes(data[:8].tobytes(), "little")
@@ -361,7 +344,7 @@ class Checkpoint:
             self.tensors[name] = Tensor(tensor["dtype"], tuple(tensor["shape"]), numbers[begin:end])
 
     def take(self, name, *shape):
-        """The tensor of this name and shape, as it lies in the file. Nobody can take it again."""
+        """The tensor of this name and shape, as in the file. A tensor can be taken only once."""
         if name not in self.tensors:
             raise TinyVLLMError(f"{self.folder}: expected a tensor {name} in the weights, found none: are "
                                 "the weights of another model than config.json?")
@@ -374,7 +357,7 @@ class Checkpoint:
 
 
 class DummyCheckpoint:
-    """Random weights in place of a Checkpoint's, made on the device and the same each time: matrices
+    """Random weights in place of a Checkpoint's, made on the device, the same each time: matrices
     with the spread of a trained model's, norms of 1."""
 
     def __init__(self, device):
@@ -399,8 +382,8 @@ def load_weights(checkpoint, config, device):
         return device.to_device(checkpoint.take(name + ".weight", *shape)).astype(BFLOAT16, copy=False)
 
     def stack(norm, *parts):
-        """One matrix of several (name, rows, columns), below one another, times the norm's weight. Each
-        part goes to the device by itself, so that the host never holds the stack."""
+        """A matrix of several (name, rows, columns), below one another, times the norm's weight.
+        Each part goes to the device alone: the host never holds the stack."""
         g = take(norm, D).astype(np.float32)
         scaled = [(take(*part).astype(np.float32) * g).astype(BFLOAT16) for part in parts]
         return device.xp.concatenate(scaled)
@@ -420,8 +403,8 @@ def load_weights(checkpoint, config, device):
     layers = [layer(i) for i in range(c.num_hidden_layers)]
     norm = take("model.norm", D)
     head = embed if c.tie_word_embeddings else take("lm_head", V, D)
-    # A tensor that nobody took, such as a bias, would be missing from the answers. Two are known to be
-    # copies of other data: a tied head, and RoPE's table of frequencies.
+    # An untaken tensor, such as a bias, would be missing from the answers. Two untaken names are
+    # only copies: a tied head, and RoPE's table of frequencies.
     left = [name for name in checkpoint.tensors
             if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq")]
     if left:
@@ -430,26 +413,25 @@ def load_weights(checkpoint, config, device):
     return Weights(embed, layers, norm, head)
 
 
-# ======================================================================================================
+# ==================================================================================================
 # Pages
 #
-# The KV cache keeps each token's key and value in every layer, so that later tokens need not compute
-# them again. The keys and values of all sequences live in one pool of N pages (vLLM: blocks) of B tokens
-# each. A sequence holds a list of page numbers, its block table. Token number p of the sequence has the
-# slot block_table[p // B] * B + p % B. Pages are taken as the text grows and may lie anywhere in the
-# pool, so the only waste is the unfilled part of each sequence's last page.
+# The KV cache keeps each token's key and value in every layer. Later tokens read both instead of
+# computing both again. All keys and values live in one pool of N pages (vLLM: blocks) of B tokens
+# each. A sequence holds a list of page numbers, its block table. The token at position p has the
+# offset p % B within its page and the slot block_table[p // B] * B + p % B within the pool. Pages
+# are taken as the text grows and may lie anywhere in the pool. Only the unfilled part of each last
+# page is wasted. This section is bookkeeping on the CPU; only kernels touch keys and values.
 #
-# Prefix caching: a full page never changes, and its content depends on nothing but its own tokens and
-# the tokens before it. So every sequence with the same beginning (a system prompt, the turns of a chat
-# so far) can use the same page. A page counts its users. A page without users keeps its content until an
-# allocation needs room; the page that was used least recently goes first.
+# Prefix caching: a full page never changes, and its content depends only on its own tokens and the
+# tokens before. So all sequences with the same beginning (a system prompt, the turns of a chat so
+# far) can use the same page. A page counts its users. A page without users keeps its content until
+# an allocation needs room; the least recently used page goes first.
 #
-# A chain is a run of full pages from the beginning of a text. Each distinct chain has a number; 0 is the
-# empty chain. A dict finds a page: (number of the chain before the page, the page's tokens) -> page.
-# Equal keys mean equal texts, where a hash of all earlier tokens could collide.
-#
-# This is bookkeeping on the CPU. Kernels write and read the keys and values themselves.
-# ======================================================================================================
+# A chain is a run of full pages from the beginning of a text. Each distinct chain has a number; 0
+# is the empty chain. A dict finds a page: (number of the chain before the page, the page's tokens)
+# -> page. Equal keys mean equal texts; a hash of all earlier tokens could collide.
+# ==================================================================================================
 class BlockAllocator:
     """Hands out pages by number, 0 to num_blocks - 1."""
 
@@ -464,7 +446,7 @@ class BlockAllocator:
         self.new_chain = itertools.count(1).__next__
 
     def allocate(self, count):
-        """`count` page numbers. The caller has seen that len(free) >= count."""
+        """`count` page numbers. The caller has checked that len(free) >= count."""
         assert count <= len(self.free), f"{count} pages were asked for, {len(self.free)} are free"
         blocks = [self.free.popitem(last=False)[0] for _ in range(count)]
         for block in blocks:
@@ -476,33 +458,28 @@ class BlockAllocator:
         return blocks
 
     def release(self, blocks):
-        """A user gives pages back. The last pages of a text are queued for eviction before its first: a
-        page is of no use without the pages before it."""
+        """A user gives pages back. A page is useless without the pages before, so the last pages of
+        a text are queued for eviction first."""
         for block in reversed(blocks):
             self.ref_counts[block] -= 1
             if self.ref_counts[block] == 0:
                 self.free[block] = None
                 if block not in self.chains:
-                    self.free.move_to_end(block, last=False)        # nobody can find it: reuse it first
+                    self.free.move_to_end(block, last=False)        # not findable: reuse it first
 
     def register(self, block, before, tokens):
-        """Makes a full page findable. before: the page before it, or None; tokens: a tuple."""
-        chain_before = 0
-        if before is not None:
-            _, chain_before = self.chains[before]
+        """Makes a full page findable. before: the preceding page, or None; tokens: a tuple."""
+        chain_before = 0 if before is None else self.chains[before][1]
         key = (chain_before, tokens)
-        # Two sequences may have filled a page each with the same tokens at the same time. The first one
-        # stays in `cached`; the second has the same chain, so that the pages after it can be found.
+        # At the same time, two sequences may fill a page each with the same tokens. `cached` keeps
+        # the first page. The second page gets the same chain, so that its successors can be found.
         first = self.cached.setdefault(key, block)
-        if first == block:
-            chain = self.new_chain()
-        else:
-            _, chain = self.chains[first]
+        chain = self.new_chain() if first == block else self.chains[first][1]
         self.chains[block] = (key, chain)
 
     def find(self, token_ids):
-        """The cached pages of the longest known beginning. The page of the last token is never among
-        them: its logits are not cached, so at least one token must be computed."""
+        """The cached pages of the longest known beginning, without the page of the last token: to
+        sample the next token, the last token must be computed, since logits are not cached."""
         blocks = []
         chain = 0
         size = self.block_size
@@ -521,8 +498,7 @@ class BlockAllocator:
             self.free.pop(block, None)
 
     def check_integrity(self, block_tables):
-        """A page has as many users as there are block tables with the page, a page is free exactly if it
-        has no user, and every cached page knows its key."""
+        """Counts match block tables, exactly unused pages are free, cached pages know the key."""
         users = Counter(block for table in block_tables for block in table)
         pages = range(self.num_blocks)
         assert self.ref_counts == [users[page] for page in pages], f"{self.ref_counts} users, not {users}"
@@ -531,42 +507,43 @@ class BlockAllocator:
         assert all(self.chains[page][0] == key for key, page in self.cached.items())
 
 
-# ======================================================================================================
+# ==================================================================================================
 # Sequences and scheduler
 #
-# Continuous batching: the tokens that run are chosen anew at every step. The scheduler knows tokens and
-# pages, and no arrays; it can be tested without a model.
-#   waiting   sequences without pages, in order of arrival. A preempted sequence, whose pages were taken
-#             for others, goes to the front
-#   running   sequences with pages, in order of arrival. Admission gives a sequence pages for all tokens
-#             that it has; decode adds a page whenever the last page is full
+# Continuous batching: each step chooses its tokens anew. The scheduler knows tokens and pages, but
+# no arrays, and can be tested without a model.
+#   waiting   sequences without pages, in order of arrival. A preempted sequence gives its pages up
+#             and returns to the front
+#   running   sequences with pages, in order of arrival. Decode adds a page when the last is full
 #
-# A sequence's tokens are its prompt and its answer so far. The keys and values of the first
+# Admission moves the first waiting sequence to running. There must be a place among max_num_seqs,
+# budget left in the step (has_room), and enough free pages (admit).
+#
+# A sequence's tokens are the prompt and the answer so far. The keys and values of the first
 # num_computed_tokens tokens are in the cache:
 #
 #   token_ids    [ prompt .................... | answer so far ]
-#                [ computed: in the cache ...... | remaining    ]   the next token can be sampled once
-#                                                                   nothing remains
+#                [ computed: in the cache ...... | remaining    ]
 #
-# One token remains in decode, more after arrival or preemption: prefill and decode differ in nothing else.
-# ======================================================================================================
+# The next token can be sampled once nothing remains. Before a step, one token remains in decode,
+# more in prefill (after arrival or preemption). Nothing else tells decode from prefill.
+# ==================================================================================================
 @dataclass
 class SamplingParams:
-    """How to choose tokens and when to stop, under vLLM's names. Raises TinyVLLMError for nonsense."""
+    """How to choose tokens and when to stop, named as in vLLM. Nonsense raises TinyVLLMError."""
     temperature: float = 0.0            # 0: greedy
     top_k: int = 0                      # keep the k most probable tokens; 0 or -1: all
-    top_p: float = 1.0                  # of the kept tokens, keep the most probable that together reach p
+    top_p: float = 1.0                  # of the kept tokens, keep the most probable up to a sum of p
     seed: int | None = None             # None: another seed for every request
     max_tokens: int | None = 256        # None: as many as the context holds
     ignore_eos: bool = False            # go on after the model's own end of an answer
     stop_token_ids: tuple = ()          # end the answer, beside the model's own eos tokens
-    logprobs: int | None = None         # report each token's log-probability, and the n best tokens'
+    logprobs: int | None = None         # report log-probabilities: of each token, and of the n best
 
     def __post_init__(self):
         def want(name, is_good, expected):
             check(name, getattr(self, name), is_good, expected)
-        largest = np.finfo(np.float32).max
-        want("temperature", lambda t: 0 <= t <= largest, "0 (greedy) or more")
+        want("temperature", lambda t: 0 <= t <= np.finfo(np.float32).max, "0 (greedy) or more")
         want("top_k", lambda k: is_int(k, -1), "a whole number of 1 or more, or 0 for all")
         want("top_p", lambda p: 0 < p <= 1, "more than 0 and at most 1")
         want("seed", lambda seed: seed is None or is_int(seed, 0, 2**64 - 1),
@@ -579,58 +556,58 @@ class SamplingParams:
 
 @dataclass
 class RequestOutput:
-    """A request's answer. It grows while the request runs, and is final once finish_reason is set."""
+    """A request's answer. The output grows with each token, and is final with a finish_reason."""
     prompt_token_ids: list
     text: str = ""
     token_ids: list = field(default_factory=list)
-    # "stop": an eos or stop token (the last of token_ids); "length": a limit; "error"; "abort": given up
+    # "stop": an eos or stop token (the last of token_ids); "length": a limit; "error"; "abort"
     finish_reason: str | None = None
     error: str | None = None            # why the request was refused
-    logprobs: list | None = None        # for each token {token id: log-probability}, its own and the best'
+    logprobs: list | None = None        # for each token {token id: log-probability}, of itself and the n best
     delta: str = ""                     # the new text since LLM.run or .stream last yielded this output
     num_cached_tokens: int = 0          # tokens found in the prefix cache, summed over all admissions
     num_preemptions: int = 0
-    arrival_time: float = 0.0           # in seconds of time.perf_counter(), as the next two
+    arrival_time: float = 0.0           # seconds of time.perf_counter(), like the next two
     first_token_time: float = 0.0
     finish_time: float = 0.0
-    account: dict | None = None         # {part: seconds} of the time in between, if a views.Recorder observed
+    account: dict | None = None         # {part: seconds} of the time in between, from views.Recorder
 
 
 class Sequence:
-    """A request inside the engine: its tokens, its pages, how far it is computed."""
+    """A request inside the engine: its tokens, its pages, and the progress of the computation."""
 
     def __init__(self, params, output, decoder, max_len):
-        """max_len: the sequence ends when prompt and answer together have so many tokens."""
+        """max_len: prompt and answer together end at this number of tokens."""
         self.params = params
         self.output = output
         self.decoder = decoder
         self.max_len = max_len
-        # array("i"): four bytes a token, whose slices Batch.build joins without looking at each number.
+        # array("i"): four bytes a token. Batch.build joins slices as bytes, without a Python loop.
         self.token_ids = int_array("i", output.prompt_token_ids)
         self.num_computed_tokens = 0
         self.block_table = int_array("i")
-        self.num_registered_blocks = 0      # of its pages, how many others can find
+        self.num_registered_blocks = 0      # the first pages, findable by other sequences
         self.seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little")
 
     @property
     def remaining(self):
-        """The number of tokens that are not yet computed."""
+        """The number of tokens not yet computed."""
         return len(self.token_ids) - self.num_computed_tokens
 
     @property
     def is_complete(self):
-        """Whether the sequence has all its tokens. The last one may still be a placeholder (see Engine)."""
+        """Whether the sequence has all its tokens; the last may be a placeholder (see Engine)."""
         return len(self.token_ids) == self.max_len
 
 
 class Scheduler:
-    """Decides which tokens run in the next step, and gives them their pages."""
+    """Decides on the tokens of the next step, and gives pages to the sequences."""
 
     def __init__(self, allocator, max_num_batched_tokens, max_num_seqs, chunked_prefill=True,
                  static_batching=False):
-        """max_num_batched_tokens: the token budget of a step. max_num_seqs: how many sequences may run at
-        once. Without chunked_prefill a prompt runs in one step. static_batching: a batch is admitted
-        together, and the next batch when all of it is done."""
+        """max_num_batched_tokens: the token budget of a step. max_num_seqs: the limit of running
+        sequences. Without chunked_prefill a prompt runs in one step. static_batching: a batch is
+        admitted together, and the next batch when all sequences of the first are done."""
         self.allocator = allocator
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
@@ -640,17 +617,17 @@ class Scheduler:
         self.running = []
 
     def schedule(self):
-        """[(sequence, number of its tokens to compute)]: decodes, then prefill as the budget allows."""
+        """[(sequence, number of tokens to compute)]: decodes, then prefill as the budget allows."""
         scheduled = []
         prefills = []
         budget = self.max_num_batched_tokens
-        # 1. Running sequences, oldest first: one token of each that decodes. A prompt that is not finished
-        #    has had all its pages since admission. A decode that needs a page and finds none preempts the
-        #    youngest sequence, which this loop has not reached yet. The budget covers all decodes, since
-        #    max_num_seqs is no greater than the budget.
+        # 1. Running sequences, oldest first: one token for each decode. The rest of a prompt waits
+        #    for 3, and has had pages since admission. A decode without room for its token preempts
+        #    the youngest sequence, not yet reached by this loop. max_num_seqs is never greater than
+        #    the budget, so the budget covers all decodes.
         for sequence in list(self.running):
             if not sequence.block_table:
-                break                                   # just preempted, and so are all sequences after it
+                break                       # just preempted, and so are all sequences after this one
             if sequence.remaining > 1:
                 prefills.append(sequence)
             elif not sequence.is_complete and self.grow(sequence):
@@ -667,32 +644,29 @@ class Scheduler:
         for sequence in prefills:
             chunk = min(sequence.remaining, budget)
             if chunk < sequence.remaining and not self.chunked_prefill:
-                break                                   # until there is a step in which it fits whole
+                break                       # until a step has room for the whole prompt
             if chunk:
                 scheduled.append((sequence, chunk))
                 budget -= chunk
         return scheduled
 
     def has_room(self, planned, budget, was_idle):
-        """Whether a step with so many planned prompt tokens can take in the first waiting sequence."""
+        """Whether a step with `planned` prompt tokens can take in the first waiting sequence."""
         if self.waiting[0].is_complete:
-            return False        # preempted with its last token in flight: nothing is left to compute
+            return False        # preempted with the last token in flight: nothing is left to compute
         if len(self.running) >= self.max_num_seqs:
             return False
         return was_idle if self.static_batching else planned < budget
 
     def admit(self, sequence):
-        """Gives the first waiting sequence pages for all its tokens, and runs it. False if there are too few
-        pages.
-
-        One page is left for each running sequence. Otherwise the running sequences would soon need them
-        and preempt the newcomer, and its prefill would be wasted.
-        """
+        """Moves the first waiting sequence to running, with pages for all its tokens and the next
+        token. False unless one page stays free for each running sequence: short of pages, the
+        running sequences would soon preempt the newcomer, and its prefill would be wasted."""
         allocator = self.allocator
         cached = allocator.find(sequence.token_ids)
-        num_tokens = len(sequence.token_ids) + 1        # with the token that prefill will sample
+        num_tokens = len(sequence.token_ids) + 1
         needed = cdiv(num_tokens, allocator.block_size) - len(cached)
-        # A cached page without users is free, too, but is about to be used.
+        # Found pages without users still count as free, but share() is about to take them.
         free = len(allocator.free) - sum(block in allocator.free for block in cached)
         if needed + len(self.running) > free:
             return False
@@ -705,9 +679,9 @@ class Scheduler:
         return True
 
     def grow(self, sequence):
-        """Adds a page for the next token if the sequence's pages are full. False if the sequence itself is
-        the youngest and was preempted."""
-        # A loop: the victim's pages may be shared, and then preemption frees none.
+        """Adds a page for the next token if the sequence's pages are full. False if the sequence
+        itself is the youngest and was preempted."""
+        # A loop, since a preemption may free no page: the victim's pages can have more users.
         while sequence.num_computed_tokens == len(sequence.block_table) * self.allocator.block_size:
             if self.allocator.free:
                 sequence.block_table.extend(self.allocator.allocate(1))
@@ -719,15 +693,15 @@ class Scheduler:
         return True
 
     def preempt(self, sequence):
-        """Takes a sequence's pages. The sequence keeps its tokens; their keys and values will be computed
-        again, or found if they are still cached."""
+        """Takes a sequence's pages, not the tokens. After readmission the keys and values are
+        computed again, except in pages still cached."""
         self.remove(sequence)
         sequence.num_computed_tokens = 0
         sequence.output.num_preemptions += 1
         self.waiting.appendleft(sequence)
 
     def remove(self, sequence):
-        """Forgets a sequence that is done or given up, running or waiting."""
+        """Forgets a running or waiting sequence: a finished, preempted or abandoned request."""
         queue = self.running if sequence in self.running else self.waiting
         queue.remove(sequence)
         self.register_full_blocks(sequence)
@@ -736,23 +710,22 @@ class Scheduler:
         sequence.num_registered_blocks = 0
 
     def register_full_blocks(self, sequence):
-        """Registers the sequence's full pages, so that other sequences can share them. To be called after
-        the launch of the step that fills them: a sequence that finds such a page runs in a later step, so
-        its kernels read after the write."""
+        """Makes full pages findable. Call this after the launch of the step that fills the pages: a
+        sequence that finds a page runs in a later step, so its kernels read after the write."""
         if not self.allocator.prefix_caching:
             return
         size = self.allocator.block_size
         table = sequence.block_table
         for number in range(sequence.num_registered_blocks, sequence.num_computed_tokens // size):
             tokens = tuple(sequence.token_ids[number * size:(number + 1) * size])
-            if tokens[-1] < 0:              # a placeholder, see Engine: wait until the token is known
+            if tokens[-1] < 0:              # a placeholder, see Engine: wait for the token's id
                 break
             before = table[number - 1] if number > 0 else None
             self.allocator.register(table[number], before, tokens)
             sequence.num_registered_blocks += 1
 
     def check_integrity(self):
-        """What always holds between two steps."""
+        """The invariants between two steps."""
         self.allocator.check_integrity([s.block_table for s in self.running])
         assert not any(s.block_table or s.num_computed_tokens for s in self.waiting)
         for s in self.running:
@@ -761,28 +734,31 @@ class Scheduler:
             assert s.num_registered_blocks <= s.num_computed_tokens // self.allocator.block_size
 
 
-# ======================================================================================================
+# ==================================================================================================
 # Forward pass
 #
-# forward() computes every step: T tokens in a row. It does not know which sequence brings a chunk of its
-# prompt and which a single token. What the kernels need to know of sequences is data, in the Batch:
+# forward() computes every step. A chunk of a prompt and a single token of an answer are treated
+# alike: everything that kernels must know of sequences is data, in the Batch:
 #
-#   sequence 0 brings 5 tokens (a chunk from position 16 on), sequence 1 brings 1 (decode), sequence 2
-#   brings 3:
+#   sequence 0 brings 5 tokens (a chunk from position 16 on), 1 brings 1 (decode), 2 brings 3:
 #   token_ids    a a a a a b c c c       T = 9
 #   positions   16 17 18 19 20 41 0 1 2
 #   cu_seqlens   0         5 6     9     where each sequence begins ("cu": cumulative)
 #   context_lens 21 42 3                 tokens in the cache after this step
 #   block_tables 7 2 | 5 3 9 | 4         the pages of each sequence; cu_blocks 0 2 5 6
 #
-# Steps in which every sequence decodes run as CUDA graphs, since the CPU takes longer to start their
-# kernels than the GPU to run them. There is a graph for each of a few batch sizes; a batch is padded to
-# the next size with rows that nobody reads (vLLM: cudagraph_capture_sizes, and enforce_eager for no
-# graphs). For the smallest sizes decode.cu computes the whole step in one kernel, on cards that can
-# (decode(), below): the one other path of this engine, tested against forward().
-# ======================================================================================================
+# If every sequence decodes, the step runs as a CUDA graph: the CPU would take longer to start the
+# kernels than the GPU to run them. A few batch sizes have a graph each; a batch is padded to the
+# next size with unread sequences (vLLM: cudagraph_capture_sizes; enforce_eager: no graphs). For the
+# smallest sizes and on newer cards, one kernel in decode.cu computes the whole step (decode()): the
+# only second path of this engine, tested against forward().
+#
+# Model() compiles all kernels, for the sizes of one model, before the first request. A graph is
+# recorded at the first batch of its size. A new kernel needs no table here: kernels.cu says how to
+# declare a kernel, and forward() calls kernels.NAME(grid, ...).
+# ==================================================================================================
 GRAPH_SIZES = (1, 2, 4, 6, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256)
-MAX_SPLITS = 32                         # thread blocks that share a context; merging reads what each leaves
+MAX_SPLITS = 32                         # thread blocks for one context; merging reads all results
 
 
 def cumulative(counts):
@@ -792,30 +768,28 @@ def cumulative(counts):
 
 @dataclass
 class Batch:
-    """A step's tokens, and all that the kernels must know about them, in the host's memory.
-
-    The arrays stand in the order of the upload (StepBuffer): arrays with entries of 8 bytes first, so
-    that every array is aligned, and block_tables last, since its size does not follow from T, S and R.
-    """
-    sampled: list                       # R Sequences: those of which nothing remains after this step
-    slot_mapping: np.ndarray            # [T] int64: where each token's key and value go; -1: nowhere
+    """A step's tokens and everything that the kernels must know about them, in the host's memory.
+    The arrays stand in the order of upload (StepBuffer): entries of 8 bytes first, for alignment,
+    and block_tables last, since T, S and R do not determine its size."""
+    sampled: list                       # R Sequences: nothing of them remains after this step
+    slot_mapping: np.ndarray            # [T] int64: the slot for each token's key and value; -1: none
     seeds: np.ndarray                   # [R] uint64
     token_ids: np.ndarray               # [T] int32
     positions: np.ndarray               # [T] int32
     cu_seqlens: np.ndarray              # [S + 1] int32
     context_lens: np.ndarray            # [S] int32
     last_tokens: np.ndarray             # [R] int32: index in the batch of each sampled sequence's last token
-    lengths: np.ndarray                 # [R] int32: tokens of each sampled sequence, the new one's position
+    lengths: np.ndarray                 # [R] int32: tokens of each sampled sequence, the new token's position
     temperatures: np.ndarray            # [R] float32
     top_ks: np.ndarray                  # [R] int32
     top_ps: np.ndarray                  # [R] float32
     tiles: np.ndarray                   # [2A] int32: the work of attention, see attention_tiles
     cu_blocks: np.ndarray               # [S + 1] int32
-    block_tables: np.ndarray            # [pages of all S] int32: sequence s has those from cu_blocks[s] on
+    block_tables: np.ndarray            # [pages of all S] int32: sequence s begins at cu_blocks[s]
 
     @classmethod
     def build(cls, scheduled, block_size, group, tile_rows):
-        """The batch for a list of (sequence, number of tokens). group, tile_rows: see attention_tiles."""
+        """scheduled: (sequence, number of tokens) pairs. group, tile_rows: see attention_tiles."""
         sequences = [sequence for sequence, _ in scheduled]
         counts = np.array([count for _, count in scheduled], np.int32)                  # [S]
         starts = np.array([s.num_computed_tokens for s in sequences], np.int32)         # [S]
@@ -834,8 +808,8 @@ class Batch:
         pages = block_tables[np.repeat(cu_blocks[:-1], counts) + positions // block_size]       # [T]
         slot_mapping = pages.astype(np.int64) * block_size + positions % block_size     # [T]
 
-        rows = np.flatnonzero(context_lens == lengths)          # [R] of the S sequences: nothing remains
-        sampled = [sequences[row] for row in rows]
+        chosen = np.flatnonzero(context_lens == lengths)        # [R] indices of the sampled sequences
+        sampled = [sequences[s] for s in chosen]
         params = [s.params for s in sampled]
         return cls(
             sampled=sampled,
@@ -845,8 +819,8 @@ class Batch:
             positions=positions,
             cu_seqlens=cu_seqlens,
             context_lens=context_lens,
-            last_tokens=cu_seqlens[rows + 1] - 1,
-            lengths=lengths[rows],
+            last_tokens=cu_seqlens[chosen + 1] - 1,
+            lengths=lengths[chosen],
             temperatures=np.array([p.temperature for p in params], np.float32),
             top_ks=np.array([min(p.top_k, 2**31 - 1) for p in params], np.int32),
             top_ps=np.array([p.top_p for p in params], np.float32),
@@ -860,79 +834,67 @@ class Batch:
         return len(self.token_ids) == len(self.context_lens) == len(self.sampled)
 
     def padded(self, size):
-        """A batch of decodes with rows added, up to `size`: sequences of one token that write to no slot
-        and see no key."""
+        """A batch of decodes, padded to `size`. The padding writes to no slot and sees no key."""
         count = len(self.token_ids)
         if count == size:
             return self
 
         def fill(array, value=0):
             return np.concatenate([array, np.full(size - count, value, array.dtype)])
-        rows = np.arange(size + 1, dtype=np.int32)
-        new_rows = rows[count:-1]
-        new_tiles = np.stack([new_rows, np.zeros_like(new_rows)], 1)        # (sequence, first row 0)
-        return Batch(
-            sampled=self.sampled,
+        numbers = np.arange(size + 1, dtype=np.int32)
+        padding = numbers[count:-1]
+        new_tiles = np.stack([padding, np.zeros_like(padding)], 1)      # (sequence, first query row 0)
+        zeros = {name: fill(getattr(self, name)) for name in (
+            "seeds", "token_ids", "positions", "context_lens", "lengths", "temperatures", "top_ks", "top_ps")}
+        return replace(
+            self, **zeros,
             slot_mapping=fill(self.slot_mapping, -1),
-            seeds=fill(self.seeds),
-            token_ids=fill(self.token_ids),
-            positions=fill(self.positions),
-            cu_seqlens=rows,
-            context_lens=fill(self.context_lens),
-            last_tokens=rows[:-1],
-            lengths=fill(self.lengths),
-            temperatures=fill(self.temperatures),
-            top_ks=fill(self.top_ks),
-            top_ps=fill(self.top_ps),
+            cu_seqlens=numbers,
+            last_tokens=numbers[:-1],
             tiles=np.concatenate([self.tiles, new_tiles.ravel()]),
-            cu_blocks=fill(self.cu_blocks, self.cu_blocks[-1]),
-            block_tables=self.block_tables)
+            cu_blocks=fill(self.cu_blocks, self.cu_blocks[-1]))
 
 
+Tiling = namedtuple("Tiling", "group tile_rows")            # attention's, see attention_tiles
 BATCH_ARRAYS = [f.name for f in fields(Batch) if f.name != "sampled"]
 DeviceBatch = namedtuple("DeviceBatch", BATCH_ARRAYS)       # a Batch's arrays in the device's memory
 
 
 def attention_tiles(counts, context_lens, group, tile_rows):
-    """[2A] int32: A tiles, each (sequence, first row). A thread block of attention computes one tile for
-    one kv head: at most tile_rows rows of one sequence. A row is one query token and one of the `group`
-    query heads that share a kv head; row r is token r // group of the chunk, head r % group.
-
-    counts [S]: query tokens. Tiles that see the most keys come first: one of them, begun last, would run
-    alone at the end.
-    """
-    rows = counts * group                                                   # [S]
+    """[2A] int32: A tiles, each (sequence, first query row). A tile is the work of one thread block
+    of attention for one kv head: at most tile_rows query rows of one sequence. A query row is one
+    query token and one of the `group` query heads that share a kv head: token r // group of the
+    chunk, head r % group. counts [S]: query tokens.
+    Tiles with the most keys come first: a long tile, begun last, would run alone at the end."""
+    rows = counts * group                                                   # [S] query rows
     num_tiles = cdiv(rows, tile_rows)                                       # [S]
     sequences = np.repeat(np.arange(len(counts)), num_tiles)                # [A]
     first_tiles = np.cumsum(num_tiles) - num_tiles                          # [S]
     tiles_in_sequence = np.arange(len(sequences)) - np.repeat(first_tiles, num_tiles)
     first_rows = tiles_in_sequence * tile_rows                              # [A]
     end_rows = np.minimum(first_rows + tile_rows, rows[sequences])          # [A]
-    keys_seen = (context_lens - counts)[sequences] + end_rows // group      # [A] by the tile's last row
+    keys_seen = (context_lens - counts)[sequences] + end_rows // group      # [A] by the last query row
     order = np.argsort(-keys_seen, kind="stable")
     return np.stack([sequences, first_rows], 1)[order].astype(np.int32).ravel()
 
 
 class StepBuffer:
-    """The memory through which host and device exchange a step: its batch, in one copy to the device, and
-    the sampled tokens, in one copy back.
-
-    An array's place in the buffer depends only on T, S and R. A CUDA graph that was recorded with one
-    batch therefore finds the arrays of every later batch of the same size at the same addresses.
-    """
-    TOKEN_BYTES = 8 + 4 + 4 + 2         # slot, id, position; a tile, 8 bytes, has 64 rows: 4 tokens or more
-    SEQUENCE_BYTES = 8 + 8 * 4 + 8      # seed, eight arrays of 4 bytes, a last tile that is not full
+    """The memory for a step's exchange: the batch goes to the device in one copy, the sampled
+    tokens come back in one copy. An array's place in the buffer depends only on T, S and R. A CUDA
+    graph therefore finds all batches of its size at the addresses of its recording."""
+    # Slot, id, position, and a share of a tile: 8 bytes for at least 64 query rows, or 4 tokens.
+    TOKEN_BYTES = 8 + 4 + 4 + 2
+    SEQUENCE_BYTES = 8 + 8 * 4 + 8      # seed, eight arrays of 4 bytes, a last, partial tile
 
     def __init__(self, device, max_tokens, max_seqs, max_blocks):
-        """max_blocks: entries of all block tables. Sequences share pages, so there may be more entries than
-        pages."""
+        """max_blocks: entries of all block tables. Shared pages make more entries than pages."""
         # max_seqs + 1: cu_seqlens and cu_blocks have S + 1 entries.
         num_bytes = self.TOKEN_BYTES * max_tokens + self.SEQUENCE_BYTES * (max_seqs + 1) + 4 * max_blocks
         self.device = device
         self.target = device.empty(num_bytes, np.uint8)
-        # Two sources, used in turn: the copy of the step before may still read the other one.
+        # Two sources, used in turn: the copy of the previous step may still read the other source.
         self.sources = [device.pinned(num_bytes), device.pinned(num_bytes)]
-        # Of the latest step: [0] token ids, [1] their log-probabilities, float32 seen as int32.
+        # Of the latest step: [0] token ids, [1] log-probabilities, float32 seen as int32.
         self.sampled = device.empty((2, max_seqs), np.int32)
 
     def upload(self, batch):
@@ -952,13 +914,10 @@ class StepBuffer:
 
 
 def rope_frequencies(config):
-    """Radians per position by which RoPE turns each of a head's pairs (i, i + h/2), float64 [h/2].
-
-    RoPE (arXiv:2104.09864): pair i turns by theta^(-2i/h). Llama 3.1 stretched the context
-    (arXiv:2407.21783): pairs that turn less than low_freq_factor times within the original context are
-    slowed by `factor`, pairs that turn more than high_freq_factor times stay as they are, and between
-    the two the factor is blended.
-    """
+    """Radians per position for the rotation of each of a head's pairs (i, i + h/2), float64 [h/2].
+    RoPE (arXiv:2104.09864): pair i turns by theta^(-2i/h). Llama 3.1 (arXiv:2407.21783) stretched
+    the context: pairs with less than low_freq_factor turns in the original context are slowed by
+    `factor`, pairs with more than high_freq_factor turns are unchanged, with a blend in between."""
     frequencies = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
     if config.rope_scaling is None:
         return frequencies
@@ -973,7 +932,7 @@ class Model:
     """Config, weights, kernels and the KV cache, on a device."""
 
     def __init__(self, config, weights, device, num_blocks, max_model_len, buffer, args):
-        """num_blocks: pages of the KV cache. max_model_len: positions that can occur. buffer: a
+        """num_blocks: pages of the KV cache. max_model_len: number of possible positions. buffer: a
         StepBuffer. args: block_size, enforce_eager and fused_decode of EngineArgs."""
         c = config
         self.config = config
@@ -982,8 +941,7 @@ class Model:
         self.buffer = buffer
         self.graph_sizes = () if args.enforce_eager else GRAPH_SIZES
         self.graphs = {}                    # size -> replay(), see device.record
-        self.group = c.num_attention_heads // c.num_key_value_heads
-        # Of 1 / sqrt(h), and of log2(e), because the kernels' softmax takes powers of 2.
+        # 1 / sqrt(h), times log2(e): the kernels' softmax takes powers of 2.
         self.query_scale = math.log2(math.e) / math.sqrt(c.head_dim)
         has_decode_kernel = args.fused_decode and device.runs_decode
         code = paste(KERNELS, DECODE_KERNEL) if has_decode_kernel else paste(KERNELS)
@@ -991,13 +949,15 @@ class Model:
             "HIDDEN": c.hidden_size, "FFN": c.intermediate_size, "NUM_LAYERS": c.num_hidden_layers,
             "NUM_HEADS": c.num_attention_heads, "NUM_KV_HEADS": c.num_key_value_heads, "HEAD_DIM": c.head_dim,
             "VOCAB": c.vocab_size, "BLOCK_SIZE": args.block_size, "RMS_EPS": f"{c.rms_norm_eps:e}f"}, code)
-        # The greatest batch that decode() computes; 0 for a model whose sizes decode.cu cannot divide.
+        self.tiling = Tiling(c.num_attention_heads // c.num_key_value_heads, self.kernels.ATTENTION_ROWS)
+        # The greatest batch for decode(). 0: decode.cu cannot divide this model's sizes.
         self.decode_batch = self.kernels.DECODE_BATCH if has_decode_kernel else 0
-        matrices = [matrix for layer in weights.layers for matrix in layer.matrices]
+        matrices = [matrix for layer in weights.layers      # in the order of the forward pass
+                    for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down)]
         addresses = [device.address(matrix) for matrix in [*matrices, weights.head]]
         self.addresses = device.to_device(np.array(addresses, np.uint64))               # [4L + 1]
-        # Keys are kv_cache[l, 0], values kv_cache[l, 1] of layer l. Within a page each head's tokens are
-        # consecutive.
+        # Keys are kv_cache[l, 0], values kv_cache[l, 1] of layer l. Within a page each head's
+        # tokens are consecutive.
         self.kv_cache = device.empty(
             (c.num_hidden_layers, 2, num_blocks, c.num_key_value_heads, args.block_size, c.head_dim))
         angles = np.arange(max_model_len)[:, None] * rope_frequencies(c)                # [max_model_len, h/2]
@@ -1005,18 +965,15 @@ class Model:
         self.cos_sin = device.to_device(cos_sin)                                        # [max_model_len, h]
 
     def graph_size(self, batch):
-        """The size of the CUDA graph that runs this batch. None: the batch runs without a graph."""
+        """The size of the CUDA graph for this batch. None: the batch runs without a graph."""
         if not batch.is_decode:
             return None
         return next((size for size in self.graph_sizes if size >= len(batch.token_ids)), None)
 
     def launch(self, batch):
-        """Starts a step and does not wait for it.
-
-        Returns the logits [R, V], valid until the next step, which may overwrite them, and get_tokens().
-        get_tokens() waits and returns the sampled sequences' next tokens, int32, and the tokens'
-        log-probabilities, float32. All three may have more than R rows: ignore the rows of the padding.
-        """
+        """Starts a step and does not wait. Returns the logits [R, V], valid until the next step,
+        and get_tokens(), a function that waits and returns the sampled tokens, int32 [R], and their
+        log-probabilities, float32 [R]. All three can have more than R rows, for the padding."""
         size = self.graph_size(batch)
         b = self.buffer.upload(batch if size is None else batch.padded(size))
         if size is None:
@@ -1034,24 +991,24 @@ class Model:
         return logits, get_tokens
 
     def forward(self, b):
-        """Puts the new tokens' keys and values into the cache and the sampled sequences' next tokens into
-        the step buffer. Returns the logits [R, V] that chose the tokens. b: a DeviceBatch."""
+        """Puts the new tokens' keys and values into the cache, and the sampled sequences' next
+        tokens into the step buffer. Returns the logits [R, V]. b: a DeviceBatch."""
         c, w, kernels, linear = self.config, self.weights, self.kernels, self.device.linear
         T, R, num_tiles = len(b.token_ids), len(b.last_tokens), len(b.tiles) // 2
         D, F, H, K, h = (c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_key_value_heads,
                          c.head_dim)
-        # Attention needs two thread blocks for each multiprocessor to keep the memory busy. A small batch
-        # has fewer, one for each tile and kv head, so its contexts are split. The number of splits depends
-        # on the batch's size and not on its contexts: a CUDA graph repeats the grid of its recording.
+        # To keep the memory busy, attention needs two thread blocks for each multiprocessor. A
+        # small batch has fewer, one per tile and kv head, so each context is split. The number of
+        # splits must not depend on the contexts: a CUDA graph repeats its recording's grid.
         splits = max(1, min(MAX_SPLITS, 2 * self.device.multiprocessors // (num_tiles * K)))
         partial = self.device.empty((T, H, splits, h + 2), np.float32) if splits > 1 else None
-        # The same attention; the one for single queries needs fewer registers, so more of it runs at once.
+        # Same results, but single queries need fewer registers: more thread blocks run at once.
         attend = kernels.decode_attention if T == len(b.context_lens) else kernels.paged_attention
         residual = self.device.empty((T, D))
         attention = self.device.empty((T, H * h))
         activation = self.device.empty((T, F))
 
-        # The embedding. A placeholder ~row among the token ids stands for the step before's sampled[0][row].
+        # The embedding. A token id ~row is a placeholder for sampled[0][row] of the previous step.
         kernels.gather_rows((T,), residual, w.embed, b.token_ids, self.buffer.sampled[0])
         for layer, (k_cache, v_cache) in zip(w.layers, self.kv_cache):
             # residual += attention(norm(residual)) @ o. rope_and_cache applies the norm's factor.
@@ -1062,25 +1019,25 @@ class Model:
                    b.cu_seqlens, b.context_lens, b.tiles, partial)
             linear(attention, layer.o, add_to=residual)
 
-            # residual += (silu(norm(residual) @ gate) * (norm(residual) @ up)) @ down. silu_mul applies the
-            # norm's factor.
+            # residual += (silu(norm(residual) @ gate) * (norm(residual) @ up)) @ down. silu_mul
+            # applies the norm's factor.
             gate_up = linear(residual, layer.gate_up)                                   # [T, 2F]
             kernels.silu_mul((cdiv(F, kernels.SILU_COLUMNS), T), activation, gate_up, residual)
             linear(activation, layer.down, add_to=residual)
 
         if R == 0:
             return None
-        x = self.device.empty((R, D))                       # only these rows: the head is large
+        x = self.device.empty((R, D))                       # of sampled sequences only: the head is large
         kernels.rms_norm((R,), x, residual, b.last_tokens, w.norm)
         logits = linear(x, w.head)
         return self.sample(logits, b)
 
     def decode(self, b):
-        """forward() for a few sequences that bring one token each, in one kernel (decode.cu)."""
+        """forward() for a few sequences with one token each, in one kernel (decode.cu)."""
         c, w, kernels = self.config, self.weights, self.kernels
         S = len(b.token_ids)
         splits = kernels.DECODE_SPLITS // S                 # of a context, at most
-        # The memory in which thread blocks hand results to each other, 0 at first: see Vectors in decode.cu.
+        # Through these words, 0 at first, thread blocks exchange results: see Vectors in decode.cu.
         words_per_layer = S * (kernels.DECODE_VECTOR_WORDS + splits * kernels.DECODE_PARTIAL_WORDS)
         num_words = kernels.DECODE_TICKET_WORDS + (c.num_hidden_layers + 1) * words_per_layer
         words = self.device.xp.zeros(num_words, np.int32)
@@ -1093,28 +1050,28 @@ class Model:
         return self.sample(logits, b)
 
     def sample(self, logits, b):
-        """Puts the next tokens into the step buffer and returns the logits. The noise of a draw depends on
-        the request's seed and the token's position alone."""
+        """Puts the next tokens into the step buffer and returns the logits. The noise of a draw
+        depends only on the request's seed and the token's position."""
         tokens, logprobs = self.buffer.sampled
         self.kernels.sample((len(logits),), tokens, logprobs.view(np.float32), logits, b.temperatures,
                             b.top_ks, b.top_ps, b.seeds, b.lengths)
         return logits
 
 
-# ======================================================================================================
+# ==================================================================================================
 # Memory
 #
-# The card's memory holds the weights, the arrays of a step, and the KV cache, which gets whatever is left
-# of the share that the engine may use. The same arithmetic says how many bytes a decode step must read:
-# bytes over the memory's bandwidth are the step's floor.
-# ======================================================================================================
+# The card's memory holds the weights, the arrays of a step, and, in the rest of the engine's share,
+# the KV cache. The same arithmetic gives the bytes that a decode step must read: bytes over the
+# memory's bandwidth are the step's floor.
+# ==================================================================================================
 BYTES = 2                               # of a bfloat16
 CUBLAS_AND_CODE_BYTES = 2**28           # cuBLAS's workspace, and the kernels
 
 
 def decode_weight_bytes(config):
-    """Bytes of weights that a decode step reads: each weight once. An embedding table that is not the
-    head is left out: a step reads one row of it per token."""
+    """Bytes of weights read by a decode step: each weight once. An untied embedding table is left
+    out: a step reads only a row of the table per token."""
     c = config
     layer = c.hidden_size * (c.qkv_size + c.heads_size + 3 * c.intermediate_size)
     head = c.hidden_size * c.vocab_size
@@ -1133,13 +1090,13 @@ def kv_bytes_per_token(config):
 
 
 def step_bytes(config, args, max_model_len):
-    """Bytes of all arrays that steps need beside weights and KV cache."""
+    """Bytes of all step arrays beside weights and KV cache."""
     c = config
     per_token = c.hidden_size + c.qkv_size + c.heads_size + 3 * c.intermediate_size
-    # Twice the largest step, since CuPy's pool may still hold the arrays of the step before; and the
-    # largest graph, whose arrays all graphs share.
+    # Twice the largest step: CuPy's pool may still hold the previous step's arrays. The graphs
+    # share arrays, so the largest graph counts.
     tokens = 2 * args.max_num_batched_tokens + GRAPH_SIZES[-1]
-    # Logits: twice the largest, and those of each graph.
+    # Logits: twice the largest step's, and one array for each graph.
     graph_rows = sum(size for size in GRAPH_SIZES if size < 2 * args.max_num_seqs)
     rows = 2 * args.max_num_seqs + graph_rows
     angles = 4 * c.head_dim * max_model_len
@@ -1148,8 +1105,8 @@ def step_bytes(config, args, max_model_len):
 
 
 def kv_cache_blocks(config, memory, args):
-    """The number of pages that fit into memory, (free, total) bytes, of which the share
-    args.gpu_memory_utilization may be used."""
+    """The number of pages that fit into memory, (free, total) bytes; the engine may use the share
+    args.gpu_memory_utilization of the total."""
     free, total = memory
     weights = weight_bytes(config)
     arrays = step_bytes(config, args, args.max_model_len or config.max_position_embeddings)
@@ -1168,9 +1125,9 @@ def kv_cache_blocks(config, memory, args):
 
 
 def plan_pool(config, device, args):
-    """(num_blocks, max_model_len): the pages of the KV cache, and the tokens of prompt and answer that a
-    sequence may have. A sequence that fits the pool (and, without chunked prefill, a step) alone always
-    finishes, since all others can be preempted: max_model_len is the one limit for requests."""
+    """(num_blocks, max_model_len): the pages of the KV cache, and the limit of prompt and answer in
+    tokens. A sequence that fits the pool alone (and, without chunked prefill, a step) can always
+    finish, if the rest is preempted: max_model_len is the only limit for requests."""
     limit = args.max_model_len or config.max_position_embeddings
     check("max_model_len", limit, lambda n: n <= config.max_position_embeddings,
           f"at most the model's {config.max_position_embeddings}")
@@ -1179,9 +1136,7 @@ def plan_pool(config, device, args):
               f"at most max_num_batched_tokens, {args.max_num_batched_tokens}, without chunked prefill")
     fitting = kv_cache_blocks(config, device.memory(), args)
     pages = cdiv(limit, args.block_size)
-    num_blocks = args.num_blocks
-    if num_blocks is None:
-        num_blocks = min(fitting, args.max_num_seqs * pages)        # more could never be used
+    num_blocks = args.num_blocks or min(fitting, args.max_num_seqs * pages)     # more are never used
     if num_blocks > fitting:
         raise TinyVLLMError(f"num_blocks: expected at most {fitting}, which memory holds, got {num_blocks}")
     if args.max_model_len and num_blocks < pages:
@@ -1197,48 +1152,48 @@ def plan_pool(config, device, args):
     return num_blocks, max_model_len
 
 
-# ======================================================================================================
+# ==================================================================================================
 # Engine
 #
-# A model, a scheduler, and the loop between them. Everything that a server does happens in step().
+# A model, a scheduler, and the loop between the two. All work of a server happens in step().
 #
-# The GPU takes a millisecond for a step, and Python half a millisecond to plan the next step and to hand
-# out tokens. Done in turn, the GPU would be idle for a third of the time. So step n + 1 is launched
-# first, and the tokens of step n are read after that (vLLM: async scheduling):
+# The GPU takes a millisecond for a step. Python takes half a millisecond to plan the next step and
+# to hand out tokens. Without overlap, the GPU would idle a third of the time. So step n + 1 is
+# launched before the tokens of step n are read (vLLM: async scheduling):
 #
 #            launch 1   launch 2        read 1   launch 3        read 2   ...
 #   GPU                 | step 1 ............... | step 2 ............... | step 3
 #
-# To plan step n + 1 the CPU needs the number of step n's new tokens, not their ids. Until an id is known,
-# the sequence holds a placeholder: ~row, a negative number, where row is the token's row among step n's
-# sampled tokens. On the GPU, gather_rows looks the id up in that row.
+# To plan step n + 1 the CPU needs the number of step n's new tokens, not the ids. Until an id is
+# known, the sequence holds a placeholder: ~row, a negative number. The row is the sequence's index
+# among the sampled sequences of step n. On the GPU, gather_rows reads the id from sampled[0][row].
 #
-# The CPU notices the end of an answer one step late. Step n + 1 has then computed one token too many,
-# which finish() drops. The key and value of that token go to a page that may have a new owner by then.
-# They do no harm: the GPU runs steps in order, so the new owner writes later.
-# ======================================================================================================
+# The CPU notices the end of an answer one step late. Step n + 1 then computes a token too many, and
+# finish() drops the token. Its key and value may go to a page that already has a new owner. Steps
+# run in order on the GPU: the new owner writes later, so no harm is done.
+# ==================================================================================================
 @dataclass
 class Stats:
-    """What decode steps (steps in which every sequence brings one token) have done so far. Memory limits
-    such a step, so the bytes that it must read, over its time, can be held against the card's bandwidth."""
+    """Bytes and seconds of all decode steps so far (every sequence brings one token). Memory limits
+    such a step, so compare bytes over seconds with the card's bandwidth. A new counter is a field
+    here, a line in add() and a place in statistics()."""
     decode_bytes: int = 0               # weights once a step, keys and values of every sequence's context
     decode_seconds: float = 0.0
     last_time: float = 0.0              # when the tokens of the latest step were read
 
-    def add(self, flight, config):
-        """Counts a step whose tokens have just been read. Its time runs from its launch, or from the moment
-        when the previous step's tokens were read if that was later. The time includes Python and the
-        recording of new CUDA graphs, so a short run shows less than the card does."""
+    def add(self, batch, start, config):
+        """Counts a step just read. Its time begins with its launch or with the reading of the
+        previous step, whichever is later, and includes Python and the recording of CUDA graphs. A
+        short run therefore shows less than the card can do."""
         now = time.perf_counter()
-        batch = flight.batch
         if len(batch.token_ids) == len(batch.context_lens):
             context_bytes = kv_bytes_per_token(config) * int(batch.context_lens.sum())
             self.decode_bytes += decode_weight_bytes(config) + context_bytes
-            self.decode_seconds += now - max(flight.start, self.last_time)
+            self.decode_seconds += now - max(start, self.last_time)
         self.last_time = now
 
 
-# A step whose tokens are not read yet. logits, get_tokens: see Model.launch; start: when it was launched.
+# A step with unread tokens. logits, get_tokens: see Model.launch; start: the time of the launch.
 Flight = namedtuple("Flight", "batch logits get_tokens start")
 
 
@@ -1246,8 +1201,7 @@ class Engine:
     """Runs requests by continuous batching."""
 
     def __init__(self, model, scheduler, overlap):
-        """overlap: start a step before the tokens of the step before are read, so that the GPU never waits
-        for Python."""
+        """overlap: start a step before reading the previous one: the GPU never waits for Python."""
         self.model = model
         self.scheduler = scheduler
         self.overlap = overlap
@@ -1256,13 +1210,13 @@ class Engine:
         self.observers = []                 # objects with told(event, what), such as views.Recorder
 
     def tell(self, event, what=None):
-        """Tells the observers what begins or has ended just now."""
+        """Tells the observers of a beginning or an end."""
         for observer in self.observers:
             observer.told(event, what)
 
     def step(self):
-        """Starts a step and returns the sequences that got a token: from this step or, with overlap, from
-        the step before. Call it while there is work."""
+        """Starts a step and returns the sequences with a new token: from this step or, with
+        overlap, from the previous step. Call step() while there is work."""
         try:
             self.tell("schedule")
             scheduled = self.scheduler.schedule()
@@ -1274,9 +1228,9 @@ class Engine:
                 got_token += self.finish()
             return got_token
         except BaseException:
-            # Ctrl-C can come between any two statements. All tokens in flight are read, so that no
-            # placeholder is left. Then each running sequence gets at least its last token to compute: to
-            # compute a token again writes the same key and value.
+            # Ctrl-C can come between any two statements. Reading all steps in flight removes all
+            # placeholders. Then each running sequence must compute at least its last token: a
+            # repeated token writes the same key and value. LLM.run gives its own requests up.
             while self.in_flight:
                 self.finish()
             for sequence in self.scheduler.running:
@@ -1284,20 +1238,19 @@ class Engine:
             raise
 
     def num_unread(self, scheduled):
-        """How many steps may stay in flight when step() returns."""
+        """The number of steps that may stay in flight when step() returns."""
         if not self.overlap or not scheduled:
             return 0
-        # The log-probabilities of the best tokens are computed from logits that the next step overwrites.
+        # The n best log-probabilities come from logits, soon overwritten by the next step.
         needs_logits = any(s.params.logprobs for s in self.in_flight[-1].batch.sampled)
         return 0 if needs_logits else 1
 
     def launch(self, scheduled):
-        """Starts a step and books its tokens: their number is known, so the next step can be planned."""
+        """Starts a step and books its tokens: the number is enough to plan the next step."""
         start = time.perf_counter()
         self.tell("launch", scheduled)
         model = self.model
-        block_size = self.scheduler.allocator.block_size
-        batch = Batch.build(scheduled, block_size, model.group, model.kernels.ATTENTION_ROWS)
+        batch = Batch.build(scheduled, self.scheduler.allocator.block_size, *model.tiling)
         logits, get_tokens = model.launch(batch)
         self.in_flight.append(Flight(batch, logits, get_tokens, start))
         for sequence, count in scheduled:
@@ -1308,33 +1261,33 @@ class Engine:
         self.tell("launched")
 
     def finish(self):
-        """Waits for the oldest step in flight, gives its tokens to their sequences, and returns those. A
-        sequence that ended or was given up meanwhile has no use for its token."""
-        flight = self.in_flight[0]
+        """Waits for the oldest step in flight, hands out the tokens and returns the sequences. A
+        sequence that has ended or was given up in the meantime gets no token."""
+        batch, logits, get_tokens, start = self.in_flight[0]
         self.tell("wait")
-        tokens, logprobs = (array.tolist() for array in flight.get_tokens())
+        tokens, logprobs = (array.tolist() for array in get_tokens())
         self.tell("read")
         got_token = []
-        positions = flight.batch.lengths.tolist()
-        for row, (sequence, position) in enumerate(zip(flight.batch.sampled, positions)):
-            # No placeholder: Ctrl-C interrupted an earlier finish() of this step after it came here.
+        positions = batch.lengths.tolist()
+        for row, (sequence, position) in enumerate(zip(batch.sampled, positions)):
+            # No placeholder: an earlier finish() of this step passed here, then Ctrl-C interrupted.
             has_placeholder = position < len(sequence.token_ids) and sequence.token_ids[position] < 0
             if not has_placeholder or sequence.output.finish_reason:
                 continue
             count = sequence.params.logprobs
             if count is not None:
-                best = self.best_logprobs(flight.logits[row], count) if count else {}
-                # The token itself may be none of the best.
+                best = self.best_logprobs(logits[row], count) if count else {}
+                # The sampled token need not be among the best.
                 sequence.output.logprobs.append(best | {tokens[row]: logprobs[row]})
             self.append(sequence, position, tokens[row])
             got_token.append(sequence)
         self.in_flight.popleft()
-        self.stats.add(flight, self.model.config)
+        self.stats.add(batch, start, self.model.config)
         self.tell("done", got_token)
         return got_token
 
     def append(self, sequence, position, token):
-        """Gives a sequence its new token: text, and whether the answer ends."""
+        """Gives a sequence its new token: adds the text, and ends a complete answer."""
         output = sequence.output
         params = sequence.params
         sequence.token_ids[position] = token
@@ -1353,7 +1306,7 @@ class Engine:
             self.scheduler.remove(sequence)
 
     def best_logprobs(self, logits, count):
-        """{token id: log-probability} of the `count` most probable tokens. logits: [V], on the device."""
+        """{token id: log-probability} of the `count` best tokens. logits: [V], on the device."""
         logits = self.model.device.fetch(logits)().astype(np.float32)
         best = np.argsort(-logits, kind="stable")[:count]
         shifted = logits - logits.max()
@@ -1361,24 +1314,24 @@ class Engine:
         return dict(zip(best.tolist(), logprobs.tolist()))
 
 
-# ======================================================================================================
+# ==================================================================================================
 # API
 #
-# What a program calls, named as in vLLM. There is no thread: whoever wants tokens steps the engine. Each
-# step serves all requests, also those of other callers (two streams, say), who find their tokens when
-# they look. A request that its caller gives up frees its pages at once. A prompt that can never be
-# answered is refused before it takes any page, as an output with an error: the others of its list go on.
-# ======================================================================================================
+# The calls for programs, named as in vLLM. There is no thread: callers step the engine for tokens.
+# Each step serves the requests of all callers (two streams, say), who find their tokens later. An
+# abandoned request frees its pages at once. An unanswerable prompt is refused before it takes a
+# page, as an output with an error; the rest of its list runs.
+# ==================================================================================================
 def option(default, text, flag=None, **arguments):
-    """A field of EngineArgs. text: its help; flag: its spelling on the command line, if not its own name;
+    """A field of EngineArgs. text: the help; flag: the command line's spelling, if not the name;
     arguments: more of argparse's add_argument."""
     return field(default=default, metadata={"text": text, "flag": flag, "arguments": arguments})
 
 
 @dataclass(frozen=True)
 class EngineArgs:
-    """The engine's options. LLM() takes them as keyword arguments, every program as command-line options.
-    Raises TinyVLLMError for nonsense."""
+    """The engine's options: keyword arguments of LLM(), command-line options of every program. A
+    new option is a field here, a check in __post_init__, and a use; no other line changes."""
     model: str | None = option(
         None, "a folder or a Hugging Face id (default: $TINYVLLM_MODEL, else Llama-3.2-1B-Instruct if it was "
         "downloaded before, else the bundled Parrot)")
@@ -1399,14 +1352,13 @@ class EngineArgs:
     fused_decode: bool = option(
         True, "compute steps of a few sequences by many kernels, not by decode.cu's one", "--no-fused-decode")
     overlap: bool = option(True, "read a step's tokens before the next step is launched", "--no-overlap")
-    enable_prefix_caching: bool = option(
+    prefix_caching: bool = option(
         True, "compute every prompt whole, even if an earlier one began with the same tokens",
         "--no-prefix-caching")
     enable_chunked_prefill: bool = option(
         True, "compute a prompt in one step, or let it wait", "--no-chunked-prefill")
     static_batching: bool = option(
-        False, "admit a batch of requests together, and the next batch when all of it is done",
-        "--static-batching")
+        False, "admit a batch of requests together, and the next batch when all of it is done")
 
     def __post_init__(self):
         def want(name, is_good, expected):
@@ -1423,7 +1375,7 @@ class EngineArgs:
 
     @classmethod
     def add_to(cls, parser):
-        """Adds the options to an argparse parser. A flag without a value turns its field's default around."""
+        """Adds the options to an argparse parser. A flag without a value inverts the default."""
         for f in fields(cls):
             text = f.metadata["text"]
             flag = f.metadata["flag"] or "--" + f.name.replace("_", "-")
@@ -1437,12 +1389,12 @@ class EngineArgs:
 
     @classmethod
     def from_namespace(cls, namespace):
-        """The options that a parser has read."""
+        """The options in the namespace of a parser."""
         return cls(**{f.name: getattr(namespace, f.name) for f in fields(cls)})
 
 
 def open_config(args):
-    """(folder, ModelConfig) of the model. A shape by name has Parrot's folder: any tokenizer would do."""
+    """(folder, ModelConfig). A shape by name has Parrot's folder: any tokenizer will do."""
     name = args.model or os.environ.get("TINYVLLM_MODEL")
     if args.load_format == "dummy" and name in SHAPES:
         return FOLDER / "parrot", SHAPES[name]
@@ -1451,10 +1403,7 @@ def open_config(args):
 
 
 class LLM:
-    """A model, ready to answer:
-
-        LLM("parrot").generate(["Once upon a time"], SamplingParams(max_tokens=20))[0].text
-    """
+    """A model, ready to answer: LLM("parrot").generate("Once upon a time")[0].text"""
 
     def __init__(self, model=None, **options):
         """options: EngineArgs' fields."""
@@ -1470,7 +1419,7 @@ class LLM:
         max_blocks = args.max_num_seqs * cdiv(self.max_model_len, args.block_size)
         buffer = StepBuffer(self.device, max_tokens, max_seqs, max_blocks)
         model = Model(self.config, weights, self.device, num_blocks, self.max_model_len, buffer, args)
-        allocator = BlockAllocator(num_blocks, args.block_size, args.enable_prefix_caching)
+        allocator = BlockAllocator(num_blocks, args.block_size, args.prefix_caching)
         scheduler = Scheduler(allocator, args.max_num_batched_tokens, args.max_num_seqs,
                               args.enable_chunked_prefill, args.static_batching)
         self.engine = Engine(model, scheduler, args.overlap)
@@ -1478,11 +1427,10 @@ class LLM:
     def generate(self, prompts, sampling_params=None):
         """Answers prompts, all at once. Returns a RequestOutput for each, in order.
 
-        prompts: a text or a list of token ids, or a list of several. Texts are taken as they are: for a
-        chat, pass the ids of tokenizer.chat(messages). sampling_params: one for all, or a list. A prompt
-        that cannot be answered does not stop the others: its output has finish_reason "error" and says why
-        in `error`. A prompt that stands alone raises the error.
-        """
+        prompts: a text or a list of token ids, or a list of several. Texts are taken unchanged: a
+        chat passes the ids of tokenizer.chat(messages). sampling_params: one for all, or a list. A
+        refused prompt gets an output with finish_reason "error" and the reason in `error`, and the
+        rest run. A refused prompt alone raises the error."""
         is_text = isinstance(prompts, str)
         is_alone = is_text or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer)))
         outputs = self.submit([prompts] if is_alone else prompts, sampling_params)
@@ -1510,10 +1458,9 @@ class LLM:
         return [self.add_request(prompt, params) for prompt, params in zip(prompts, sampling_params)]
 
     def add_request(self, prompt, params):
-        """Queues one prompt. Returns its RequestOutput, with an error if the prompt can never be answered."""
-        output = RequestOutput([], arrival_time=time.perf_counter())
-        if params.logprobs is not None:
-            output.logprobs = []
+        """Queues a prompt. Returns the RequestOutput, with an error for an unanswerable prompt."""
+        output = RequestOutput([], arrival_time=time.perf_counter(),
+                               logprobs=None if params.logprobs is None else [])
         try:
             output.prompt_token_ids = self.encode_prompt(prompt)
             num_tokens = len(output.prompt_token_ids)
@@ -1527,7 +1474,7 @@ class LLM:
         return output
 
     def encode_prompt(self, prompt):
-        """The token ids of a prompt. Raises TinyVLLMError if they can never be answered."""
+        """The token ids of a prompt. Raises TinyVLLMError for an unanswerable prompt."""
         check("the prompt", prompt, lambda prompt: isinstance(prompt, (str, list, tuple, np.ndarray)),
               "a text or a list of token ids")
         if len(prompt) == 0:
@@ -1542,7 +1489,7 @@ class LLM:
         try:
             tokens = np.frombuffer(int_array("i", ids), np.int32)       # a prompt of 16,384 ids in 0.3 ms
             are_known = tokens.min() >= 0 and tokens.max() < vocab_size
-        except (TypeError, OverflowError):                              # an id is no integer, or a large one
+        except (TypeError, OverflowError):                              # no integer, or a large one
             are_known = False
         if not are_known:
             wrong = next(i for i in ids if not (isinstance(i, (int, np.integer)) and 0 <= i < vocab_size))
@@ -1550,15 +1497,15 @@ class LLM:
         return ids
 
     def run(self, outputs):
-        """Steps the engine until these outputs are final. Yields each output after its new tokens (several,
-        if another caller stepped in between), and once when it is final. If the caller stops early (an
-        exception, Ctrl-C, a closed generator), the requests are given up and their pages freed."""
-        # Outputs change, so dicts know them by id(). unseen: those not yet yielded as final.
+        """Steps the engine until all outputs are final. Yields each output after its new tokens
+        (several, if another caller stepped in between), and once when final. An early end (an
+        exception, Ctrl-C, a closed generator) gives the requests up and frees their pages."""
+        # Outputs change, so dicts know them by id(). unseen: outputs not yet yielded as final.
         unseen = {id(output): output for output in outputs if not output.finish_reason}
-        num_shown = dict.fromkeys(unseen, 0)                            # characters that were yielded
+        num_shown = dict.fromkeys(unseen, 0)                            # characters already yielded
         try:
             while unseen:
-                # Another caller's steps may have ended some.
+                # Another caller's steps may have ended some outputs.
                 ended = [output for output in unseen.values() if output.finish_reason]
                 for output in ended or [sequence.output for sequence in self.engine.step()]:
                     key = id(output)
@@ -1573,8 +1520,7 @@ class LLM:
             self.abort(outputs)
 
     def finished(self, outputs, bar=True):
-        """run(), but yields each output when it is final. bar: count outputs on stderr, if there are several
-        and stderr is a terminal."""
+        """run(), but only final outputs. bar: count several outputs, if stderr is a terminal."""
         is_hidden = not bar or len(outputs) < 2 or not sys.stderr.isatty()
         with tqdm(total=len(outputs), unit="answer", disable=is_hidden) as count:
             for output in self.run(outputs):
@@ -1583,7 +1529,7 @@ class LLM:
                     yield output
 
     def abort(self, outputs):
-        """Gives up requests that still run or wait, and frees their pages."""
+        """Gives up running or waiting requests, and frees the pages."""
         mine = {id(output) for output in outputs}
         scheduler = self.engine.scheduler
         for sequence in [*scheduler.running, *scheduler.waiting]:
@@ -1593,11 +1539,11 @@ class LLM:
                 scheduler.remove(sequence)
 
 
-# ======================================================================================================
+# ==================================================================================================
 # Command line
 #
 # stdout gets answers and nothing else; notices, errors and statistics go to stderr.
-# ======================================================================================================
+# ==================================================================================================
 EXAMPLES = """examples:
   python tinyvllm.py "What is a KV cache?"                      one answer, streamed
   python tinyvllm.py "Recite Ozymandias." "Who are you?"        several at once, by continuous batching
@@ -1607,14 +1553,14 @@ EXAMPLES = """examples:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's parser, with errors of one line: its own print the usage, too."""
+    """argparse's parser, but errors are one line, without the usage."""
 
     def error(self, message):
         raise TinyVLLMError(f"{message} (--help shows the options and examples)")
 
 
 def check_writable(name, path):
-    """Raises TinyVLLMError if a file cannot be written there: better before a run than after. Leaves none."""
+    """Raises TinyVLLMError before a run, not after, for an unwritable path. Leaves no file."""
     is_new = not os.path.exists(path)
     try:
         open(path, "a").close()
@@ -1658,16 +1604,16 @@ def parse_arguments(argv):
 
 
 def open_llm(args):
-    """The LLM of EngineArgs, for a program that keeps it to its end."""
+    """The LLM of EngineArgs, for a program with one LLM until the end."""
     llm = LLM(**asdict(args))
-    # What exists now stays. Each full garbage collection would look through it and delay a step by 10 ms.
+    # Present objects stay. A full garbage collection would scan them all and delay a step by 10 ms.
     gc.collect()
     gc.freeze()
     return llm
 
 
 def prompt_ids(llm, text, args):
-    """Token ids of a prompt as the model wants it: in its chat format, or raw."""
+    """Token ids of a prompt in the model's chat format, or raw."""
     if not text.strip():
         raise TinyVLLMError("the prompt is empty: expected some text")
     if args.raw or not llm.tokenizer.has_chat_template:
@@ -1677,9 +1623,9 @@ def prompt_ids(llm, text, args):
 
 
 def answer(llm, texts, args, params):
-    """Runs prompts together and returns their outputs. The answer to a single prompt is streamed. Of
-    several, each answer is printed whole under its prompt, in input order, as soon as all before it are.
-    A prompt that is refused is reported in its place, and the others go on."""
+    """Runs prompts together and returns their outputs. The answer to a single prompt is streamed.
+    Several answers are printed whole, each under its prompt, in input order, once all earlier
+    answers are printed. A refused prompt is reported in its place, and the rest run."""
     def submit(text):
         try:
             return llm.add_request(prompt_ids(llm, text, args), params)
@@ -1705,7 +1651,7 @@ def answer(llm, texts, args, params):
 
 
 def statistics(llm, outputs):
-    """One line: what came in, what went out, how fast."""
+    """A line of statistics: tokens in, tokens out, and speed."""
     done = [output for output in outputs if not output.error]
     num_prompt = sum(len(output.prompt_token_ids) for output in done)
     num_new = sum(len(output.token_ids) for output in done)
@@ -1750,7 +1696,7 @@ def main(argv=None):
 
 
 def as_flags(message):
-    """An error's text with options as a command line spells them: max_model_len becomes --max-model-len."""
+    """An error's text in the spelling of a command line: max_model_len becomes --max-model-len."""
     names = [f.name for f in (*fields(EngineArgs), *fields(SamplingParams))]
     long_names = "|".join(name for name in names if "_" in name)
     all_names = "|".join(names)
@@ -1759,10 +1705,9 @@ def as_flags(message):
 
 
 def run_program(main, argv=None):
-    """Runs main(argv) as a program and exits: with main's exit code, 2 for a user's mistake (one line on
-    stderr), 130 for Ctrl-C."""
-    # Characters that stdout's encoding lacks are printed as "?". Bytes of stdin that are no text are kept,
-    # for the tokenizer to refuse that prompt.
+    """Runs main(argv) and exits with main's exit code, 2 for a user's mistake, 130 for Ctrl-C."""
+    # Characters beyond stdout's encoding become "?". Bytes of stdin that are no text are kept for
+    # the tokenizer, to refuse the prompt.
     for stream, errors in (sys.stdout, "replace"), (sys.stdin, "surrogateescape"):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=errors)
@@ -1774,19 +1719,19 @@ def run_program(main, argv=None):
     except MemoryError as error:
         print(f"tinyvllm: out of memory ({first_line(error)}): lower --gpu-memory-utilization or "
               "--max-model-len", file=sys.stderr)
-    except BrokenPipeError:                     # whoever read our output has seen enough: | head
+    except BrokenPipeError:                     # the reader of our output has seen enough: | head
         discard_stdout()
         sys.exit(0)
     except OSError as error:                    # the disk is full, the cache folder is not ours, ...
         print(f"tinyvllm: {error}", file=sys.stderr)
         discard_stdout()
-    except (TinyVLLMError, TokenizerError, views.ViewsError) as error:
+    except (TinyVLLMError, TokenizerError) as error:
         print(f"tinyvllm: {as_flags(str(error))}", file=sys.stderr)
     sys.exit(2)
 
 
 def discard_stdout():
-    """Leaves nothing for Python to flush at exit, which would fail again."""
+    """Leaves nothing for Python to flush at exit: the flush would fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

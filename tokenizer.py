@@ -35,7 +35,7 @@ class TokenizerError(Exception):
 #   byte-level (GPT-2, Llama 3, SmolLM2): one printable character a byte; " é" (20 C3 A9) is "ĠÃ©"
 #   sentencepiece (Llama 1 and 2, TinyLlama): "▁" is a space, "<0xF0>" a byte of a rare character
 # --------------------------------------------------------------------------------------------------
-# Byte-level: a printable Latin-1 character is its own byte; U+0100, U+0101, ... are the other 68.
+# Byte-level: a printable Latin-1 character is its own byte; U+0100, U+0101, ... are the rest.
 PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 UNPRINTABLE = [byte for byte in range(256) if byte not in PRINTABLE]
 BYTE_OF = {chr(byte): byte for byte in PRINTABLE}
@@ -82,7 +82,7 @@ class Tokenizer:
             if isinstance(template, list):  # several templates, each with a name
                 template = next((entry["template"] for entry in template if entry["name"] == "default"), "")
             if not isinstance(template, str):
-                raise ValueError(f"the chat_template {template!r:.40}")
+                raise TypeError(f"the chat_template {template!r:.40}")
         except (ValueError, TypeError, AttributeError, KeyError) as error:  # no JSON, or JSON of another form
             raise TokenizerError(f"expected valid JSON in {file} and a text in {template_file.name}, "
                                  f"got: {error}. Download the file again") from error
@@ -98,15 +98,15 @@ class Tokenizer:
         return self._hf.token_to_id(name)
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
-        """A text's ids. `add_bos`: begin as tokenizer.json says, with BOS (Llama) or not (SmolLM2)."""
+        """A text's ids. `add_bos`: as tokenizer.json says, with BOS (Llama) or none (SmolLM2)."""
         try:
             return self._hf.encode(text, add_special_tokens=add_bos).ids
         except TypeError as error:  # no str, or half of a surrogate pair (JSON's "\ud83e")
-            raise TokenizerError(f"expected a str of valid Unicode, got {ascii(text):.80}") from error
+            raise TokenizerError(f"expected a str of valid Unicode, got {text!a:.80}") from error
 
     @lru_cache(maxsize=None)
     def token_bytes(self, token_id: int) -> bytes:
-        """A token's bytes; none for a special token or an id past the vocabulary (padded logits)."""
+        """A token's bytes; none for special tokens and ids past the vocabulary (padded logits)."""
         if token_id in self._added_text:
             return self._added_text[token_id].encode()
         token = self._hf.id_to_token(token_id) or ""
@@ -124,8 +124,8 @@ class Tokenizer:
     # Chat prompts
     #
     # Special tokens separate the turns of a chat; the text ends where the answer begins. `chat`
-    # inserts special tokens by id and encodes each text between by itself: the ids of the whole
-    # rendered prompt, for no merge crosses a special token. Not handled: tools, images, other layouts.
+    # inserts special tokens by id and encodes each text between by itself: the ids of the rendered
+    # prompt, since no merge crosses a special token. Not handled: tools, images, other layouts.
     # ----------------------------------------------------------------------------------------------
     def chat(self, messages: list[dict], today: date | None = None) -> list[int]:
         """The ids of the prompt for [{"role": "user", "content": "Hi"}, ...], up to the answer.
@@ -142,8 +142,8 @@ class Tokenizer:
         turns = [(message["role"], message["content"]) for message in messages]
         parts = self._llama3(turns, today) if self._layout == LLAMA_3 else self._chatml(turns)
         # A part is a token (int) or a text (str). Users send only str, so nobody can forge a token.
-        return [i for part in parts
-                for i in ([part] if isinstance(part, int) else self.encode(part, add_bos=False))]
+        parts_ids = [[part] if isinstance(part, int) else self.encode(part, add_bos=False) for part in parts]
+        return [i for part in parts_ids for i in part]
 
     def _llama3(self, turns, today) -> list[int | str]:
         """A turn is <|start_header_id|>role<|end_header_id|>, a blank line, the trimmed content,
@@ -157,7 +157,7 @@ class Tokenizer:
             day = f"{today.day:02} {MONTHS[today.month - 1]} {today.year}"
             dates = f"Cutting Knowledge Date: December 2023\nToday Date: {day}\n\n"
             turns.insert(0, ("system", dates + system))
-        # Blank line and content are one text: one token may hold newlines and content.
+        # Blank line and content are one text: a token may hold newlines and content.
         parts = [part for role, content in turns for part in (start, role, end, "\n\n" + content, eot)]
         return [begin, *parts, start, "assistant", end, "\n\n"]
 
