@@ -1,309 +1,543 @@
-// ---------------------------------------------------------------------------------------------------------------------
-// decode: a whole step of a few sequences that bring one token each, from the embedding to the logits, in one kernel
+// -------------------------------------------------------------------------------------------------
+// decode: a whole step of a few sequences with one token each, from the embedding to the logits
 //
-// So small a batch reads all weights to do next to nothing with each: the step takes as long as the memory needs to
-// bring them. With a kernel for each operation the memory idles at every kernel's end and beginning. Here one kernel
-// stays for the whole step, a block on each multiprocessor, and weights flow into shared memory whatever waits for what:
+// A step of so few sequences reads all weights and multiplies each of them only a few times: the step
+// takes as long as the memory needs to deliver the weights. With one kernel for each operation, the
+// memory idles at the end and at the beginning of every kernel. Here a single kernel stays for the
+// whole step, with one thread block on each multiprocessor, and the weights flow into shared memory
+// even while the input of their product is still being computed.
 //
-//     producer    1 warp     draws tickets: the next unit of weights, in the order of the network, goes to whichever
-//                            block asks. It copies units into a ring of slots, and runs ahead of those who wait.
-//     consumers   8 warps    multiply: each owns some columns of x, and of every row of weights the same columns
-//     reducer     1 warp     adds up the consumers' sums, does what follows the product, and publishes the results
-//     mergers     2 warps    put together a long context's attention: consumers and reducer of a block do some keys of it
+// 1. How the work is cut. The step is a fixed list of operations: in each layer the products qkv, o,
+// gate_up and down, with attention behind qkv, and at the end the product head. A product is W @ x,
+// with one x for each sequence. Its matrix W [rows, columns] is cut like this:
 //
-// Results get from block to block without a barrier over the grid: `words` are 0 at first, and who needs one reads it
-// until it is something else. (A result of 0 is written as -0.) Value and flag are one word, so no order of memory
-// accesses matters; each layer has its own words, written once a step, so none can be overwritten too early. Nobody waits
-// in a circle: units are drawn in order, and each depends on units before it alone.
+//                   part 0: SEGMENT columns     part 1
+//                 +---------------------------+---------------------------+
+//     row r       | segment 0                 | segment 1                 |   piece 0: 4 segments, which
+//     row r + 1   | segment 2                 | segment 3                 |   lie together in memory
+//                 +---------------------------+---------------------------+
+//                   ... APART rows after row r:
+//                 +---------------------------+---------------------------+
+//     partner r   | segment 0                 | segment 1                 |   piece 1: 4 segments, too
+//     partner r+1 | segment 2                 | segment 3                 |
+//                 +---------------------------+---------------------------+
 //
-// A unit is 8 segments of rows, which the consumers multiply by x at once, as B of an mma. A segment is a row, or where
-// rows are long a half or a quarter; x is A, with a row for each sequence and part. Half of a unit's rows are the
-// partners of the others: the partner of a gate row is its up row, that of a query's or key's row the other half of its
-// RoPE pair. So one lane of the reducer gets the sums of both.
-//   logits [S, V].   embed [V, D].   norm [D]: the last one's weight; the others' are in the matrices, see rms_norm.
-//   token_ids [S]: ~i is number i of sampled, see gather_rows.
-//   weights: addresses of qkv, o, gate_up and down of each layer, and of the head.   kv_cache [L, 2, N, K, B, h].
-//   words: 4, of which the first counts tickets; then Vectors, L + 1 times. All 0.
-//   The other arrays: see rope_and_cache and paged_attention.
-//   Grid: a block on each multiprocessor. All must come to be there at once, since they wait for one another.
-//   No sum depends on who draws or comes first: the same input gives the same bits.
-// ---------------------------------------------------------------------------------------------------------------------
-constexpr int MOST_SEQUENCES = 8;
-constexpr int CONSUMERS = 8;                     // warps, both
-constexpr int MERGERS = 2;
-EXPORT(DECODE_THREADS, 32 * (CONSUMERS + MERGERS + 2));    // 2: a reducer and a producer
-EXPORT(decode_shared_bytes, 227 * 1024);         // all that a block may have on compute capability 9.0
-constexpr int CONSUMER_REGISTERS = 200, OTHER_REGISTERS = 104;    // of a thread: of 168 each, the others hand over some
-constexpr int PENDING = 8;                       // tickets that are between producer and reducer at most
-constexpr int IN_FLIGHT = 3;                     // pieces (half units) on their way: as few as keep the memory busy,
-constexpr int IN_FLIGHT_WAITING = 2;             // fewer if consumers wait: words would queue up behind weights;
-constexpr int BEHIND = 2;                        // they do if so many units lie before them
-constexpr unsigned ZEROS = 0x80008000;           // two bf16 that are 0, but are not a word that is 0
-constexpr int HEADS = NUM_HEADS * HEAD_DIM;
-constexpr int PARTIAL = HEAD_DIM / 2 + 4;        // words: a head's output of one split, and four times its logsumexp
-// `words` has TICKET_WORDS + (L + 1) S (VECTOR_WORDS + splits PARTIAL_WORDS) words; a context has DECODE_SPLITS / S splits at most.
-EXPORT(DECODE_TICKET_WORDS, 4);
-EXPORT(DECODE_VECTOR_WORDS, (2 * HIDDEN + QKV + HEADS + FFN) / 2);
-EXPORT(DECODE_PARTIAL_WORDS, NUM_HEADS * PARTIAL);
-EXPORT(DECODE_SPLITS, 32);
+//     segment   a row of W, or a half or a quarter of a long row (the drawing shows halves)
+//     part      the number of a segment within its row, and the columns of all segments of this number
+//     piece     four consecutive segments: one copy from global to shared memory
+//     partner   the row APART rows after a row of piece 0, whose product must meet the product of that
+//               row in one lane: the up row of a gate row, the other row of a RoPE pair
+//     unit      a piece and the piece of the partners: the work that a thread block takes at a time.
+//               A unit of attention is a kv head of a sequence and a range of keys, see Split.
+//     ticket    the number of a unit. Units are numbered in the order of the network, and a counter in
+//               global memory hands the numbers out: the next unit goes to the thread block that asks.
+//     stage     a place for two pieces in the ring, a buffer in shared memory. A unit of a product fills
+//               one stage; a unit of attention fills one or more, piece 0 with keys, piece 1 with values.
+//
+// 2. Who does what. A thread block has twelve warps:
+//
+//     producer    1 warp     draws tickets and copies the units into the ring. The producer waits for
+//                            free stages only, never for the input of a product, and so runs ahead.
+//     consumers   8 warps    multiply: each owns some columns, of x and of every segment
+//     reducer     1 warp     adds up the consumers' sums, applies what follows the product (norm, RoPE,
+//                            silu, residual, KV cache), and publishes the results
+//     mergers     2 warps    merge the attention of a context so long that its keys are several units
+//
+// All units of a product share x. A consumer reads its columns of x once for a product and keeps them
+// in registers, while the weights of the same columns pass by, unit after unit:
+//
+//     columns of a segment    0 .. 63    64 .. 127    ...    448 .. 511    512 .. 575    ...
+//     consumer                   0           1        ...        7             0         ...
+//
+//     weights, KV cache              words, in global memory, of all thread blocks <-------------+
+//            |                          |                        |                   |           |
+//            | copies                   | x, or queries          | attention of      | merged    |
+//            v                          v                        v several units     |           |
+//        producer --> ring --> consumers --> sums --> reducer    mergers ------------+           |
+//                                                        |                                       |
+//                                                        +---------------------------------------+
+//
+// 3. How results travel from one thread block to another, without a barrier over the grid. Each word
+// for results is 0 when the step begins. A warp that needs a word reads the word until it is not 0.
+// (A result of 0 is published as -0.) Value and flag are the same word, so the order of memory accesses
+// does not matter. Each layer has words of its own, and each word is written once in a step, so no
+// result can be overwritten before the last reader has come.
+//
+// Thread blocks never wait for each other in a circle: tickets are drawn in order, and a unit depends
+// only on units with smaller tickets. No sum depends on who draws a unit or on who comes first: the
+// same input gives the same bits.
+//
+//   logits [S, V].   embed [V, D].   norm [D]: the weight of the last norm; the matrices contain the
+//   weights of all other norms, see rms_norm.   token_ids [S]: ~i is sampled[i], see gather_rows.
+//   weights [4 L + 1]: the addresses of qkv, o, gate_up and down of each layer, and of the head.
+//   layers: L, which is NUM_LAYERS. (As a constant, L makes the compiler spill more registers.)
+//   kv_cache [L, 2, N, K, B, h].   query_scale: log2(e) / sqrt(h), see rope_and_cache.
+//   words [TICKET_WORDS + (L + 1) S (VECTOR_WORDS + splits PARTIAL_WORDS)], all 0: the counter of
+//   tickets; then, behind TICKET_WORDS, the Vectors of each layer, and x for the head.
+//   splits: DECODE_SPLITS / S, the most for a context.   Other arrays: see rope_and_cache, paged_attention.
+//   Grid: a thread block for each multiprocessor. All must run at the same time, since they wait for
+//   each other. (decode_shared_bytes leaves no room for two on a multiprocessor.)
+// -------------------------------------------------------------------------------------------------
+constexpr int CONSUMERS = 8;    // warps
+constexpr int MERGERS = 2;      // warps
+EXPORT(DECODE_THREADS, 32 * (CONSUMERS + MERGERS + 2));    // 2: the reducer and the producer
+EXPORT(decode_shared_bytes, 227 * 1024);    // the most for a thread block on compute capability 9.0
 
-struct alignas(16) Words { unsigned w[4]; };     // 8 bf16 or 4 floats; arrays are registers: all loops over them unroll
+// At launch every thread has as many registers as a multiprocessor's 65,536 allow, a multiple of 8.
+// Consumers keep x and weights in registers, so the four other warps hand over a part of their share.
+constexpr int REGISTERS = 65536 / DECODE_THREADS / 8 * 8;
+constexpr int CONSUMER_REGISTERS = 200;
+constexpr int OTHER_REGISTERS = (DECODE_THREADS * REGISTERS - 32 * CONSUMERS * CONSUMER_REGISTERS) /
+                                (DECODE_THREADS - 32 * CONSUMERS);
+
+constexpr int SEGMENTS = 4;          // of a piece; with the partners: the 8 columns of an mma
+constexpr int MOST_SEQUENCES = 8;    // times SEGMENTS: a pair of sums for each lane of the reducer
+constexpr int PENDING = 8;           // units from producer to reducer; more than stages: the ring is the limit
+
+// Pieces on their way into the ring: as few as keep the memory busy, since the consumers' reads of
+// words queue up behind the pieces. Even fewer while consumers wait for words. A consumer counts as
+// waiting while at least BEHIND stages are filled and not given back.
+constexpr int IN_FLIGHT = 3;
+constexpr int IN_FLIGHT_WAITING = 2;
+constexpr int BEHIND = 2;
+
+constexpr unsigned ALL_LANES = 0xffffffff;
+constexpr unsigned MINUS_ZEROS = 0x80008000;    // two bf16 of -0: not a word of 0. (As a float: -5e-41.)
+constexpr int HEADS = NUM_HEADS * HEAD_DIM;     // columns of the attention's output
+
+struct alignas(16) Words { unsigned w[4]; };    // 8 bf16; arrays are registers: all loops over them unroll
 struct alignas(8) Pair { float a, b; };
 
 __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }    // max() is no constant on a GPU
-__device__ constexpr int shift_of(int columns) { return columns <= 2048 ? 0 : columns <= 4096 ? 1 : 2; }
 
-enum Product { QKV_PRODUCT, O_PRODUCT, GATE_UP, DOWN, HEAD };
-template <Product P> struct Shape {              // of a product's matrix
-    static constexpr int COLUMNS = P == O_PRODUCT ? HEADS : P == DOWN ? FFN : HIDDEN,
-        SHIFT = shift_of(COLUMNS), SEGMENT = COLUMNS >> SHIFT,
-        N = SEGMENT / 32 / CONSUMERS,                      // a warp has so often 32 columns, a lane 8 of them
-        ROWS = P == QKV_PRODUCT ? QKV : P == GATE_UP ? 2 * FFN : P == HEAD ? VOCAB : HIDDEN,
-        UNITS = ROWS / (8 >> SHIFT),
-        HALF = 4 >> SHIFT,                                 // rows of a unit; their partners are so much further:
-        APART = P == QKV_PRODUCT ? HEAD_DIM / 2 : P == GATE_UP ? FFN : HALF;
-    static constexpr bool NORMED = P == QKV_PRODUCT || P == GATE_UP || P == HEAD;    // whether a norm comes before it
-    __device__ static int row(int unit) { return unit * HALF / APART * 2 * APART + unit * HALF % APART; }
+// ---- How the matrices are cut -------------------------------------------------------------------
+// A row has 1 << shift segments. Segments of some 2,048 columns are long enough for the copies, and
+// short enough for a ring of several stages and for the registers of the consumers.
+__device__ constexpr int shift_of(int columns) {
+    if (columns > 4096) return 2;
+    return columns > 2048 ? 1 : 0;
+}
+
+enum Product { QKV_PRODUCT, O_PRODUCT, GATE_UP_PRODUCT, DOWN_PRODUCT, HEAD_PRODUCT };
+
+// apart: rows from a row to the partner; 0: the partners follow right behind piece 0.
+// normed: whether x goes through a norm.
+struct Matrix { int rows, columns, apart; bool normed; };
+constexpr Matrix MATRICES[] = {    // in the order of Product
+    {QKV, HIDDEN, HEAD_DIM / 2, true},
+    {HIDDEN, HEADS, 0, false},
+    {2 * FFN, HIDDEN, FFN, true},
+    {HIDDEN, FFN, 0, false},
+    {VOCAB, HIDDEN, 0, true},
 };
 
-constexpr int SEGMENT = larger(Shape<QKV_PRODUCT>::SEGMENT, larger(Shape<O_PRODUCT>::SEGMENT, Shape<DOWN>::SEGMENT));
-constexpr int TILE = 16;                         // keys that a consumer attends to at once; the next ones are another's
-constexpr int STEP_KEYS = larger(TILE, BLOCK_SIZE);    // a slot has a multiple of these:
-constexpr int SLOT_KEYS = larger(1, 4 * SEGMENT / HEAD_DIM / STEP_KEYS) * STEP_KEYS;
-constexpr int SPLIT_KEYS = 256;                  // of a unit of attention, at least: a context no longer than this is one unit
-constexpr int PIECE = larger(8 * SEGMENT, 2 * HEAD_DIM * SLOT_KEYS) + 64;    // bytes; + 64, so that two use all banks
+template <Product P> struct Shape {
+    static constexpr int COLUMNS = MATRICES[P].columns;
+    static constexpr int SHIFT = shift_of(COLUMNS);
+    static constexpr int SEGMENT = COLUMNS >> SHIFT;
+    static constexpr int HALF = SEGMENTS >> SHIFT;    // rows of a piece
+    static constexpr int APART = MATRICES[P].apart ? MATRICES[P].apart : HALF;
+    static constexpr int UNITS = MATRICES[P].rows / (2 * SEGMENTS >> SHIFT);
+    static constexpr bool NORMED = MATRICES[P].normed;
+    static constexpr int N = SEGMENT / 32 / CONSUMERS;    // Words of a segment in a lane of a consumer
+    __device__ static int row(int unit) {                 // the first of a unit
+        const int rows_before = unit * HALF;              // in the pieces 0 of other units
+        return rows_before / APART * 2 * APART + rows_before % APART;
+    }
+};
+constexpr int LONGEST_SEGMENT = larger(Shape<QKV_PRODUCT>::SEGMENT,
+                                       larger(Shape<O_PRODUCT>::SEGMENT, Shape<DOWN_PRODUCT>::SEGMENT));
 
-template <int STAGES> struct Layout {            // of a thread block's shared memory, with so many stages
-    alignas(128) char ring[STAGES][2][PIECE];     // a unit's first four segments, and their partners; or keys, and values
-    Pair parts[PENDING][CONSUMERS][4 * MOST_SEQUENCES];    // sums over a consumer's columns, [.., sequence, segment]
-    Float8 heads[CONSUMERS][GROUP][HEAD_DIM / 8];        // attention over a consumer's keys
-    float squares[CONSUMERS][2 * MOST_SEQUENCES];          // sums over squares of its columns of x, [.., sequence and part]
-    u64 full[STAGES][2], empty[STAGES];            // mbarriers: a piece has come; all consumers are done with the slot
-    u64 done[PENDING], summed[PENDING];          // all parts are written; the reducer has read them
-    volatile int tickets[PENDING];               // numbers of units; a block's grow
-    int keys[MOST_SEQUENCES], attention_units;     // of a layer
+constexpr int WARP_COLUMNS = 64;    // consecutive columns of a consumer: 128 bytes, a line of the L2 cache
+constexpr int TILE = 16;            // keys that a consumer attends to at once; the next tile is another's
+constexpr int KEYS_STEP = larger(TILE, BLOCK_SIZE);    // powers of two: a stage holds whole tiles and pages
+constexpr int STAGE_KEYS = larger(1, SEGMENTS * LONGEST_SEGMENT / HEAD_DIM / KEYS_STEP) * KEYS_STEP;
+constexpr int SPLIT_KEYS = 256;     // of a split, at least: to merge smaller splits costs more than they gain
+
+// ---- Shared memory ------------------------------------------------------------------------------
+// The consumers' lanes read from both pieces at once: with 64 bytes more, from different banks.
+constexpr int BANKS_APART = 64;
+constexpr int PIECE_BYTES = larger(2 * SEGMENTS * LONGEST_SEGMENT, 2 * HEAD_DIM * STAGE_KEYS) + BANKS_APART;
+
+template <int COUNT> struct Layout {    // of a thread block's shared memory, with COUNT stages
+    alignas(128) char ring[COUNT][2][PIECE_BYTES];
+    // Of each consumer: the sums of a segment and its partner, [.., sequence, segment]; the attention
+    // over the consumer's keys; the sum of x^2 over the consumer's columns, [.., sequence and part].
+    Pair sums[PENDING][CONSUMERS][MOST_SEQUENCES * SEGMENTS];
+    Float8 heads[CONSUMERS][GROUP][HEAD_DIM / 8];
+    float squares[CONSUMERS][2 * MOST_SEQUENCES];
+    // mbarriers. Of a stage: a piece has come; all consumers have read the stage.
+    u64 full[COUNT][2];
+    u64 empty[COUNT];
+    // Of a unit: all consumers have written their sums; the reducer has read the sums.
+    u64 sums_full[PENDING];
+    u64 sums_empty[PENDING];
+    volatile int tickets[PENDING];      // the latest of this thread block, in increasing order
+    int keys[MOST_SEQUENCES];           // the sequences' context lengths
+    int attention_units;                // of a layer
     const bf16* weights[4 * NUM_LAYERS + 1];
 };
 
-constexpr int LEAST_STAGES = BEHIND + 1, MOST_STAGES = 6;
-template <int N> __device__ constexpr int stages_that_fit() {    // but LEAST_STAGES for a model that does not fit
-    if constexpr (N <= LEAST_STAGES || sizeof(Layout<N>) <= decode_shared_bytes) return N;
-    else return stages_that_fit<N - 1>();
+constexpr int MOST_STAGES = 6;    // more gain nothing
+constexpr int LEAST_STAGES = BEHIND + 1;
+template <int COUNT> __device__ constexpr int stages_that_fit() {    // but at least LEAST_STAGES
+    if constexpr (COUNT <= LEAST_STAGES || sizeof(Layout<COUNT>) <= decode_shared_bytes) return COUNT;
+    else return stages_that_fit<COUNT - 1>();
 }
-constexpr int SLOTS = stages_that_fit<MOST_STAGES>();
-using Shared = Layout<SLOTS>;
+constexpr int STAGES = stages_that_fit<MOST_STAGES>();
+using Shared = Layout<STAGES>;
 
-__device__ constexpr bool whole(int columns) { return columns % (64 * CONSUMERS << shift_of(columns)) == 0; }
-constexpr bool FITS = whole(HIDDEN) && whole(HEADS) && whole(FFN) && Shape<HEAD>::SHIFT < 2 && VOCAB % 8 == 0 &&
-    (HEAD_DIM == 64 || HEAD_DIM == 128) && GROUP <= 8 && SLOT_KEYS <= 32 * BLOCK_SIZE &&
-    4 * NUM_LAYERS < DECODE_THREADS && sizeof(Shared) <= decode_shared_bytes;
-constexpr int SEQUENCES = FFN <= 8192 ? MOST_SEQUENCES : 4;    // consumers have all of h in their registers
-EXPORT(DECODE_BATCH, FITS ? SEQUENCES : 0);      // 0: this kernel does nothing
+// ---- Which models this kernel takes -------------------------------------------------------------
+__device__ constexpr bool is_dealt_out(int columns) {    // whether all consumers own equally many columns
+    return columns % (WARP_COLUMNS * CONSUMERS << shift_of(columns)) == 0;
+}
+constexpr bool FITS =
+    is_dealt_out(HIDDEN) && is_dealt_out(HEADS) && is_dealt_out(FFN) &&
+    Shape<GATE_UP_PRODUCT>::SHIFT < 2 &&           // two gate rows in a unit make one word of h
+    VOCAB % (2 * SEGMENTS) == 0 &&                 // whole units
+    (HEAD_DIM == 64 || HEAD_DIM == 128) &&         // whole 64 numbers a head, see Attention and merge()
+    GROUP <= 8 &&                                  // the queries are the columns of one mma
+    STAGE_KEYS <= 32 * BLOCK_SIZE &&               // each page of a stage has a lane of the producer
+    4 * NUM_LAYERS < DECODE_THREADS &&             // a thread for each matrix copies the address
+    sizeof(Shared) <= decode_shared_bytes;         // if only with LEAST_STAGES
+// Consumers hold h of all sequences in registers, so a wider h leaves room for fewer sequences.
+constexpr int SEQUENCES = FFN <= 8192 ? MOST_SEQUENCES : MOST_SEQUENCES / 2;
+EXPORT(DECODE_BATCH, FITS ? SEQUENCES : 0);        // the most sequences; 0: the kernel is empty
 
-struct Step {                                    // the kernel's arguments of these names
-    bf16* logits; const bf16 *embed, *norm; const int *token_ids, *sampled; int layers;
-    const float* cos_sin; const int* positions; const long long* slot_mapping; bf16* kv_cache; int num_blocks;
-    const int *block_tables, *cu_blocks, *context_lens; float scale; unsigned* words; int *tickets, sequences, splits;
-    __device__ bf16* cache(int layer, int values) const {
+// ---- The arguments, and the words between thread blocks -----------------------------------------
+constexpr int PARTIAL = HEAD_DIM / 2 + 4;    // words: a head's output of one split, and 4 times the logsumexp
+EXPORT(DECODE_TICKET_WORDS, 4);              // the counter, and a gap: Vectors must be 16-byte aligned
+EXPORT(DECODE_VECTOR_WORDS, (2 * HIDDEN + QKV + HEADS + FFN) / 2);    // of a sequence and layer
+EXPORT(DECODE_PARTIAL_WORDS, NUM_HEADS * PARTIAL);                    // of a sequence, layer and split
+EXPORT(DECODE_SPLITS, 32);                   // of all contexts together, at most; merge() takes 32 of one
+
+struct Step {    // the kernel's arguments
+    bf16* logits;
+    const bf16 *embed, *norm;
+    const int *token_ids, *sampled;
+    int layers;
+    const float* cos_sin;
+    const int* positions;
+    const long long* slot_mapping;
+    bf16* kv_cache;
+    int num_blocks;
+    const int *block_tables, *cu_blocks, *context_lens;
+    float query_scale;
+    unsigned* words;    // of the first Vectors
+    int* counter;
+    int sequences, splits;
+    __device__ bf16* cache(int layer, int values) const {    // [N, K, B, h]: a layer's keys (0) or values (1)
         return kv_cache + (2 * layer + values) * (size_t)num_blocks * NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM;
     }
 };
 
-struct Vectors {                                 // what is handed over in a layer
-    bf16 *x, *qkv, *attention, *y, *h;           // [S, D], [S, (H + 2K) h], [S, H h], [S, D], [S, F]; x, y: residual
-    unsigned* partial;                           // [S, H, splits, PARTIAL]
+struct Vectors {    // what thread blocks hand to each other in a layer
+    bf16* x;              // [S, D], the residual before the layer
+    bf16* qkv;            // [S, (H + 2K) h]
+    bf16* attention;      // [S, H h]
+    bf16* y;              // [S, D], the residual after attention
+    bf16* h;              // [S, F]
+    unsigned* partial;    // [S, H, splits, PARTIAL]
     __device__ Vectors(const Step& step, int layer) {
-        const int S = step.sequences, size = S * (DECODE_VECTOR_WORDS + step.splits * DECODE_PARTIAL_WORDS);
+        const int S = step.sequences;
+        const int size = S * (DECODE_VECTOR_WORDS + step.splits * DECODE_PARTIAL_WORDS);
         x = reinterpret_cast<bf16*>(step.words + layer * (size_t)size);
-        qkv = x + S * HIDDEN, attention = qkv + S * QKV, y = attention + S * HEADS, h = y + S * HIDDEN;
+        qkv = x + S * HIDDEN;
+        attention = qkv + S * QKV;
+        y = attention + S * HEADS;
+        h = y + S * HIDDEN;
         partial = reinterpret_cast<unsigned*>(h + S * FFN);
     }
 };
 
-__device__ inline Pair unpack(unsigned w) { return {__uint_as_float(w << 16), __uint_as_float(w & 0xffff0000)}; }
-__device__ inline void publish(void* p, unsigned word) { store_word(p, word ? word : ZEROS); }
+__device__ inline Pair unpack(unsigned w) {    // the two bf16 of a word
+    return {__uint_as_float(w << 16), __uint_as_float(w & 0xffff0000)};
+}
+
+__device__ inline void publish(void* p, unsigned word) {
+    store_word(p, word ? word : MINUS_ZEROS);    // a word of 0 would never arrive: 0 means "not yet written"
+}
 __device__ inline void publish(void* p, const Words& v) {
     for (int i = 0; i < 4; ++i) publish(static_cast<unsigned*>(p) + i, v.w[i]);
 }
 __device__ inline bool missing(const Words& v) { return !v.w[0] || !v.w[1] || !v.w[2] || !v.w[3]; }
 
-// Waits until the mbarrier has been passed `times` + 1 times. (Only the parity counts: nobody is two rounds behind.)
-__device__ inline void wait(u64* mbarrier, unsigned times) { while (!mbarrier_passed_soon(mbarrier, times % 2)) relax(); }
+// Waits until phase number `phase` of an mbarrier is over. Only the parity counts, since nobody is two
+// phases behind. (So phase r + 1 means r - 1 as well, and a wait for phase "-1" ends at once.)
+__device__ inline void wait(u64* mbarrier, unsigned phase) {
+    while (!mbarrier_passed_soon(mbarrier, phase % 2)) relax();
+}
 
-// A warp reads those v[i] that are wanted from address(i) until all have come; the others are 0. While the first is missing
-// it asks for four at most, since polling takes bandwidth from the weights. Then all loads are under way together, and only
-// what was missing is read again.
+// A warp reads v[i] from address(i), for every i with wanted(i), until no word is missing. If i is not
+// wanted, v[i] becomes -0. While v[0] is missing, a lane asks for v[0] to v[3] only, because polling
+// takes bandwidth from the weights. After v[0] has come, all loads are under way together, and a v[i]
+// is read again only if a word of v[i] is missing.
 template <int M, class Wanted, class Address>
 __device__ inline void take(Words (&v)[M], Wanted wanted, Address address) {
-    for (int i = 0; i < M; ++i) for (unsigned& w : v[i].w) w = wanted(i) ? 0 : ZEROS;
-    for (bool again = true; again;) {
+    for (int i = 0; i < M; ++i)
+        for (unsigned& w : v[i].w) w = wanted(i) ? 0 : MINUS_ZEROS;
+    bool again = true;
+    while (again) {
         #pragma unroll
-        for (int i = 0; i < M; ++i) load_words_if(missing(v[i]) && (i < 4 || !missing(v[0])), v[i].w, address(i));
+        for (int i = 0; i < M; ++i) {
+            const bool asks = missing(v[i]) && (i < 4 || !missing(v[0]));
+            load_words_if(asks, v[i].w, address(i));
+        }
         again = false;
         for (int i = 0; i < M; ++i) again |= missing(v[i]);
-        if ((again = __any_sync(0xffffffff, again))) relax();
+        again = __any_sync(ALL_LANES, again);
+        if (again) relax();
     }
 }
 
-// ---- The forward pass -----------------------------------------------------------------------------------------------
-// What goes by tickets: role.product<P>(layer) works on those of the product's units that the block has drawn, and
-// role.attention(layer) likewise. Each role knows the number of its next unit, and `end`: the operation has the numbers
-// before that (and from `begin` on). What is not below `end` belongs to a later operation.
-template <class Role> __device__ void forward(Role& role, int layers) {
+// ---- The forward pass ---------------------------------------------------------------------------
+// Producer, consumers and reducer walk through the same operations: role.product<P>(layer) and
+// role.attention(layer) do the role's share of each unit of the operation that the thread block has
+// drawn, and role.next() goes on to the next unit that the thread block has drawn.
+struct Role {
+    Shared& shared;
+    const Step& step;
+    int lane;
+    int ticket = -1;       // of the next unit; from `end` on: the unit belongs to a later operation
+    unsigned units = 0;    // so far
+    int begin = 0;         // the operation's tickets: begin .. end - 1
+    int end = 0;
+    __device__ void enter(int count) {    // an operation of so many units
+        begin = end;
+        end += count;
+    }
+};
+
+template <class AnyRole> __device__ void forward(AnyRole&& role) {
+    const int layers = role.step.layers;
+    role.next();
     for (int layer = 0; layer < layers; ++layer) {
-        role.template product<QKV_PRODUCT>(layer);    // y = x + attention(norm(x) @ qkv) @ o
+        // y = x + attention(norm(x) @ qkv) @ o
+        role.template product<QKV_PRODUCT>(layer);
         role.attention(layer);
         role.template product<O_PRODUCT>(layer);
-        role.template product<GATE_UP>(layer);        // next x = y + silu(norm(y) @ gate) * (norm(y) @ up) @ down
-        role.template product<DOWN>(layer);
+        // next x = y + (silu(norm(y) @ gate) * (norm(y) @ up)) @ down
+        role.template product<GATE_UP_PRODUCT>(layer);
+        role.template product<DOWN_PRODUCT>(layer);
     }
-    role.template product<HEAD>(layers);              // logits = norm(x) @ head
+    role.template product<HEAD_PRODUCT>(layers);    // logits = norm(x) @ head
 }
 
-struct Split { int sequence, kv_head, number, begin, end; bool last; };    // a unit of attention: keys begin .. end - 1
-
-__device__ inline int splits_of(int keys, int splits, int& share) {    // of a sequence; share: keys of each but the last
-    share = max(SPLIT_KEYS, (keys + SLOT_KEYS * splits - 1) / (SLOT_KEYS * splits) * SLOT_KEYS);
-    return (keys + share - 1) / share;
+// ---- Splits: the units of attention -------------------------------------------------------------
+// Of a sequence. share: the keys of each split but the last. A sequence that only pads the batch has no
+// keys, and a count of 0.
+struct Splits { int share, count; };
+__device__ inline Splits splits_of(int keys, int most) {
+    constexpr int STEP = STAGE_KEYS;
+    const int share = max(SPLIT_KEYS, (keys + STEP * most - 1) / (STEP * most) * STEP);
+    return {share, (keys + share - 1) / share};
 }
+
+struct Split {       // the keys begin .. end - 1 of a sequence, for one kv head
+    int sequence, kv_head, number, begin, end;
+    bool is_last;    // has the new token's key
+};
 __device__ inline Split find_split(const Shared& shared, const Step& step, int unit) {
-    int s = 0, share, units;
-    for (; unit >= (units = NUM_KV_HEADS * splits_of(shared.keys[s], step.splits, share)); ++s) unit -= units;
-    const int number = unit / NUM_KV_HEADS, begin = number * share, end = min(shared.keys[s], begin + share);
+    int s = 0;
+    Splits splits = splits_of(shared.keys[s], step.splits);
+    while (unit >= NUM_KV_HEADS * splits.count) {
+        unit -= NUM_KV_HEADS * splits.count;
+        ++s;
+        splits = splits_of(shared.keys[s], step.splits);
+    }
+    const int number = unit / NUM_KV_HEADS;
+    const int begin = number * splits.share;
+    const int end = min(shared.keys[s], begin + splits.share);
     return {s, unit % NUM_KV_HEADS, number, begin, end, end == shared.keys[s]};
 }
 
-struct Output {                                  // of attention over some keys: 8 numbers, l times too large
-    float m = -INF, l = 0;
+struct Output {    // of attention over some keys: 8 of a head's numbers, l times too large
+    float m = -INF;    // the greatest score. (Of a partial: the logsumexp, with an l of 1.)
+    float l = 0;       // the sum of 2^(score - m)
     Float8 numbers = {};
+    // Adds the attention over other keys. Hazard: without keys, m and other_m are both -inf, and
+    // 2^(-inf - -inf) would be NaN. So the factor of the greater m is 1 without a subtraction.
     __device__ void add(float other_m, float other_l, const Float8& other) {
-        // Both may be -inf, and -inf - -inf would be NaN.
-        const float highest = fmaxf(m, other_m), mine = m == highest ? 1 : exp2_approx(m - highest),
-                    its = other_m == highest ? 1 : exp2_approx(other_m - highest);
-        for (int i = 0; i < 8; ++i) numbers.v[i] = numbers.v[i] * mine + other.v[i] * its;
-        l = l * mine + other_l * its, m = highest;
+        const float highest = fmaxf(m, other_m);
+        const float factor = m == highest ? 1 : exp2_approx(m - highest);
+        const float other_factor = other_m == highest ? 1 : exp2_approx(other_m - highest);
+        for (int i = 0; i < 8; ++i) numbers.v[i] = numbers.v[i] * factor + other.v[i] * other_factor;
+        l = l * factor + other_l * other_factor;
+        m = highest;
     }
-    __device__ Words words() const {             // a sequence that only pads the batch has no keys
+    // The attention itself. A sequence that only pads the batch has no keys: l is 0, and so are the words.
+    __device__ Words words() const {
         Words words;
-        for (int i = 0; i < 4; ++i) words.w[i] = l > 0 ? pack_bf16x2(numbers.v[2 * i] / l, numbers.v[2 * i + 1] / l) : 0;
+        for (int i = 0; i < 4; ++i)
+            words.w[i] = l > 0 ? pack_bf16x2(numbers.v[2 * i] / l, numbers.v[2 * i + 1] / l) : 0;
         return words;
     }
 };
 
-// ---- The producer ---------------------------------------------------------------------------------------------------
-struct Producer {
-    Shared& shared; const Step& step;
-    int lane;
-    int drawn = blockIdx.x, number = 0, begin = 0, end = 0;    // a block's first ticket is its own number
-    unsigned ticket = 0, k = 0, issued = 0, landed = 0;        // tickets and slots so far; pieces
+// ---- The producer -------------------------------------------------------------------------------
+struct Producer : Role {
+    int drawn = blockIdx.x;    // the next ticket, in lane 0: at first the thread block's own number
+    unsigned filled = 0;       // stages so far
+    unsigned issued = 0;       // pieces so far
+    unsigned landed = 0;       // pieces that have come
 
-    __device__ void draw() {
-        number = __shfl_sync(0xffffffff, drawn, 0);
-        if (lane == 0) drawn = gridDim.x + atomicAdd(step.tickets, 1);    // takes as long as a unit: looked at after it
+    __device__ void next() {
+        ticket = __shfl_sync(ALL_LANES, drawn, 0);
+        // The counter takes as long to answer as a unit takes to copy, so the answer is for the next draw.
+        if (lane == 0) drawn = gridDim.x + atomicAdd(step.counter, 1);
     }
-    __device__ void announce() {                 // a unit; the next slot is its
-        wait(&shared.summed[ticket % PENDING], ticket / PENDING + 1);    // nobody needs the ticket that was here;
-        wait(&shared.empty[k % SLOTS], k / SLOTS + 1);                   // nor this slot. (True at once in round 0.)
-        if (lane == 0) shared.tickets[ticket % PENDING] = number;
-        ++ticket;
+    // Hands the ticket to consumers and reducer. The unit's first stage is the next stage.
+    __device__ void announce() {
+        const unsigned place = units % PENDING;
+        wait(&shared.sums_empty[place], units / PENDING + 1);    // nobody needs the ticket in this place,
+        wait_for_stage();                                        // nor the stage
+        if (lane == 0) shared.tickets[place] = ticket;
+        ++units;
     }
-    __device__ void wait_for_room() {            // until another piece may be under way
-        const bool busy = k < BEHIND || mbarrier_passed(&shared.empty[(k - BEHIND) % SLOTS], (k - BEHIND) / SLOTS % 2);
-        for (; issued - landed >= (busy ? IN_FLIGHT : IN_FLIGHT_WAITING); ++landed)
-            wait(&shared.full[landed / 2 % SLOTS][landed % 2], landed / 2 / SLOTS);
+    // Until the consumers have given the next stage back. (In the first round of the ring: at once.)
+    __device__ void wait_for_stage() { wait(&shared.empty[filled % STAGES], filled / STAGES + 1); }
+    __device__ void wait_for_room() {     // until one more piece may be on its way
+        const unsigned before = filled - BEHIND;
+        u64* empty = &shared.empty[before % STAGES];
+        const bool is_busy = filled < BEHIND || mbarrier_passed(empty, before / STAGES % 2);
+        while (issued - landed >= (is_busy ? IN_FLIGHT : IN_FLIGHT_WAITING)) {
+            wait(&shared.full[landed / 2 % STAGES][landed % 2], landed / 2 / STAGES);
+            ++landed;
+        }
         ++issued;
     }
     template <Product P> __device__ void product(int layer) {
         using Shape = Shape<P>;
-        begin = end, end += Shape::UNITS;
-        const bf16* matrix = shared.weights[P == HEAD ? 4 * layer : 4 * layer + P];
-        for (; number < end; draw(), ++k) {
-            const bf16* rows = matrix + (size_t)Shape::row(number - begin) * Shape::COLUMNS;
+        constexpr int BYTES = 2 * SEGMENTS * Shape::SEGMENT;
+        enter(Shape::UNITS);
+        const bf16* matrix = shared.weights[4 * layer + (P == HEAD_PRODUCT ? 0 : P)];
+        for (; ticket < end; next()) {
+            const bf16* rows = matrix + (size_t)Shape::row(ticket - begin) * Shape::COLUMNS;
             announce();
-            for (int piece = 0; piece < 2; ++piece, rows += (size_t)Shape::APART * Shape::COLUMNS) {
-                u64* full = &shared.full[k % SLOTS][piece];
+            for (int piece = 0; piece < 2; ++piece) {
+                u64* full = &shared.full[filled % STAGES][piece];
                 wait_for_room();
-                if (lane > 0) continue;
-                mbarrier_expect(full, 8 * Shape::SEGMENT);
-                bulk_copy(shared.ring[k % SLOTS][piece], rows, 8 * Shape::SEGMENT, full);
+                if (lane == 0) {
+                    mbarrier_expect(full, BYTES);
+                    bulk_copy(shared.ring[filled % STAGES][piece], rows, BYTES, full);
+                }
+                rows += (size_t)Shape::APART * Shape::COLUMNS;
             }
+            ++filled;
         }
     }
-    // Keys and values of up to SLOT_KEYS tokens a slot, page by page, each by a lane. It looks pages up a slot ahead.
+    // Fills stages with the keys and values of up to STAGE_KEYS tokens: each lane copies one page. A lane
+    // looks its page for the next stage up before it waits for this stage.
     __device__ void attention(int layer) {
-        constexpr int BYTES = 2 * HEAD_DIM * BLOCK_SIZE;    // of a page's head
-        for (begin = end, end += shared.attention_units; number < end; draw()) {
-            const Split split = find_split(shared, step, number - begin);
+        constexpr int BYTES = 2 * HEAD_DIM * BLOCK_SIZE;    // of a head's keys in a page
+        enter(shared.attention_units);
+        for (; ticket < end; next()) {
+            const Split split = find_split(shared, step, ticket - begin);
             const int* block_table = step.block_tables + step.cu_blocks[split.sequence];
             const auto look_up = [&](int first) {
                 const int key = first + lane * BLOCK_SIZE;
-                return lane < SLOT_KEYS / BLOCK_SIZE && key < split.end ? block_table[key / BLOCK_SIZE] : -1;
+                return lane < STAGE_KEYS / BLOCK_SIZE && key < split.end ? block_table[key / BLOCK_SIZE] : -1;
             };
-            int page, next = look_up(split.begin);
+            int next_page = look_up(split.begin);
             announce();
-            for (int first = split.begin; first < split.end; first += SLOT_KEYS, ++k) {
-                page = next, next = look_up(first + SLOT_KEYS);
-                wait(&shared.empty[k % SLOTS], k / SLOTS + 1);    // (the first is)
+            for (int first = split.begin; first < split.end; first += STAGE_KEYS) {
+                const int page = next_page;
+                next_page = look_up(first + STAGE_KEYS);
+                wait_for_stage();
+                const int pages = (min(STAGE_KEYS, split.end - first) + BLOCK_SIZE - 1) / BLOCK_SIZE;
+                const size_t head = (size_t)page * NUM_KV_HEADS + split.kv_head;
                 for (int piece = 0; piece < 2; ++piece) {
-                    u64* full = &shared.full[k % SLOTS][piece];
+                    u64* full = &shared.full[filled % STAGES][piece];
                     wait_for_room();
-                    const int pages = (min(SLOT_KEYS, split.end - first) + BLOCK_SIZE - 1) / BLOCK_SIZE;
                     if (lane == 0) mbarrier_expect(full, pages * BYTES);
-                    const size_t head = (size_t)page * NUM_KV_HEADS + split.kv_head;
                     const bf16* source = step.cache(layer, piece) + head * BLOCK_SIZE * HEAD_DIM;
-                    if (page >= 0) bulk_copy(shared.ring[k % SLOTS][piece] + lane * BYTES, source, BYTES, full);
+                    char* target = shared.ring[filled % STAGES][piece] + lane * BYTES;
+                    if (page >= 0) bulk_copy(target, source, BYTES, full);
                 }
+                ++filled;
             }
         }
     }
     __device__ void run() {
-        draw();
-        forward(*this, step.layers);
-        announce();                              // a number past the end, for those who look for the next
-        if (lane < 2) mbarrier_arrive(&shared.full[k % SLOTS][lane]);
+        forward(*this);
+        // Consumers and reducer look for their next unit: one more ticket, past the end, ends the search.
+        announce();
+        if (lane < 2) mbarrier_arrive(&shared.full[filled % STAGES][lane]);
     }
 };
 
-// ---- The consumers --------------------------------------------------------------------------------------------------
-// A warp's attention: the G queries of a kv head, and some tiles of keys. As in paged_attention, but scores = q k',
-// and out' = v' p', for which lanes weave two values together. Lane 4g + t has m and l of head g, out of 2t and 2t + 1.
-struct Attention {
-    static constexpr int KC = HEAD_DIM / 32, VC = HEAD_DIM / 64;    // 16-byte parts of a key or value that a lane has
-    int g, t;
-    Words q[KC + 1];                             // and 8 numbers of the new token's key or value
-    float m = -INF, l = 0, out[HEAD_DIM / 16][4] = {};    // out: [0..1] one number of either head, [2..3] the next
+// ---- The consumers ------------------------------------------------------------------------------
+// Lane 4g + t of a warp holds fragments as mma.m16n8k16 wants them, see ptx.h: of A the rows g and
+// g + 8, of B column g, of the result the columns 2t and 2t + 1 of rows g and g + 8.
 
-    __device__ void add_tile(const char* keys, const char* values, int start, int count, float scale) {
-        const auto part = [&](const char* rows, int key, int i) {    // past the end any key will do, its probability is 0
-            return reinterpret_cast<const Words*>(rows)[min(start + key, count - 1) * (HEAD_DIM / 8) + i];
-        };
-        float s[2][4] = {}, highest = m;         // s [0..1]: keys 8n + 2t and the next
+// A consumer's attention: the G queries of a kv head, and every eighth tile of the split's keys. In
+// contrast to paged_attention the second product is transposed, out' = v' p', because so few columns
+// are a B: p' has one for each head.
+struct Attention {
+    static constexpr int KEY_WORDS = HEAD_DIM / 32;      // Words of a key in a lane
+    static constexpr int VALUE_WORDS = HEAD_DIM / 64;    // Words of a value in a lane
+    int g;
+    int t;
+    Words q[KEY_WORDS + 1];    // Words t, t + 4, ... of head g's query; the last: of the new key or value
+    float m = -INF;            // of head g, as in Output
+    float l = 0;               // of head g, over this lane's keys only
+    // [4c + i][0..1]: number 2i of Words g + 8c, of heads 2t and 2t + 1; [4c + i][2..3]: number 2i + 1.
+    float out[HEAD_DIM / 16][4] = {};
+
+    // Words i of a stage's key or value number `key`. Beyond the last key any key will do: its
+    // probability is 0, and the last value is a number, unlike old bytes of the ring (0 * NaN is NaN).
+    __device__ static Words words_of(const char* rows, int key, int count, int i) {
+        return reinterpret_cast<const Words*>(rows)[min(key, count - 1) * (HEAD_DIM / 8) + i];
+    }
+    // s[n][0..1]: the scores of head g with keys start + 8n + 2t and the key after. [2..3]: nothing.
+    __device__ void compute_scores(
+            float (&s)[2][4], const char* keys, int start, int count, float query_scale) {
         for (int n = 0; n < 2; ++n) {
-            for (int i = 0; i < KC; ++i) {
-                const Words k = part(keys, 8 * n + g, 4 * i + t);
+            for (int i = 0; i < KEY_WORDS; ++i) {
+                const Words k = words_of(keys, start + 8 * n + g, count, 4 * i + t);
                 for (int j = 0; j < 4; j += 2) {
                     const unsigned a[4] = {q[i].w[j], 0, q[i].w[j + 1], 0};
                     mma_m16n8k16_bf16(s[n], a, &k.w[j], s[n]);
                 }
             }
-            for (int j = 0; j < 2; ++j) {
-                s[n][j] = start + 8 * n + 2 * t + j < count ? s[n][j] * scale * LOG2_E : -INF;    // for exp2
-                highest = fmaxf(highest, s[n][j]);
-            }
+            for (int j = 0; j < 2; ++j)
+                s[n][j] = start + 8 * n + 2 * t + j < count ? s[n][j] * query_scale : -INF;
         }
+    }
+    // Scores become probabilities 2^(s - m), with m of all tiles so far, and l and out are scaled to the
+    // new m. Hazard: before the first tile m is -inf, and -inf - -inf would be NaN. But `highest` is
+    // always a number: start < count, so the four lanes of head g have at least the score of key
+    // `start`. (A row g >= G has a query of -0 and scores of 0.) A consumer without a tile in the split
+    // never comes here, and leaves m = -inf to Output::add.
+    __device__ void rescale(float (&s)[2][4]) {
+        float highest = m;
+        for (int n = 0; n < 2; ++n)
+            for (int j = 0; j < 2; ++j) highest = fmaxf(highest, s[n][j]);
         for (int distance = 1; distance < 4; distance *= 2)
-            highest = fmaxf(highest, __shfl_xor_sync(0xffffffff, highest, distance));
-        const float rescale = exp2_approx(m - highest), of_a = __shfl_sync(0xffffffff, rescale, 8 * t),
-                    of_b = __shfl_sync(0xffffffff, rescale, 8 * t + 4);    // heads 2t and 2t + 1
-        m = highest, l *= rescale;
-        for (auto& four : s) for (int j = 0; j < 2; ++j) l += four[j] = exp2_approx(four[j] - m);
-        for (auto& four : out) four[0] *= of_a, four[1] *= of_b, four[2] *= of_a, four[3] *= of_b;
-        const unsigned b[2] = {pack_bf16x2(s[0][0], s[0][1]), pack_bf16x2(s[1][0], s[1][1])};
-        for (int c = 0; c < VC; ++c) {
-            Words v[4];                          // of keys 2t, 2t + 1, 2t + 8, 2t + 9
-            for (int i = 0; i < 4; ++i) v[i] = part(values, 2 * t + i % 2 + i / 2 * 8, g + 8 * c);
-            const auto low = [](unsigned x, unsigned y) { return (x & 0xffff) | y << 16; };
-            const auto high = [](unsigned x, unsigned y) { return x >> 16 | (y & 0xffff0000); };
+            highest = fmaxf(highest, __shfl_xor_sync(ALL_LANES, highest, distance));
+        const float factor = exp2_approx(m - highest);
+        const float factor_a = __shfl_sync(ALL_LANES, factor, 4 * (2 * t));        // of head 2t
+        const float factor_b = __shfl_sync(ALL_LANES, factor, 4 * (2 * t + 1));    // of head 2t + 1
+        m = highest;
+        l *= factor;
+        for (auto& four : s)
+            for (int j = 0; j < 2; ++j) {
+                four[j] = exp2_approx(four[j] - m);
+                l += four[j];
+            }
+        for (auto& four : out)
+            for (int i = 0; i < 4; ++i) four[i] *= i % 2 ? factor_b : factor_a;
+    }
+    // out' += v' p'. A row of v' is the same number of all values, but a register has two numbers of one
+    // value: `low` and `high` weave the registers of two keys into two rows of v'.
+    __device__ void add_values(const float (&p)[2][4], const char* values, int start, int count) {
+        const unsigned b[2] = {pack_bf16x2(p[0][0], p[0][1]), pack_bf16x2(p[1][0], p[1][1])};
+        const auto low = [](unsigned x, unsigned y) { return (x & 0xffff) | y << 16; };
+        const auto high = [](unsigned x, unsigned y) { return x >> 16 | (y & 0xffff0000); };
+        for (int c = 0; c < VALUE_WORDS; ++c) {
+            Words v[4];    // of keys 2t, 2t + 1, 2t + 8, 2t + 9
+            for (int i = 0; i < 4; ++i)
+                v[i] = words_of(values, start + 2 * t + i % 2 + i / 2 * 8, count, g + 8 * c);
             for (int i = 0; i < 4; ++i) {
                 const unsigned a[4] = {low(v[0].w[i], v[1].w[i]), high(v[0].w[i], v[1].w[i]),
                                        low(v[2].w[i], v[3].w[i]), high(v[2].w[i], v[3].w[i])};
@@ -311,84 +545,132 @@ struct Attention {
             }
         }
     }
-    __device__ void leave(Pair* sums, Float8 (*heads)[HEAD_DIM / 8]) {    // for the reducer
+    // A tile: the keys start .. start + 15 of a stage with `count` keys; start < count.
+    __device__ void add_tile(const char* keys, const char* values, int start, int count, float query_scale) {
+        float s[2][4] = {};
+        compute_scores(s, keys, start, count, query_scale);
+        rescale(s);
+        add_values(s, values, start, count);
+    }
+    // Writes the results to shared memory, for the reducer.
+    __device__ void leave(Pair* sums, Float8 (*heads)[HEAD_DIM / 8]) {
         l = quad_sum(l);
         if (t == 0 && g < GROUP) sums[g] = {m, l};
         for (int j = 0; j < 2 && 2 * t + j < GROUP; ++j)
-            for (int c = 0; c < VC; ++c)
+            for (int c = 0; c < VALUE_WORDS; ++c)
                 for (int i = 0; i < 4; ++i)
-                    for (int k = 0; k < 2; ++k) heads[2 * t + j][g + 8 * c].v[2 * i + k] = out[4 * c + i][j + 2 * k];
+                    for (int k = 0; k < 2; ++k)
+                        heads[2 * t + j][g + 8 * c].v[2 * i + k] = out[4 * c + i][j + 2 * k];
     }
 };
 
-template <int S> struct Consumer {               // for up to S sequences
-    Shared& shared; const Step& step;
-    int warp, lane;
-    unsigned ticket = 0, slot = 0, round = 0;
-    int number = 0, begin = 0, end = 0;
-    int g = lane / 4, t = lane % 4, r = g % 2 * 4 + g / 2;    // r: of eight rows of x, the one that is row g of A
-    template <Product P> static constexpr int TILES = ((S << Shape<P>::SHIFT) + 7) / 8;    // of 8 rows of A
+// The x of a product is a matrix [S << SHIFT, SEGMENT] here: a row is one part of one sequence's x.
+template <int MOST> struct Consumer : Role {    // for up to MOST sequences
+    int warp;
+    unsigned stage = 0;
+    unsigned round = 0;    // of the ring
+    int g = lane / 4;
+    int t = lane % 4;
+    int r = g % 2 * 4 + g / 2;    // of eight rows of x, the row that is row g of A: see read_input
+    template <Product P> static constexpr int ROW_TILES = ((MOST << Shape<P>::SHIFT) + 7) / 8;    // of 8 rows
 
-    __device__ void wait_for_slot() { for (u64& full : shared.full[slot]) wait(&full, round); }
-    // Hazard: loads from shared memory take a while, and an arrival may overtake them. So one lane arrives, and which,
-    // that cannot be known before the loads are done: `read` is made of them.
+    __device__ void wait_for_stage() {
+        for (u64& full : shared.full[stage]) wait(&full, round);
+    }
+    // Gives the stage back to the producer, whose next copy overwrites the stage. Hazard: loads from
+    // shared memory take a while, and the arrival at the mbarrier could overtake the loads of other
+    // lanes. So a vote decides whether lane 0 or lane 1 arrives, and the vote needs `read` of all lanes,
+    // which a lane must compute from everything that the lane has loaded.
     __device__ void give_back(unsigned read) {
-        if (lane == __any_sync(0xffffffff, read == 1)) mbarrier_arrive(&shared.empty[slot]);
-        if (++slot == SLOTS) slot = 0, ++round;
+        if (lane == __any_sync(ALL_LANES, read == 1)) mbarrier_arrive(&shared.empty[stage]);
+        if (++stage == STAGES) {
+            stage = 0;
+            ++round;
+        }
     }
-    __device__ void next() { wait_for_slot(), number = shared.tickets[ticket++ % PENDING]; }    // waits for a unit
-    __device__ void done() {                     // with the unit
-        __syncwarp();                            // all lanes have written their sums
-        if (lane == 0) mbarrier_arrive(&shared.done[(ticket - 1) % PENDING]);
+    __device__ void next() {    // waits for the next unit
+        wait_for_stage();
+        ticket = shared.tickets[units % PENDING];
+        ++units;
     }
-    // A unit's weights into registers, and its slot is free.
-    template <Product P, int M> __device__ void load(Words (&w)[M]) {
-        const char* mine = shared.ring[slot][g % 2] + g / 2 * 2 * Shape<P>::SEGMENT + 128 * warp + 16 * t;
+    __device__ void finish_unit() {
+        __syncwarp();    // all lanes have written their sums
+        if (lane == 0) mbarrier_arrive(&shared.sums_full[(units - 1) % PENDING]);
+    }
+    __device__ Pair* my_sums() { return shared.sums[(units - 1) % PENDING][warp]; }
+
+    // Where in a segment Words i and i + 1 (i even) of a lane lie: in 64 columns of this consumer.
+    template <Product P> __device__ int column(int i) const {
+        return WARP_COLUMNS * (CONSUMERS * (i % Shape<P>::N / 2) + warp);
+    }
+    // Moves this consumer's columns of a unit into registers and gives the stage back. Of B, lane 4g + t
+    // has column g: segment g / 2 of piece g % 2. So the columns 2t and 2t + 1 of the result belong to
+    // segment t of piece 0 and to segment t of piece 1, its partner.
+    template <Product P, int M> __device__ void load_weights(Words (&w)[M]) {
+        const Words* piece = reinterpret_cast<const Words*>(shared.ring[stage][g % 2]);
+        const Words* mine = piece + g / 2 * (Shape<P>::SEGMENT / 8) + WARP_COLUMNS / 8 * warp + t;
         unsigned read = 0;
-        for (int i = 0; i < M; ++i)
-            w[i] = *reinterpret_cast<const Words*>(mine + 128 * CONSUMERS * (i / 2) + 64 * (i % 2)), read ^= w[i].w[0];
+        for (int i = 0; i < M; ++i) {
+            w[i] = mine[WARP_COLUMNS / 8 * CONSUMERS * (i / 2) + 4 * (i % 2)];
+            read ^= w[i].w[0];
+        }
         give_back(read);
     }
-    // A warp's columns of a product's input, 64 of each 512. x has a row for each sequence and part; lane 4g + t has of rows
-    // r, r + 8, ... eight of each 32 columns. An mma takes these for rows g and g + 8 of A, of 16 columns. So each eight are
-    // used twice: with the weights of half of the columns, when the first eight rows of the result count, and of the other
-    // half, when the last eight do. Before a norm also the sum over x's squares, as product of x with itself.
-    template <Product P, int M> __device__ void take_input(int layer, Words (&x)[M]) {
+    // Reads this consumer's columns of x: a lane gets, of every eighth row r, r + 8, ..., the columns
+    // 8t .. 8t + 7 of each 32. Eight lanes read 128 bytes of a row together, since the L2 cache
+    // delivers 128 bytes faster than twice 64. Then lanes 8i + j and 8i + j + 4 swap: the first gets
+    // both halves of row i, the second both halves of row i + 4. Hence the order of rows in r.
+    template <Product P, int M> __device__ void read_input(int layer, Words (&x)[M]) {
         using Shape = Shape<P>;
         const Vectors v(step, layer);
-        const bf16* in = P == O_PRODUCT ? v.attention : P == GATE_UP ? v.y : P == DOWN ? v.h : v.x;
-        // Eight lanes read 128 bytes of a row together, since the L2 cache gives those faster than twice 64. Then lanes 8i + j
-        // and 8i + j + 4 swap, such that one has both halves of row i, the other of row i + 4.
+        const bf16* const inputs[] = {v.x, v.attention, v.y, v.h, v.x};
+        const bf16* in = inputs[P];
         const auto row = [&](int i) { return 8 * (i / Shape::N) + 4 * (i % 2) + lane / 8; };
-        const auto column = [&](int i) { return 64 * (CONSUMERS * (i % Shape::N / 2) + warp); };
         take(x, [&](int i) { return row(i) < step.sequences << Shape::SHIFT; },
-             [&](int i) { return in + row(i) * Shape::SEGMENT + column(i) + 8 * (lane % 8); });
+             [&](int i) { return in + row(i) * Shape::SEGMENT + column<P>(i) + 8 * (lane % 8); });
         for (int i = 0; i < M; i += 2)
             for (int j = 0; j < 4; ++j) {
-                unsigned &a = x[i].w[j], &b = x[i + 1].w[j];
-                const unsigned other = __shfl_xor_sync(0xffffffff, g % 2 ? a : b, 4);
+                unsigned& a = x[i].w[j];
+                unsigned& b = x[i + 1].w[j];
+                const unsigned other = __shfl_xor_sync(ALL_LANES, g % 2 ? a : b, 4);
                 (g % 2 ? a : b) = other;
             }
-        for (int tile = 0; tile < M / Shape::N && Shape::NORMED; ++tile) {
+    }
+    // For the norm: the sum of x^2 over this consumer's columns, of each row. These sums are the
+    // diagonal of the product of x and x'.
+    template <Product P, int M> __device__ void sum_squares(const Words (&x)[M]) {
+        constexpr int N = Shape<P>::N;
+        for (int tile = 0; tile < M / N; ++tile) {
             float sum[4][4] = {};
-            for (int i = 0; i < 2 * Shape::N; ++i) {
-                const unsigned *two = x[tile * Shape::N + i / 2].w + i % 2 * 2, a[4] = {two[0], 0, two[1], 0};
+            for (int i = 0; i < 2 * N; ++i) {
+                const unsigned* two = x[tile * N + i / 2].w + i % 2 * 2;
+                const unsigned a[4] = {two[0], 0, two[1], 0};
                 mma_m16n8k16_bf16(sum[i % 4], a, two, sum[i % 4]);
             }
-            const float even = sum[0][0] + sum[1][0] + (sum[2][0] + sum[3][0]),
-                        odd = sum[0][1] + sum[1][1] + (sum[2][1] + sum[3][1]);
-            if (t == g / 2) shared.squares[warp][8 * tile + r] = g % 2 ? odd : even;    // the diagonal
+            const float even = sum[0][0] + sum[1][0] + (sum[2][0] + sum[3][0]);
+            const float odd = sum[0][1] + sum[1][1] + (sum[2][1] + sum[3][1]);
+            if (t == g / 2) shared.squares[warp][8 * tile + r] = g % 2 ? odd : even;    // row g, column g
         }
-        if (P == HEAD)                           // the last norm has its weight to itself
-            for (int i = 0; i < M; ++i) {
-                const int first = r % (1 << Shape::SHIFT) * Shape::SEGMENT + column(i) + 32 * (i % 2) + 8 * t;
-                const Float8 norm = to_float(vec8(step.norm + first));
-                for (int j = 0; j < 4; ++j) {
-                    const Pair two = unpack(x[i].w[j]);
-                    x[i].w[j] = pack_bf16x2(norm.v[2 * j] * two.a, norm.v[2 * j + 1] * two.b);
-                }
+    }
+    // The weight of the last norm. (The matrices contain the weights of all other norms.)
+    template <int M> __device__ void apply_last_norm(Words (&x)[M]) {
+        using Shape = Shape<HEAD_PRODUCT>;
+        const int part = r % (1 << Shape::SHIFT);
+        for (int i = 0; i < M; ++i) {
+            const int first = part * Shape::SEGMENT + column<HEAD_PRODUCT>(i) + 32 * (i % 2) + 8 * t;
+            const Float8 norm = to_float(vec8(step.norm + first));
+            for (int j = 0; j < 4; ++j) {
+                const Pair two = unpack(x[i].w[j]);
+                x[i].w[j] = pack_bf16x2(norm.v[2 * j] * two.a, norm.v[2 * j + 1] * two.b);
             }
-        // Into the order in which an mma wants them. Unless they are made anew, the compiler leaves that to each mma.
+        }
+    }
+    // Words of x become fragments of A: the first half of the eight columns in row g, the second half in
+    // row g + 8. An mma with the first half of the weights computes the product in rows 0 to 7 of the
+    // result, an mma with the second half in rows 8 to 15; multiply() ignores the other eight rows.
+    // Hazard for speed: the compiler does not know that sequences >> 8 is 0. Without the xor it would
+    // reorder again for every mma.
+    template <int M> __device__ void order_for_mma(Words (&x)[M]) {
         const unsigned zero = step.sequences >> 8;
         for (Words& v : x) v = {{v.w[0] ^ zero, v.w[2] ^ zero, v.w[1] ^ zero, v.w[3] ^ zero}};
     }
@@ -396,253 +678,317 @@ template <int S> struct Consumer {               // for up to S sequences
         constexpr int SHIFT = Shape<P>::SHIFT;
         for (int tile = 0; tile < M / N; ++tile) {
             if (8 * tile >= step.sequences << SHIFT) break;
-            float sum[4][4] = {};                // four chains: each mma waits for the one before it in its chain
+            float sum[4][4] = {};    // four chains, since an mma waits for the mma before in the chain
             for (int i = 0; i < 2 * N; ++i)
                 mma_m16n8k16_bf16(sum[i % 4], x[tile * N + i / 2].w, w[i / 2].w + i % 2 * 2, sum[i % 4]);
-            const int row = 8 * tile + r, sequence = row >> SHIFT;    // of x; its part must be the segment's
-            if ((row ^ t) % (1 << SHIFT) == 0 && sequence < S)
-                shared.parts[(ticket - 1) % PENDING][warp][sequence * 4 + t] =
-                    {sum[0][0] + sum[2][0] + (sum[1][2] + sum[3][2]), sum[0][1] + sum[2][1] + (sum[1][3] + sum[3][3])};
+            const int row = 8 * tile + r;
+            const int sequence = row >> SHIFT;
+            const bool is_same_part = (row ^ t) % (1 << SHIFT) == 0;    // of x's row and of segment t
+            if (is_same_part && sequence < MOST) {
+                const float a = sum[0][0] + sum[2][0] + (sum[1][2] + sum[3][2]);
+                const float b = sum[0][1] + sum[2][1] + (sum[1][3] + sum[3][3]);
+                my_sums()[SEGMENTS * sequence + t] = {a, b};
+            }
         }
-        done();
+        finish_unit();
     }
     template <Product P> __device__ void product(int layer) {
-        begin = end, end += Shape<P>::UNITS;
-        if (number >= end) return;
-        Words w[Shape<P>::N], x[TILES<P> * Shape<P>::N];
-        load<P>(w);                              // these need not wait for x
-        take_input<P>(layer, x);
+        enter(Shape<P>::UNITS);
+        if (ticket >= end) return;
+        Words w[Shape<P>::N];
+        Words x[ROW_TILES<P> * Shape<P>::N];
+        load_weights<P>(w);    // the first unit's weights need not wait for x
+        read_input<P>(layer, x);
+        if constexpr (Shape<P>::NORMED) sum_squares<P>(x);
+        if constexpr (P == HEAD_PRODUCT) apply_last_norm(x);
+        order_for_mma(x);
         multiply<P>(x, w);
-        for (next(); number < end; next()) load<P>(w), multiply<P>(x, w);
+        for (next(); ticket < end; next()) {
+            load_weights<P>(w);
+            multiply<P>(x, w);
+        }
     }
     __device__ void attention(int layer) {
+        enter(shared.attention_units);
         const Vectors v(step, layer);
-        for (begin = end, end += shared.attention_units; number < end; next()) {
-            const Split split = find_split(shared, step, number - begin);
-            const bf16* token = v.qkv + split.sequence * QKV;    // the new one's queries, keys, values
-            const bf16* query = token + (split.kv_head * GROUP + g) * HEAD_DIM;
-            // Its key and value may not be in the cache yet: the warp whose tile has them puts them into the ring.
-            const bf16* key = token + (NUM_HEADS + split.kv_head) * HEAD_DIM;
-            const int value = lane / (HEAD_DIM / 8), eight = lane % (HEAD_DIM / 8);
-            const bool puts = split.last && (split.end - 1 - split.begin) / TILE % CONSUMERS == warp && value < 2;
-            Attention attention = {g, t};
-            take(attention.q, [&](int i) { return i < Attention::KC ? g < GROUP : puts; }, [&](int i) {
-                return i < Attention::KC ? query + 32 * i + 8 * t : key + value * NUM_KV_HEADS * HEAD_DIM + 8 * eight; });
-            int at = split.begin + TILE * warp;
-            for (int first = split.begin; first < split.end; first += SLOT_KEYS) {
-                wait_for_slot();
-                auto& [keys, values] = shared.ring[slot];
-                const int count = min(SLOT_KEYS, split.end - first);
-                if (puts && first + count == split.end) {
-                    Words* rows = reinterpret_cast<Words*>(shared.ring[slot][value]);
-                    rows[(count - 1) * (HEAD_DIM / 8) + eight] = attention.q[Attention::KC];
-                    fence_async_proxy();
-                }
-                __syncwarp();                    // all lanes have put theirs before one reads it; no other warp will
-                for (; at < first + count; at += TILE * CONSUMERS)
-                    attention.add_tile(keys, values, at - first, count, step.scale);
-                give_back(__float_as_uint(attention.out[0][0] + attention.out[HEAD_DIM / 16 - 1][0]));
-            }
-            wait(&shared.summed[(ticket - 2) % PENDING], (ticket - 2) / PENDING);    // the unit before needs no `heads` now
-            attention.leave(shared.parts[(ticket - 1) % PENDING][warp], shared.heads[warp]);
-            done();
-        }
+        for (; ticket < end; next()) attend(v, find_split(shared, step, ticket - begin));
     }
-    __device__ void run() { next(), forward(*this, step.layers); }
+    __device__ void attend(const Vectors& v, const Split& split) {
+        // The new token's key and value may not be in the cache yet. The consumer whose tile has the new
+        // key puts both into the ring, in the place of what came from the cache; a lane puts one Words.
+        constexpr int KEY_WORDS = Attention::KEY_WORDS;
+        const bf16* token = v.qkv + split.sequence * QKV;    // the new token's queries, keys, values
+        const bf16* query = token + (split.kv_head * GROUP + g) * HEAD_DIM;
+        const bf16* key = token + (NUM_HEADS + split.kv_head) * HEAD_DIM;
+        const int piece = lane / (HEAD_DIM / 8);    // 0: the key, 1: the value
+        const int eight = lane % (HEAD_DIM / 8);
+        const bf16* put = key + piece * NUM_KV_HEADS * HEAD_DIM + 8 * eight;
+        const bool has_new_key = split.is_last && (split.end - 1 - split.begin) / TILE % CONSUMERS == warp;
+        const bool puts = has_new_key && piece < 2;
+        Attention attention = {g, t};
+        take(attention.q, [&](int i) { return i < KEY_WORDS ? g < GROUP : puts; },
+             [&](int i) { return i < KEY_WORDS ? query + 32 * i + 8 * t : put; });
+        int at = split.begin + TILE * warp;    // the next tile of this consumer
+        for (int first = split.begin; first < split.end; first += STAGE_KEYS) {
+            wait_for_stage();
+            auto& [keys, values] = shared.ring[stage];
+            const int count = min(STAGE_KEYS, split.end - first);
+            if (puts && first + count == split.end) {
+                Words* rows = reinterpret_cast<Words*>(shared.ring[stage][piece]);
+                rows[(count - 1) * (HEAD_DIM / 8) + eight] = attention.q[KEY_WORDS];
+                fence_async_proxy();    // a later copy into this stage must not be overtaken by this write
+            }
+            __syncwarp();    // all Words are put before a lane reads; no other warp reads this tile
+            for (; at < first + count; at += TILE * CONSUMERS)
+                attention.add_tile(keys, values, at - first, count, step.query_scale);
+            // Every loaded key and value has a part in these two numbers.
+            give_back(__float_as_uint(attention.out[0][0] + attention.out[HEAD_DIM / 16 - 1][0]));
+        }
+        // `heads` has room for one unit: the reducer must be done with the unit before.
+        wait(&shared.sums_empty[(units - 2) % PENDING], (units - 2) / PENDING);
+        attention.leave(my_sums(), shared.heads[warp]);
+        finish_unit();
+    }
 };
 
-// ---- The reducer ----------------------------------------------------------------------------------------------------
-// Lane 4g + t has the sums of sequence g, of row r of a unit and of its partner. Lanes beyond the sequences go along,
-// and so do those beside the first of a row's parts.
-struct Reducer {
-    Shared& shared; const Step& step;
-    int lane;
-    unsigned ticket = 0;
-    int number = -1, begin = 0, end = 0;
-    int s = min(lane / 4, step.sequences - 1), t = lane % 4;
+// ---- The reducer --------------------------------------------------------------------------------
+// Lane 4s + t has two sums of sequence s: of segment t of piece 0 and of the partner, segment t of piece
+// 1. Where a row has several parts, the lanes of all parts get the row's sum, and the lane of part 0
+// writes. A lane beyond the sequences does the same as a lane of the last sequence, and writes nothing.
+struct Reducer : Role {
+    int s = min(lane / SEGMENTS, step.sequences - 1);
+    int t = lane % SEGMENTS;
 
-    __device__ void next() {                     // a block's tickets grow: what is no greater is an old one
-        const int old = number;
-        while ((number = shared.tickets[ticket % PENDING]) <= old) relax();
+    // Waits for the next ticket. Tickets grow: a ticket that is not greater than the last is an old one.
+    __device__ void next() {
+        const int old = ticket;
+        const volatile int& latest = shared.tickets[units % PENDING];
+        for (ticket = latest; ticket <= old; ticket = latest) relax();
     }
-    __device__ void summed() {
-        __syncwarp();                            // all lanes have read the parts, and used what they read
-        if (lane == 0) mbarrier_arrive(&shared.summed[ticket % PENDING]);
-        ++ticket;
+    __device__ void wait_for_sums() { wait(&shared.sums_full[units % PENDING], units / PENDING); }
+    __device__ void finish_unit() {
+        __syncwarp();    // all lanes have read the sums, and have used the numbers
+        if (lane == 0) mbarrier_arrive(&shared.sums_empty[units % PENDING]);
+        ++units;
     }
-    template <int SHIFT> __device__ Pair sum() const {
-        constexpr int PAIRS = 4 * MOST_SEQUENCES;
+    template <int SHIFT> __device__ Pair sum() const {    // over the consumers, then over the row's parts
         Pair sum = {0, 0};
-        for (int i = 0; i < CONSUMERS * PAIRS / 32; ++i) {
-            const Pair p = shared.parts[ticket % PENDING][(32 * i + lane) / PAIRS][lane % PAIRS];
-            sum.a += p.a, sum.b += p.b;
+        for (int warp = 0; warp < CONSUMERS; ++warp) {
+            const Pair p = shared.sums[units % PENDING][warp][lane];
+            sum = {sum.a + p.a, sum.b + p.b};
         }
-        const auto add = [&](int distance) {
-            sum.a += __shfl_xor_sync(0xffffffff, sum.a, distance);
-            sum.b += __shfl_xor_sync(0xffffffff, sum.b, distance);
-        };
-        for (int distance = 16; distance >= PAIRS; distance /= 2) add(distance);
-        for (int i = 0; i < SHIFT; ++i) add(1 << i);    // the row's parts
+        for (int i = 0; i < SHIFT; ++i) {
+            sum.a += __shfl_xor_sync(ALL_LANES, sum.a, 1 << i);
+            sum.b += __shfl_xor_sync(ALL_LANES, sum.b, 1 << i);
+        }
         return sum;
     }
-    template <int SHIFT> __device__ float inverse_rms() const {    // of the input
+    template <int SHIFT> __device__ float inverse_rms() const {    // of the product's x
         float squares = 0;
-        for (int p = 0; p < 1 << SHIFT; ++p)
-            for (int warp = t; warp < CONSUMERS; warp += 4) squares += shared.squares[warp][(s << SHIFT) + p];
+        for (int part = 0; part < 1 << SHIFT; ++part)
+            for (int warp = t; warp < CONSUMERS; warp += 4)
+                squares += shared.squares[warp][(s << SHIFT) + part];
         return rsqrtf(quad_sum(squares) / HIDDEN + RMS_EPS);
     }
     template <Product P> __device__ void product(int layer) {
         using Shape = Shape<P>;
-        begin = end, end += Shape::UNITS;
-        if (number >= end) return;
-        const Vectors v(step, layer), after(step, layer + (P != HEAD));
-        bf16* out = P == QKV_PRODUCT ? v.qkv + s * QKV : P == O_PRODUCT ? v.y + s * HIDDEN :
-                    P == GATE_UP ? v.h + s * FFN : P == DOWN ? after.x + s * HIDDEN : step.logits + (size_t)s * VOCAB;
+        constexpr bool ADDS = P == O_PRODUCT || P == DOWN_PRODUCT;    // to a residual
+        enter(Shape::UNITS);
+        if (ticket >= end) return;
+        const Vectors v(step, layer);
+        bf16* const outputs[] = {v.qkv + s * QKV, v.y + s * HIDDEN, v.h + s * FFN,
+                                 Vectors(step, layer + 1).x + s * HIDDEN, step.logits + (size_t)s * VOCAB};
+        bf16* out = outputs[P];
         const bf16* residual = (P == O_PRODUCT ? v.x : v.y) + s * HIDDEN;
         const float* angles = step.cos_sin + (size_t)step.positions[s] * HEAD_DIM;
-        // A word is two rows. Where a lane has none that are neighbours, two lanes swap: even r get rows r and r + 1,
-        // odd ones the partners of r - 1 and r. A gate and an up make one number, so there two lanes make one word.
-        const int r = t >> Shape::SHIFT, second = r % 2, distance = 1 << Shape::SHIFT;
-        const int place = second ? Shape::APART + r - 1 : r;
-        const bool writes = lane / 4 < step.sequences && t % distance == 0 && !(P == GATE_UP && second);
-        float scale = 0;
-        for (; number < end; next()) {
-            const int row = Shape::row(number - begin);
-            unsigned old = 0;                    // loads that need not wait for the sums
+        // A word is two neighbouring rows, but a lane has row r of the unit and the partner. So two lanes
+        // swap: the lane of an even r gets rows r and r + 1, the lane of an odd r gets the partners of
+        // rows r - 1 and r. A gate row and an up row make one number of h: there two lanes make one word.
+        const int distance = 1 << Shape::SHIFT;    // lanes from row r to row r + 1
+        const int r = t / distance;
+        const bool is_odd = r % 2;
+        const int place = is_odd ? Shape::APART + r - 1 : r;    // of the word, after the unit's first row
+        const bool has_word = !(P == GATE_UP_PRODUCT && is_odd);
+        const bool writes = lane / SEGMENTS < step.sequences && t % distance == 0 && has_word;
+        float norm = 0;
+        for (; ticket < end; next()) {
+            const int row = Shape::row(ticket - begin);
+            unsigned old = 0;    // loaded before the sums are there, like the angle
             Pair angle = {1, 0};
-            const auto load_old = [&] { return *reinterpret_cast<const volatile unsigned*>(residual + row + place); };
-            if (P == O_PRODUCT || P == DOWN) old = load_old();
-            if (P == QKV_PRODUCT) angle = {angles[row % HEAD_DIM + r], angles[row % HEAD_DIM + r + HEAD_DIM / 2]};
-            wait(&shared.done[ticket % PENDING], ticket / PENDING);
-            if (Shape::NORMED && scale == 0) scale = inverse_rms<Shape::SHIFT>();
+            const auto* old_word = reinterpret_cast<const volatile unsigned*>(residual + row + place);
+            if (ADDS) old = *old_word;
+            const float* turn = angles + row % HEAD_DIM + r;    // cosine; HEAD_DIM / 2 further: sine
+            if (P == QKV_PRODUCT) angle = {turn[0], turn[HEAD_DIM / 2]};
+            wait_for_sums();
+            if (Shape::NORMED && norm == 0) norm = inverse_rms<Shape::SHIFT>();
             Pair x = sum<Shape::SHIFT>();
-            if (Shape::NORMED) x = {x.a * scale, x.b * scale};
+            if (Shape::NORMED) x = {x.a * norm, x.b * norm};
             if (P == QKV_PRODUCT && row < (NUM_HEADS + NUM_KV_HEADS) * HEAD_DIM)    // values are not turned
                 x = {x.a * angle.a - x.b * angle.b, x.b * angle.a + x.a * angle.b};
-            if (P == GATE_UP) x.a = silu(x.a) * x.b;
-            if (P == GATE_UP) x.b = __shfl_xor_sync(0xffffffff, x.a, distance);
-            else if (Shape::SHIFT < 2) {
-                const float other = __shfl_xor_sync(0xffffffff, second ? x.a : x.b, distance);
-                (second ? x.a : x.b) = other;
-            }
-            if (P == O_PRODUCT || P == DOWN) {
-                while (old == 0) old = load_old();    // it is there, since the input is made of it, if not seen yet
+            x = neighbours<P>(x, is_odd);
+            if (ADDS) {
+                // The residual has been published, since x depends on it, but may still be on its way.
+                while (old == 0) old = *old_word;
                 x = {x.a + unpack(old).a, x.b + unpack(old).b};
             }
             const unsigned word = pack_bf16x2(x.a, x.b);
             if (writes) publish(out + row + place, word);
             if (P == QKV_PRODUCT && writes && row >= HEADS) put_into_cache(word, layer, row + place);
-            summed();
+            finish_unit();
         }
     }
-    __device__ void put_into_cache(unsigned word, int layer, int row) const {    // for the steps to come
-        const int head = row / HEAD_DIM - NUM_HEADS;    // those of keys, those of values
-        const long long slot = step.slot_mapping[s], page = slot / BLOCK_SIZE;
-        if (slot < 0) return;
+    // From a row and its partner to the two rows of a lane's word.
+    template <Product P> __device__ static Pair neighbours(Pair x, bool is_odd) {
+        constexpr int SHIFT = Shape<P>::SHIFT;
+        if constexpr (P == GATE_UP_PRODUCT) {
+            x.a = silu(x.a) * x.b;
+            x.b = __shfl_xor_sync(ALL_LANES, x.a, 1 << SHIFT);
+        } else if constexpr (SHIFT < 2) {    // else piece 0 is one row, and the partner is the next row
+            const float other = __shfl_xor_sync(ALL_LANES, is_odd ? x.a : x.b, 1 << SHIFT);
+            (is_odd ? x.a : x.b) = other;
+        }
+        return x;
+    }
+    // For later steps: keys and values go to the new token's slot of the KV cache. row: of qkv.
+    __device__ void put_into_cache(unsigned word, int layer, int row) const {
+        const int head = row / HEAD_DIM - NUM_HEADS;    // K heads of keys, then K heads of values
+        const long long slot = step.slot_mapping[s];
+        if (slot < 0) return;                           // a sequence that only pads the batch
+        const long long page = slot / BLOCK_SIZE;
         bf16* cache = step.cache(layer, head / NUM_KV_HEADS);
         cache += ((page * NUM_KV_HEADS + head % NUM_KV_HEADS) * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_DIM;
         store_word(cache + row % HEAD_DIM, word);
     }
-    // Of a unit of attention, a lane has 8 numbers of a head's output: a sum over consumers, each of which had other keys.
+    // Of a unit of attention: adds up the outputs of the consumers, who had different keys. A lane has 8
+    // numbers of a head. If the unit has all keys of the sequence, the output is final; else it is a
+    // partial, for the mergers.
     __device__ void attention(int layer) {
         const Vectors v(step, layer);
-        for (begin = end, end += shared.attention_units; number < end; next()) {
-            const Split split = find_split(shared, step, number - begin);
-            const auto& sums = shared.parts[ticket % PENDING];
-            wait(&shared.done[ticket % PENDING], ticket / PENDING);
+        enter(shared.attention_units);
+        for (; ticket < end; next()) {
+            const Split split = find_split(shared, step, ticket - begin);
+            const auto& sums = shared.sums[units % PENDING];
+            wait_for_sums();
             for (int i = lane; i < GROUP * HEAD_DIM / 8; i += 32) {
-                const int head = i / (HEAD_DIM / 8), eight = i % (HEAD_DIM / 8);
+                const int head = i / (HEAD_DIM / 8);
+                const int eight = i % (HEAD_DIM / 8);
                 Output out;
                 for (int warp = 0; warp < CONSUMERS; ++warp)
                     out.add(sums[warp][head].a, sums[warp][head].b, shared.heads[warp][head][eight]);
                 const int row = split.sequence * NUM_HEADS + split.kv_head * GROUP + head;
                 unsigned* partial = v.partial + (row * step.splits + split.number) * PARTIAL;
-                const bool whole = split.last && split.number == 0;    // these were all keys
-                publish(whole ? (void*)(v.attention + row * HEAD_DIM + 8 * eight) : partial + 4 * eight, out.words());
-                const unsigned logsumexp = __float_as_uint(out.m + log2f(out.l));
-                if (eight == 0) publish(partial + HEAD_DIM / 2, {{logsumexp, logsumexp, logsumexp, logsumexp}});
+                const bool has_all_keys = split.is_last && split.number == 0;
+                void* target = partial + 4 * eight;
+                if (has_all_keys) target = v.attention + row * HEAD_DIM + 8 * eight;
+                publish(target, out.words());
+                const unsigned lse = __float_as_uint(out.m + log2f(out.l));
+                if (eight == 0) publish(partial + HEAD_DIM / 2, {{lse, lse, lse, lse}});
             }
-            summed();
+            finish_unit();
         }
     }
-    __device__ void run() { next(), forward(*this, step.layers); }
 };
 
-// ---- The mergers ----------------------------------------------------------------------------------------------------
-// One warp: 8 P numbers of a head's output. Lane P s + p has 8 of them, of splits s, s + 32 / P, ...; there are at most four
-// times 32 / P. `row`: sequence and head.
-__device__ void merge(const Step& step, int splits, int row, int part, int P, const Vectors& v, int lane) {
-    const int first = 8 * (P * part + lane % P);
+// ---- The mergers --------------------------------------------------------------------------------
+// One warp merges the splits of one head of one sequence: 8 * width numbers of the output, number
+// `slice` of such slices. width lanes have a split, 8 numbers each, so the lanes have 32 / width splits
+// at a time, four times at most.   row: sequence * H + head.
+__device__ void merge(
+        const Step& step, int splits, int row, int slice, int width, const Vectors& v, int lane) {
+    const int first = 8 * (width * slice + lane % width);
     const unsigned* partial = v.partial + row * step.splits * PARTIAL;
     Output out;
-    Words got[8];    // of four splits, numbers and logsumexp
-    const auto split = [&](int i) { return (32 * (i / 2) + lane) / P; };
+    Words got[8];    // of four splits: 8 numbers, and the logsumexp
+    const auto split = [&](int i) { return (32 * (i / 2) + lane) / width; };
     take(got, [&](int i) { return split(i) < splits; },
          [&](int i) { return partial + split(i) * PARTIAL + (i % 2 ? HEAD_DIM / 2 : first / 2); });
     for (int i = 0; i < 8; i += 2)
         if (split(i) < splits)
             out.add(__uint_as_float(got[i + 1].w[0]), 1, to_float(reinterpret_cast<const Bf16x8&>(got[i])));
-    for (int distance = P; distance < 32; distance *= 2) {
-        const auto other = [&](float x) { return __shfl_xor_sync(0xffffffff, x, distance); };
+    for (int distance = width; distance < 32; distance *= 2) {
+        const auto other = [&](float x) { return __shfl_xor_sync(ALL_LANES, x, distance); };
         Float8 numbers;
         for (int i = 0; i < 8; ++i) numbers.v[i] = other(out.numbers.v[i]);
-        const float m = other(out.m), l = other(out.l);
+        const float m = other(out.m);
+        const float l = other(out.l);
         out.add(m, l, numbers);
     }
-    if (lane < P) publish(v.attention + row * HEAD_DIM + first, out.words());
+    if (lane < width) publish(v.attention + row * HEAD_DIM + first, out.words());
 }
 
+// The mergers of all thread blocks deal the work out among themselves, by number. First the embedding,
+// x = embed[token] of layer 0; then, layer by layer, the heads of all sequences with several splits.
+// For a sequence that only pads the batch, merge() of 0 splits publishes an attention of 0.
 __device__ void merge_all(Shared& shared, const Step& step, int merger, int lane) {
-    const int worker = merger * gridDim.x + blockIdx.x, workers = MERGERS * gridDim.x;
-    for (int i = 32 * worker + lane; i < step.sequences * HIDDEN / 8; i += 32 * workers) {    // x = embed[token]
-        const int id = step.token_ids[i / (HIDDEN / 8)], token = id < 0 ? step.sampled[~id] : id;
-        publish(Vectors(step, 0).x + 8 * i, reinterpret_cast<const Words*>(step.embed + (size_t)token * HIDDEN)[i % (HIDDEN / 8)]);
+    constexpr int EIGHTS = HIDDEN / 8;    // of an embedding
+    const int worker = merger * gridDim.x + blockIdx.x;
+    const int workers = MERGERS * gridDim.x;
+    for (int i = 32 * worker + lane; i < step.sequences * EIGHTS; i += 32 * workers) {
+        const int id = step.token_ids[i / EIGHTS];
+        const int token = id < 0 ? step.sampled[~id] : id;
+        const bf16* row = step.embed + (size_t)token * HIDDEN;
+        publish(Vectors(step, 0).x + 8 * i, reinterpret_cast<const Words*>(row)[i % EIGHTS]);
     }
     __syncwarp();
-    const int P = step.sequences > 4 ? 8 : 4, parts = HEAD_DIM / 8 / P;    // such that there is a warp for each part, or nearly
+    // With this width there are about as many items as mergers.
+    const int width = step.sequences > 4 ? 8 : 4;
+    const int slices = HEAD_DIM / 8 / width;
     for (int layer = 0; layer < step.layers; ++layer)
-        for (int item = worker; item < step.sequences * NUM_HEADS * parts; item += workers) {
-            const int row = item / parts;
-            int share;
-            const int splits = splits_of(shared.keys[row / NUM_HEADS], step.splits, share);
-            if (splits != 1) merge(step, splits, row, item % parts, P, Vectors(step, layer), lane);
+        for (int item = worker; item < step.sequences * NUM_HEADS * slices; item += workers) {
+            const int row = item / slices;
+            const int splits = splits_of(shared.keys[row / NUM_HEADS], step.splits).count;
+            if (splits != 1) merge(step, splits, row, item % slices, width, Vectors(step, layer), lane);
         }
 }
 
-// ---- The kernel -----------------------------------------------------------------------------------------------------
+// ---- The kernel ---------------------------------------------------------------------------------
+__device__ inline void prepare(Shared& shared, const Step& step, const u64* weights) {
+    const int me = threadIdx.x;
+    if (me < 2 * STAGES) mbarrier_init(&shared.full[me / 2][me % 2], 1);
+    if (me < STAGES) mbarrier_init(&shared.empty[me], CONSUMERS);
+    if (me < PENDING) {
+        mbarrier_init(&shared.sums_full[me], CONSUMERS);
+        mbarrier_init(&shared.sums_empty[me], 1);
+        shared.tickets[me] = -1;
+    }
+    if (me <= 4 * step.layers) shared.weights[me] = reinterpret_cast<const bf16*>(weights[me]);
+    if (me == 0) {
+        int units = 0;
+        for (int s = 0; s < step.sequences; ++s) {
+            shared.keys[s] = step.context_lens[s];
+            units += splits_of(shared.keys[s], step.splits).count * NUM_KV_HEADS;
+        }
+        shared.attention_units = units;
+    }
+    __syncthreads();    // shared memory is ready before a warp begins
+}
+
 extern "C" __global__ __launch_bounds__(DECODE_THREADS, 1) void decode(
-        bf16* logits, const bf16* embed, const bf16* norm, const int* token_ids, const int* sampled, const u64* weights,
-        int layers, const float* cos_sin, const int* positions, const long long* slot_mapping, bf16* kv_cache,
-        int num_blocks, const int* block_tables, const int* cu_blocks, const int* context_lens, float scale, int* words,
-        int sequences, int splits) {
+        bf16* logits, const bf16* embed, const bf16* norm, const int* token_ids, const int* sampled,
+        const u64* weights, int layers, const float* cos_sin, const int* positions,
+        const long long* slot_mapping, bf16* kv_cache, int num_blocks, const int* block_tables,
+        const int* cu_blocks, const int* context_lens, float query_scale, int* words, int sequences,
+        int splits) {
     if constexpr (FITS) {
         DYNAMIC_SHARED(decode_shared_bytes);
         Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
-        const int me = threadIdx.x, warp = me / 32, lane = me % 32;
-        const Step step = {logits, embed, norm, token_ids, sampled, layers, cos_sin, positions, slot_mapping, kv_cache,
-                           num_blocks, block_tables, cu_blocks, context_lens, scale, reinterpret_cast<unsigned*>(words) + DECODE_TICKET_WORDS,
-                           words, sequences, splits};
-        if (me < 2 * SLOTS) mbarrier_init(&shared.full[me / 2][me % 2], 1);
-        if (me < SLOTS) mbarrier_init(&shared.empty[me], CONSUMERS);
-        if (me < PENDING) mbarrier_init(&shared.done[me], CONSUMERS), mbarrier_init(&shared.summed[me], 1), shared.tickets[me] = -1;
-        if (me <= 4 * layers) shared.weights[me] = reinterpret_cast<const bf16*>(weights[me]);
-        if (me == 0) {
-            int units = 0, share;
-            for (int s = 0; s < sequences; ++s)
-                units += splits_of(shared.keys[s] = context_lens[s], splits, share) * NUM_KV_HEADS;
-            shared.attention_units = units;
-        }
-        __syncthreads();    // all this is there before anyone uses it
+        const Step step = {
+            logits, embed, norm, token_ids, sampled, layers, cos_sin, positions, slot_mapping, kv_cache,
+            num_blocks, block_tables, cu_blocks, context_lens, query_scale,
+            reinterpret_cast<unsigned*>(words) + DECODE_TICKET_WORDS, words, sequences, splits};
+        prepare(shared, step, weights);
+        const int warp = threadIdx.x / 32;
+        const int lane = threadIdx.x % 32;
         if (warp < CONSUMERS) {
             set_registers<CONSUMER_REGISTERS>();
-            if (sequences <= 2) Consumer<2>{shared, step, warp, lane}.run();
-            else if (sequences <= 4) Consumer<4>{shared, step, warp, lane}.run();
-            else Consumer<SEQUENCES>{shared, step, warp, lane}.run();
+            if (sequences <= 2) forward(Consumer<2>{{shared, step, lane}, warp});
+            else if (sequences <= 4) forward(Consumer<4>{{shared, step, lane}, warp});
+            else forward(Consumer<SEQUENCES>{{shared, step, lane}, warp});
         } else {
             set_registers<OTHER_REGISTERS>();
             if (warp < CONSUMERS + MERGERS) merge_all(shared, step, warp - CONSUMERS, lane);
-            else if (warp == CONSUMERS + MERGERS) Reducer{shared, step, lane}.run();
-            else Producer{shared, step, lane}.run();
+            else if (warp == CONSUMERS + MERGERS) forward(Reducer{{shared, step, lane}});
+            else Producer{{shared, step, lane}}.run();
         }
     }
 }

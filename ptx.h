@@ -1,44 +1,79 @@
-// ptx.h: instructions that CUDA C++ has no words for, one function for each. tinyvllm.py pastes this file in front of
-// kernels.cu for a GPU. For the CPU simulator.h stands in front, and has functions of the same names.
+// ptx.h: instructions that CUDA C++ has no words for, one function for one instruction or idea.
+//
+// compile_kernels() puts this file in front of a .cu file for a GPU. For the CPU simulator.h stands
+// in front, with functions of the same names.
+//
+// Each lane calls a function for itself, but where the comment begins with "A warp" or "Four warps"
+// all lanes together. A function orders accesses to memory only if the comment says so.
+//
+// The tensor cores multiply matrices that a warp holds in *fragments*: each lane has a few numbers
+// of every matrix in registers, two bf16 or one float a register. In
+// D [16, 8] = A [16, 16] @ B [16, 8] + C [16, 8] a lane has, with g = lane / 4 and t = lane % 4,
+//
+//     a[0]: A, row g,     columns 2t, 2t + 1        b[0]: B, column g, rows 2t, 2t + 1
+//     a[1]: A, row g + 8, columns 2t, 2t + 1        b[1]: B, column g, rows 2t + 8, 2t + 9
+//     a[2]: A, row g,     columns 2t + 8, 2t + 9    d[0], d[1]: D, row g,     columns 2t, 2t + 1
+//     a[3]: A, row g + 8, columns 2t + 8, 2t + 9    d[2], d[3]: D, row g + 8, columns 2t, 2t + 1
+//
+//     D, row 0: lanes 0 0 1 1 2 2 3 3 (d[0], d[1])    row 8: lanes 0 0 1 1 2 2 3 3 (d[2], d[3])
+//        row 1: lanes 4 4 5 5 6 6 7 7                 row 9: lanes 4 4 5 5 6 6 7 7
+//
+// Two D side by side, rounded to bf16, are fragments of an A: a product is the left factor of the
+// next product, and no number moves from lane to lane.
 #include <cuda_bf16.h>
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-#error "tiny-vLLM needs a GPU of compute capability 8.0 or newer (A100, RTX 30, ...): older ones have no bfloat16"
+#error "tiny-vLLM needs a GPU of compute capability 8.0 or newer (A100, RTX 30, ...), with bfloat16"
 #endif
 
 using bf16 = __nv_bfloat16;
 using u64 = unsigned long long;
 
-// A constant that Python reads too: compile_kernels() looks for lines that begin with EXPORT(, and reads exported_NAME.
+// A constant that Python reads too: compile_kernels() finds the lines that begin with EXPORT( and
+// reads exported_NAME from the compiled module.
 #define EXPORT(name, value) constexpr int name = value; extern "C" __device__ const int exported_##name = name
 
-__device__ inline unsigned shared_address(const void* p) { return __cvta_generic_to_shared(p); }    // as PTX wants it
+// Shared memory that may pass 48 KB: compile_kernels() asks for NAME_shared_bytes for kernel NAME.
+// Aligned to 1,024 bytes: bits 7 to 9 of an address tell wgmma which parts have changed places.
+#define DYNAMIC_SHARED(bytes) extern __shared__ __align__(1024) char dynamic_shared[]
 
-// d [16, 8] = a [16, 16] @ b [16, 8] + c [16, 8] on the tensor cores: a warp holds them in fragments.
-__device__ inline void mma_m16n8k16_bf16(float* d, const unsigned (&a)[4], const unsigned* b, const float* c) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
-        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]),
-          "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+// ---- For every card -----------------------------------------------------------------------------
+
+// An address in shared memory, as PTX wants it.
+__device__ inline unsigned shared_address(const void* p) { return __cvta_generic_to_shared(p); }
+
+// A warp. d = a @ b + c, in fragments as above.
+__device__ inline void mma_m16n8k16_bf16(
+        float* d, const unsigned (&a)[4], const unsigned* b, const float* c) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]),
+          "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 
-// Fragments of four matrices [8, 8] in shared memory: lane 8m + i says where row i of number m lies.
+// A warp. Reads four matrices [8, 8] of bf16 from shared memory: lane 8m + i says where row i of
+// matrix m lies. r[m]: of matrix m, row g and columns 2t, 2t + 1 (TRANSPOSED: column g and rows).
 template <bool TRANSPOSED>
 __device__ inline void ldmatrix_x4(unsigned (&r)[4], const void* row) {
     const unsigned address = shared_address(row);
     if (TRANSPOSED)
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
     else
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
 }
 
-// The fragment of a [16, 16] in shared memory: at(row, part) says where numbers 8 part .. 8 part + 7 of a row lie.
-template <class At> __device__ inline void load_shared(unsigned (&a)[4], At at) {
+// A warp. The fragment of A [16, 16] in shared memory. at(row, part): where the eight numbers
+// 8 part .. 8 part + 7 of a row lie.
+template <class At>
+__device__ inline void load_shared(unsigned (&a)[4], At at) {
     ldmatrix_x4<false>(a, at(threadIdx.x % 16, threadIdx.x / 16 % 2));
 }
 
-// d[r] [16, 8N] += a[r] [16, 16 STEPS] @ b, for R tiles of rows: a(step) is the fragments of 16 columns; b lies in
-// shared memory, its rows at(row, part), or, TRANSPOSED, its columns. Eight rows further is 8 STRIDE parts further.
+// A warp. d[r] [16, 8N] += a[r] [16, 16 STEPS] @ b, for R tiles of 16 rows. a(step): fragments of
+// 16 columns, for all tiles. b lies in shared memory, its rows (TRANSPOSED: its columns) at(row,
+// part), and row r + 8 starts 8 * STRIDE parts after row r.
 template <bool TRANSPOSED, int STRIDE, int STEPS, int R, int N, class Step, class At>
 __device__ inline void mma_shared(float (&d)[R][N][4], Step a, At at) {
     const unsigned lane = threadIdx.x % 32;
@@ -47,7 +82,7 @@ __device__ inline void mma_shared(float (&d)[R][N][4], Step a, At at) {
         const unsigned (&a_step)[R][4] = a(step);
         #pragma unroll
         for (int n = 0; n < N; n += 2) {
-            unsigned b[4];    // fragments of 16 columns; each serves R tiles, since shared memory is the slower part
+            unsigned b[4];    // 16 columns. Each serves R tiles: shared memory is the slower part
             if (TRANSPOSED)
                 ldmatrix_x4<false>(b, at(lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2) + 8 * n * STRIDE);
             else
@@ -59,13 +94,15 @@ __device__ inline void mma_shared(float (&d)[R][N][4], Step a, At at) {
     }
 }
 
-// Starts a copy of 16 bytes from global to shared memory, not through registers. `bytes` of them are read, the rest is 0.
+// Starts to copy 16 bytes from global to shared memory, past the registers: the first `bytes`; the
+// rest becomes 0. After cp_async_wait() this lane sees the copy, other lanes after a barrier too.
 __device__ inline void cp_async_16(void* shared, const void* global, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                  :: "r"(shared_address(shared)), "l"(global), "r"(bytes) : "memory");
 }
-// What a thread has started since its last commit is a group. Waits until at most its latest N groups are under way.
+// Makes a group of the copies that the lane has started since its last commit.
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most the lane's latest N groups are under way.
 template <int N>
 __device__ inline void cp_async_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
 
@@ -73,110 +110,141 @@ __device__ inline float exp2_approx(float x) {    // 2^x, with a relative error 
     asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
     return x;
 }
-__device__ inline unsigned pack_bf16x2(float low, float high) {    // two bf16 in a register, `low` in the lower half
+
+// `low` is the lower half. Volatile, since the conversion must not sink below wgmma's fence.
+__device__ inline unsigned pack_bf16x2(float low, float high) {
     unsigned both;
-    // volatile: it must not sink below wgmma's fence
     asm volatile("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
     return both;
 }
-// atomicInc that orders memory: whoever finds its result here also finds what this thread had written or seen before.
+
+// atomicInc that orders memory: a lane that finds the result of this lane's call also finds all
+// that this lane had written or seen before the call.
 __device__ inline unsigned atomic_inc_acq_rel(unsigned* p, unsigned limit) {
     unsigned before;
-    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(limit) : "memory");
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+                 : "=r"(before) : "l"(p), "r"(limit) : "memory");
     return before;
 }
 
-// After a thread's own writes to shared memory, before the copy engine or wgmma comes there (compute capability 9.0 and up).
+// ---- wgmma: four warps multiply together (compute capability 9.0 alone) -------------------------
+// D [64, 64] += A [64, 16] @ B [16, 64]; each warp has 16 rows of D and A, in fragments as above.
+// (mma reaches two thirds of the speed.) The tensor cores read B from shared memory themselves, and
+// A unless in fragments. place() in kernels.cu puts matrices there as wgmma wants them: in rows of
+// 128 bytes whose 16-byte parts have changed places. The simulator has no wgmma: only tests on such
+// a GPU run this section.
+// Orders the lane's own writes to shared memory before later looks by the copy engine or wgmma.
 __device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Shared memory that may be more than 48 KB: NAME_shared_bytes tells CudaDevice.compile how much kernel NAME wants.
-// It begins at a multiple of 1,024 bytes: wgmma reads from bits 7 to 9 of an address how parts have changed places.
-#define DYNAMIC_SHARED(bytes) extern __shared__ __align__(1024) char dynamic_shared[]
-
-// On compute capability 9.0, four warps together multiply faster (mma: two thirds of that speed): d [64, 64] += a [64, 16] @
-// b [16, 64], each warp with 16 of the rows, in fragments as above. The tensor cores read b from shared memory themselves, and
-// a too if it is no fragment. It must lie there as place() puts it: rows of 128 bytes, whose parts of 16 bytes have changed
-// places. The simulator has none of this: only tests on such a GPU run it.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 constexpr bool HAS_WGMMA = true;
-#define FOUR(d) "+f"((d)[0]), "+f"((d)[1]), "+f"((d)[2]), "+f"((d)[3])
-#define WGMMA_M64N64K16(d, operands, ...)                                                                              \
-    asm volatile("{.reg .pred p; setp.eq.u32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, "  \
-                 "%2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "   \
-                 "%23, %24, %25, %26, %27, %28, %29, %30, %31}, " operands ";}"                                        \
-                 : FOUR(d[0]), FOUR(d[1]), FOUR(d[2]), FOUR(d[3]), FOUR(d[4]), FOUR(d[5]), FOUR(d[6]), FOUR(d[7])      \
+#define IN_OUT_4(d) "+f"((d)[0]), "+f"((d)[1]), "+f"((d)[2]), "+f"((d)[3])
+// d: float [8][4], 64 columns. operands: A, B, then "p" (true: add to d), their signs, and whether
+// they are transposed. The rest is the operands' registers, from %32 on.
+#define WGMMA_M64N64K16(d, operands, ...)                                                                    \
+    asm volatile("{.reg .pred p; setp.eq.u32 p, 0, 0; "                                                      \
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "                                     \
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "    \
+                 "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, " operands ";}"          \
+                 : IN_OUT_4(d[0]), IN_OUT_4(d[1]), IN_OUT_4(d[2]), IN_OUT_4(d[3]),                           \
+                   IN_OUT_4(d[4]), IN_OUT_4(d[5]), IN_OUT_4(d[6]), IN_OUT_4(d[7])                            \
                  : __VA_ARGS__ : "memory")
-// What wgmma is told of a matrix: where it begins, in 16 bytes; that eight rows further is 1,024 bytes further; and, in the
-// highest bits, a swizzle of 128 bytes, which is place()'s. (1 << 16 is ignored.) row: a multiple of 8; part: even, and of 8
-// where rows go along k. As a sum: all matrices of a tile are one number plus constants.
-template <class At> __device__ inline u64 wgmma_matrix(At at, int row, int part) {
-    return ((u64)1 << 62 | (u64)64 << 32 | 1 << 16 | shared_address(at(0, 0)) / 16) + (at(row, part) - at(0, 0));
+
+// A matrix in shared memory, in wgmma's words. row: a multiple of 8. part: even; a multiple of 8
+// where rows go along k. A sum, so that a tile's matrices are one number plus constants.
+template <class At>
+__device__ inline u64 wgmma_matrix(At at, int row, int part) {
+    constexpr u64 SWIZZLE_128_BYTES = (u64)1 << 62;        // the change of places that place() makes
+    constexpr u64 EIGHT_ROWS = (u64)(1024 / 16) << 32;     // from row r to row r + 8, in 16 bytes
+    constexpr u64 UNUSED = 1 << 16;                        // the distance in the other direction is ignored
+    const u64 start = shared_address(at(0, 0)) / 16;
+    return (SWIZZLE_128_BYTES | EIGHT_ROWS | UNUSED | start) + (at(row, part) - at(0, 0));
 }
-// As mma_shared, by four warps. TRANSPOSED (scores): a is in shared memory too, at a(row, part); else fragments [STEPS][R][4].
+
+// Four warps. As mma_shared. TRANSPOSED (scores): a is in shared memory too, at a(row, part).
+// Otherwise a is fragments [STEPS][R][4]. Returns when d is complete.
 template <bool TRANSPOSED, int STEPS, int R, int N, class A, class At>
 __device__ inline void wgmma_shared(float (&d)[R][N][4], const A& a, At at) {
-    const auto settle = [&] {    // nothing that happens to d moves across this point, either way
-        #pragma unroll
-        for (int i = 0; i < R * N; ++i) asm volatile("" : FOUR(d[i / N][i % N]) :: "memory");
-    };
     static_assert(N % 8 == 0, "64 columns an instruction");
+    const auto settle = [&] {    // the compiler moves nothing that happens to d across this point, either way
+        #pragma unroll
+        for (int i = 0; i < R * N; ++i) asm volatile("" : IN_OUT_4(d[i / N][i % N]) :: "memory");
+    };
     settle();
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");    // registers written before it are seen: d, and a's fragments
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");    // after writes to d and a's fragments
     #pragma unroll
     for (int i = 0; i < STEPS * R * N; i += 8) {
-        const int step = i / N / R, r = i / N % R, n = i % N;
+        const int step = i / N / R;
+        const int r = i / N % R;
+        const int n = i % N;
         if constexpr (TRANSPOSED)
             WGMMA_M64N64K16((d[r] + n), "%32, %33, p, 1, 1, 0, 0",
                             "l"(wgmma_matrix(a, 64 * r, 2 * step)), "l"(wgmma_matrix(at, 8 * n, 2 * step)));
         else
-            WGMMA_M64N64K16((d[r] + n), "{%32, %33, %34, %35}, %36, p, 1, 1, 1", "r"(a[step][r][0]), "r"(a[step][r][1]),
-                            "r"(a[step][r][2]), "r"(a[step][r][3]), "l"(wgmma_matrix(at, 16 * step, n)));
+            WGMMA_M64N64K16((d[r] + n), "{%32, %33, %34, %35}, %36, p, 1, 1, 1",
+                            "r"(a[step][r][0]), "r"(a[step][r][1]), "r"(a[step][r][2]), "r"(a[step][r][3]),
+                            "l"(wgmma_matrix(at, 16 * step, n)));
     }
     asm volatile("wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;" ::: "memory");
     settle();
 }
 #else
 constexpr bool HAS_WGMMA = false;
-template <bool, int, class... Arguments> __device__ void wgmma_shared(Arguments...);    // named in kernels.cu, never called
+template <bool, int, class... Arguments> __device__ void wgmma_shared(Arguments...);    // named, never called
 #endif
 
-// PTX of compute capability 9.0. An mbarrier counts arrivals in shared memory, and bytes that a bulk copy brings there;
-// waiters name the parity of the phase that is to be over.
-__device__ inline void mbarrier_init(u64* b, unsigned count) {    // such that the copy engine sees it
+// ---- mbarriers, bulk copies and words, for decode.cu (compute capability 9.0 and newer) ---------
+// An mbarrier in shared memory counts arrivals, and bytes that bulk copies are to bring. When all
+// have come, a phase is over and the next begins. A waiter names the parity of the phase that is to
+// be over. Arrivals and copies write before the phase is over, a waiter reads afterwards.
+
+__device__ inline void mbarrier_init(u64* b, unsigned count) {    // a phase wants `count` arrivals
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(shared_address(b)), "r"(count) : "memory");
-    fence_async_proxy();
+    fence_async_proxy();    // the copy engine sees the mbarrier
 }
-__device__ inline void mbarrier_arrive(u64* b) {
+__device__ inline void mbarrier_arrive(u64* b) {    // an arrival
     asm volatile("mbarrier.arrive.shared.b64 _, [%0];" :: "r"(shared_address(b)) : "memory");
 }
-__device__ inline void mbarrier_expect(u64* b, unsigned bytes) {    // an arrival, and this many bytes are to come
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" :: "r"(shared_address(b)), "r"(bytes) : "memory");
+__device__ inline void mbarrier_expect(u64* b, unsigned bytes) {    // an arrival, and bytes to come
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;"
+                 :: "r"(shared_address(b)), "r"(bytes) : "memory");
 }
-#define MBARRIER_TEST(name, instruction)                                                                              \
-    __device__ inline bool name(u64* b, unsigned parity) {                                                            \
-        unsigned yes;                                                                                                 \
-        asm volatile("{.reg .pred p; mbarrier." instruction ".parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"  \
-                     : "=r"(yes) : "r"(shared_address(b)), "r"(parity) : "memory");                                   \
-        return yes;                                                                                                   \
-    }
-MBARRIER_TEST(mbarrier_passed, "test_wait")
-MBARRIER_TEST(mbarrier_passed_soon, "try_wait")    // the same, but if not, it may take a nap first
-__device__ inline void bulk_copy(void* shared, const void* global, unsigned bytes, u64* b) {    // L2 need not keep it
+__device__ inline bool mbarrier_passed(u64* b, unsigned parity) {    // is that phase over?
+    unsigned yes;
+    asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                 : "=r"(yes) : "r"(shared_address(b)), "r"(parity) : "memory");
+    return yes;
+}
+__device__ inline bool mbarrier_passed_soon(u64* b, unsigned parity) {    // may nap before it says no
+    unsigned yes;
+    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                 : "=r"(yes) : "r"(shared_address(b)), "r"(parity) : "memory");
+    return yes;
+}
+
+// Starts to copy global to shared memory; the mbarrier counts the bytes that come. L2 need not keep
+// the bytes: no other thread block reads them.
+__device__ inline void bulk_copy(void* shared, const void* global, unsigned bytes, u64* b) {
     asm volatile("{.reg .b64 once; createpolicy.fractional.L2::evict_first.b64 once, 1.0;"
                  "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
                  "[%0], [%1], %2, [%3], once;}"
                  :: "r"(shared_address(shared)), "l"(global), "r"(bytes), "r"(shared_address(b)) : "memory");
 }
-// Relaxed: what other blocks write is seen in the end. Each word by itself: 16 bytes need not come at once.
+// Reads four words, or leaves w as it is. Relaxed: words that other thread blocks write are seen in
+// the end, each by itself; 16 bytes need not come at once.
 __device__ inline void load_words_if(bool yes, unsigned (&w)[4], const void* p) {
-    asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; @p ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];}"
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; "
+                 "@p ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];}"
                  : "+r"(w[0]), "+r"(w[1]), "+r"(w[2]), "+r"(w[3]) : "l"(p), "r"((unsigned)yes) : "memory");
 }
 __device__ inline void store_word(void* p, unsigned w) {
     asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(p), "r"(w) : "memory");
 }
-template <int N> __device__ inline void set_registers() {    // a thread's, of four aligned warps; 168 is what decode begins with
+// Four aligned warps. Sets a thread's number of registers; a kernel that calls it starts with 168.
+template <int N>
+__device__ inline void set_registers() {
     if constexpr (N > 168) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(N));
     else asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(N));
 }
+
 __device__ inline void relax() {}    // between two looks at what another thread will change

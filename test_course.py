@@ -1,6 +1,10 @@
-"""The course is kept true: its code is the source's, its examples run, what it names exists, and its figures come from course/h200.json.
+"""The course is kept true: its code is quoted from the source, its examples run, the things that it names
+exist, and its figures come from course/h200.json.
 
-Each check returns what it finds wrong, and is also given a text in which something is: a check that cannot fail checks nothing.
+A check returns a list of mistakes. Each check also gets a text with a mistake in it: a check that cannot
+fail checks nothing.
+
+Sections: Code, Names and links, Figures.
 """
 import ast
 import contextlib
@@ -9,110 +13,154 @@ import io
 import re
 import shlex
 import sys
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent / "course"))
+import bench
+import device
+import exercises
+import figures
+import make
+import pictures
+import simulator
 import tinyvllm
+import tokenizer
+import views
 
 ROOT = Path(__file__).parent
-sys.path.insert(0, str(ROOT / "course"))
-import exercises                                            # noqa: E402
-import make                                                 # noqa: E402
-
-SOURCES = ["tinyvllm.py", "bench.py", "views.py", "tokenizer.py", "simulator.py", "simulator.h", *sorted(path.name for path in ROOT.glob("*.cu"))]
-CUDA = "\n".join(path.read_text("utf-8") for path in ROOT.glob("*.cu"))
+MODULES = [tinyvllm, device, bench, views, tokenizer, simulator]
+CUDA_FILES = sorted(path.name for path in ROOT.iterdir() if path.suffix in (".cu", ".h"))
+SOURCES = [*(f"{module.__name__}.py" for module in MODULES), *CUDA_FILES]
 TEXT = {name: (ROOT / name).read_text("utf-8") for name in SOURCES}
-TESTS = "\n".join(path.read_text("utf-8") for path in ROOT.glob("test_*.py"))
+CUDA = "\n".join(TEXT[name] for name in CUDA_FILES)
+TESTS = "\n".join(path.read_text("utf-8") for path in [*ROOT.glob("test_*.py"), *ROOT.glob("reference.py")])
 CHAPTERS = sorted(path.name for path in (ROOT / "course").glob("*.md"))
-PAGES = {"README.md": (ROOT / "README.md").read_text("utf-8")} | {f"course/{name}": (ROOT / "course" / name).read_text("utf-8") for name in CHAPTERS}
+PAGES = {name: (ROOT / name).read_text("utf-8")
+         for name in ["README.md", *(f"course/{chapter}" for chapter in CHAPTERS)]}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
 HEADINGS = ["It fails", "The idea", "The code", "The test", "The price", "What vLLM does", "Break it"]
+PARROT = (ROOT / "parrot" / "texts.json").read_text("utf-8")
 
 
 def prose(text, foreign=True):
-    """The text without fenced blocks and marked spots; without what it says of other engines, too, unless foreign."""
+    """The text without fenced blocks and marked spots. foreign=False: also without the sections on other
+    engines."""
     text = re.sub(r"<!--=.*?<!--/-->", "", FENCE.sub("", text), flags=re.S)
-    return text if foreign else re.sub(r"^## (What vLLM does|The dictionary)\n.*?(?=^## )", "", text, flags=re.S | re.M)
+    if foreign:
+        return text
+    return re.sub(r"^## (What vLLM does|The dictionary)\n.*?(?=^## )", "", text, flags=re.S | re.M)
 
 
 def changed(page, old, new):
-    """PAGES with an error in one of them."""
-    assert PAGES[page].count(old) >= 1, f"{page} has no {old!r} any more: change this test's error"
+    """PAGES with a mistake in one of them."""
+    assert PAGES[page].count(old) >= 1, f"{page} has no {old!r} any more: change this test's mistake"
     return PAGES | {page: PAGES[page].replace(old, new)}
 
 
-@lru_cache(maxsize=None)
-def options():
-    """The command line's."""
+@cache
+def options(program):
+    """The options of a program, as its --help prints them."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), pytest.raises(SystemExit):
-        tinyvllm.main(["--help"])
+        program.main(["--help"])
     return set(re.findall(r"^  (?:-h, )?(--[\w-]+)", out.getvalue(), re.M)) | {"-h"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ======================================================================================================
 # Code
-# ---------------------------------------------------------------------------------------------------------------------
+# ======================================================================================================
 def is_quoted(code):
     """Whether the lines stand in a source file, one after the other, perhaps further to the right."""
     lines = code.rstrip("\n").split("\n")
-    indented = ("\n".join(" " * n + line if line.strip() else "" for line in lines) for n in range(0, 21, 4))
-    return any(f"\n{text}\n" in f"\n{source}" for text in indented for source in TEXT.values())
+    for spaces in range(0, 21, 4):
+        indented = "\n".join(" " * spaces + line if line.strip() else "" for line in lines)
+        if any(f"\n{indented}\n" in f"\n{source}" for source in TEXT.values()):
+            return True
+    return False
 
 
 def bad_command(line):
-    """What is wrong with a command line of ours."""
-    words = shlex.split(line.split(" < ")[0])
-    if words[0] == "git":
+    """A list with the mistake of a command line of ours, or an empty list."""
+    program, *arguments = shlex.split(line.split(" < ")[0])
+    if program in ("git", ".venv/bin/hf", ".venv/bin/pip"):
         return []
-    python = words[0] in (".venv/bin/python", "python3", "./run.sh", ".venv/bin/hf", ".venv/bin/pip")
-    if words[0] == "./run.sh" or words[1:2] == ["tinyvllm.py"]:
-        try:
-            tinyvllm.parse_arguments(words[1 if words[0] == "./run.sh" else 2:] or ["Hi"])
-        except tinyvllm.TinyVLLMError as error:
-            return [f"{line}: {error}"]
-    elif words[1:3] == ["-m", "pytest"]:
-        names = words[words.index("-k") + 1:] if "-k" in words else []
+    if program == "./run.sh":
+        return [] if arguments in ([], ["--quick"]) else bad_arguments(line, arguments)
+    if program not in (".venv/bin/python", "python3"):
+        return [f"unknown command: {line}"]
+    if arguments[0] == "tinyvllm.py":
+        return bad_arguments(line, arguments[1:])
+    if arguments[0] == "bench.py":
+        unknown = [word for word in arguments if word.startswith("--") and word not in options(bench)]
+        return [f"{line}: no option {word}" for word in unknown]
+    if arguments[:2] == ["-m", "pytest"]:
+        names = arguments[arguments.index("-k") + 1:] if "-k" in arguments else []
         return [f"{line}: no test {name}" for name in names if f"def {name}(" not in TESTS]
-    return [] if python and (words[1:2] != ["course/make.py"] or (ROOT / words[1]).exists()) else [f"unknown command: {line}"]
+    is_ours = arguments[0] == "-m" or (ROOT / arguments[0]).exists()
+    return [] if is_ours else [f"unknown command: {line}"]
+
+
+def bad_arguments(line, arguments):
+    """A list with the mistake in the arguments of tinyvllm.py, or an empty list."""
+    try:
+        tinyvllm.parse_arguments(arguments)
+    except tinyvllm.TinyVLLMError as error:
+        return [f"{line}: {error}"]
+    return []
+
+
+def bad_block(page, language, code):
+    """The mistakes of a fenced block: it must be commands, an example, an exercise, lines of the source, or
+    an answer of Parrot's."""
+    if language == "sh" or code.startswith((".venv", "./run.sh", "python3 -m venv")):
+        lines = code.replace("\\\n", " ").splitlines()
+        return [mistake for line in lines for part in line.split(" && ") for mistake in bad_command(part)]
+    is_example = code.startswith(">>> ") or (page, language) == ("README.md", "python")
+    is_answer = language == "" and " ".join(code.split()) in PARROT
+    if language == "diff" or is_example or is_answer or is_quoted(code):
+        return []
+    return [f"{page}: {code}"]
 
 
 def wrong_code(pages):
-    """Blocks that are no lines of the source, no example, no exercise, no command of ours and nothing that Parrot says."""
+    """Mistakes in the fenced blocks: see bad_block. An exercise changes lines that a file has once, and
+    names a test."""
     wrong = []
     for page, text in pages.items():
-        wrong += [f"{page}: exercise {old!r}" for name, old, _, tests in exercises.exercises(text) if TEXT.get(name, "").count(old) != 1 or not tests]
-        wrong += [f"{page}: an exercise names no file"] if len(list(exercises.exercises(text))) != text.count("```diff") else []
+        found = list(exercises.exercises(text))
+        for name, old, _, tests in found:
+            if TEXT.get(name, "").count(old) != 1 or not tests:
+                wrong.append(f"{page}: exercise {old!r}")
+        if len(found) != text.count("```diff"):
+            wrong.append(f"{page}: an exercise names no file")
         for language, code in FENCE.findall(text):
-            if language == "sh" or code.startswith((".venv", "./run.sh", "python3 -m venv")):
-                lines = code.replace("\\\n", " ").splitlines()
-                wrong += [problem for line in lines for part in line.split(" && ") for problem in bad_command(part)]
-            elif language == "" and not is_quoted(code):
-                said = (ROOT / "parrot" / "texts.json").read_text("utf-8")
-                wrong += [] if " ".join(code.split()) in said else [f"{page}: {code}"]
-            elif language not in ("", "diff") and not code.startswith(">>> ") and page != "README.md" and not is_quoted(code):
-                wrong.append(f"{page}: {code}")
+            wrong += bad_block(page, language, code)
     return wrong
 
 
 def test_code_is_quoted():
-    """Word for word, and commands have options that exist."""
+    """Word for word; and commands have options that exist."""
     assert wrong_code(PAGES) == []
-    for page, old, new in [("course/10-memory.md", "self.waiting.appendleft(sequence)", "self.waiting.append(sequence)"),
-                           ("course/05-kernels.md", "(size_t)blockIdx.x * HIDDEN;\n    for", "blockIdx.x * HIDDEN;\n    for"),
-                           ("course/10-memory.md", "-                victim = self.running[-1]", "-                victim = self.running[-2]"),
-                           ("course/10-memory.md", "# tinyvllm.py\n-", "-"),
-                           ("course/10-memory.md", "`test_scheduler_random_events` fails", "It fails"),
-                           ("course/00-run-it.md", "./run.sh --trace run.html", "./run.sh --traces run.html"),
-                           ("course/00-run-it.md", "-k test_forward_equals_numpy\n", "-k test_forward_is_numpy\n"),
-                           ("README.md", "A KV cache keeps the key", "A KV cache keeps a key")]:
+    for page, old, new in [
+            ("course/10-memory.md", "self.waiting.appendleft(sequence)", "self.waiting.append(sequence)"),
+            ("course/05-kernels.md", "(size_t)blockIdx.x * HIDDEN;\n    for",
+             "blockIdx.x * HIDDEN;\n    for"),
+            ("course/10-memory.md", "-                victim = self.running[-1]",
+             "-                victim = self.running[-2]"),
+            ("course/10-memory.md", "# tinyvllm.py\n-", "-"),
+            ("course/10-memory.md", "`test_scheduler_random_events` fails", "It fails"),
+            ("course/00-run-it.md", "./run.sh --trace run.html", "./run.sh --traces run.html"),
+            ("course/00-run-it.md", "-k test_forward_equals_numpy\n", "-k test_forward_is_numpy\n"),
+            ("README.md", "bench.py --model", "bench.py --models"),
+            ("README.md", "A KV cache keeps the key", "A KV cache keeps a key")]:
         assert wrong_code(changed(page, old, new)), (page, old)
 
 
 def failed_examples(page, text):
-    """How many of a page's >>> examples print something else."""
+    """(number of a page's >>> examples that print something else, the report)."""
     test = doctest.DocTestParser().get_doctest(text.replace("\n```\n", "\n\n"), {}, page, page, 0)
     out = io.StringIO()
     runner = doctest.DocTestRunner(verbose=False)
@@ -128,79 +176,120 @@ def test_examples_run(page, monkeypatch):
 
 
 def test_a_wrong_example_is_noticed():
-    wrong = changed("course/09-batching.md", "88 places in the batch, 49 tokens", "88 places in the batch, 48 tokens")
-    assert failed_examples("course/09-batching.md", wrong["course/09-batching.md"])[0] == 1
+    page = "course/09-batching.md"
+    wrong = changed(page, "88 places in the batch, 49 tokens", "88 places in the batch, 48 tokens")
+    failures, _ = failed_examples(page, wrong[page])
+    assert failures == 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ======================================================================================================
 # Names and links
-# ---------------------------------------------------------------------------------------------------------------------
+# ======================================================================================================
+def functions():
+    """Names of the functions and kernels in the source."""
+    python = re.findall(r"\bdef (\w+)\(", "\n".join(TEXT.values()) + TESTS)
+    cuda = re.findall(r"[ *&](\w+)\([^;{]*\) ?\{", CUDA) + re.findall(r"void (\w+)\(", CUDA)
+    return {*python, *cuda, "__syncthreads"}
+
+
 def has_attribute(path):
-    """Whether Class.name, or a name alone, is in one of our modules."""
-    import bench
-    import tokenizer
-    import views
-    name, *rest = path.split(".")
-    for module in tinyvllm, bench, views, tokenizer:
+    """Whether NAME or CLASS.NAME is in one of our modules."""
+    name, _, member = path.partition(".")
+    for module in MODULES:
         thing = getattr(module, name, None)
-        if thing is not None and (not rest or hasattr(thing, rest[0]) or f"self.{rest[0]} = " in TEXT[f"{module.__name__}.py"]
-                                  or rest[0] in getattr(thing, "__dataclass_fields__", {})):
+        if thing is None:
+            continue
+        fields = getattr(thing, "__dataclass_fields__", {})
+        is_assigned = f"self.{member} = " in TEXT[f"{module.__name__}.py"]
+        if not member or hasattr(thing, member) or member in fields or is_assigned:
             return True
     return False
 
 
+def is_unknown(name):
+    """Whether a name in backticks looks like an option, a function, a member or a file, but we have none."""
+    if name.startswith("--"):
+        return name.split()[0] not in options(tinyvllm) | options(bench)
+    if re.fullmatch(r"\w+\(\)", name):
+        return name[:-2] not in functions()
+    if re.fullmatch(r"[A-Z]\w*[a-z]\w*\.[a-z_]+", name):
+        return not has_attribute(name)
+    is_file = re.fullmatch(r"\w+\.(py|cu|h|md|sh)", name)
+    return bool(is_file) and not (ROOT / name).exists()
+
+
+def first_column(page, heading):
+    """The names in backticks in the first column of the table below this header."""
+    table = page[page.index(heading):].split("\n\n")[0]
+    cells = [re.match(r"\| (.*?) \|", line)[1] for line in table.splitlines()[2:]]
+    return re.findall(r"`([^`]+)`", " ".join(cells))
+
+
 def missing_names(pages):
-    """Tests, options, functions, classes and files in backticks that do not exist. Of other engines, only tests are ours."""
-    functions = set(re.findall(r"\bdef (\w+)\(", "\n".join(TEXT.values()) + TESTS)) | set(re.findall(r"[ *&](\w+)\([^;{]*\) ?\{", CUDA))
-    functions |= set(re.findall(r"void (\w+)\(", CUDA)) | {"__syncthreads"}
+    """Tests, options, functions, members and files in backticks that do not exist. In the sections on other
+    engines only tests are ours. Our column of the dictionary, and README.md's table of places to touch, name
+    nothing else than ours."""
     missing = []
     for page, text in pages.items():
         names = re.findall(r"`([^`\n]+)`", prose(text, foreign=False))
-        tests = [name for name in re.findall(r"`(test_\w+)`", text) if f"def {name}(" not in TESTS]
-        wrong = [name for name in names if name.startswith("--") and name.split()[0] not in options()]
-        wrong += [name for name in names if re.fullmatch(r"\w+\(\)", name) and name[:-2] not in functions]
-        wrong += [name for name in names if re.fullmatch(r"[A-Z]\w*[a-z]\w*\.[a-z_]+", name) and not has_attribute(name)]
-        wrong += [name for name in names if re.fullmatch(r"[\w/]+\.(py|cu|h|md|sh)", name) and not list(ROOT.glob(name)) and "/" not in name]
-        missing += [f"{page}: {name}" for name in tests + wrong]
-    own = [re.match(r"\| (.*?) \|", line)[1] for line in pages["course/15-real-engines.md"].splitlines() if line.startswith("| `")]
-    for name in re.findall(r"`([^`]+)`", " ".join(own)):
-        ours = name in options() if name.startswith("--") else has_attribute(name) or name in functions or name in ("block_table", "slot_mapping")
-        missing += [] if ours else [f"the dictionary: {name}"]
+        tests = re.findall(r"`(test_\w+)`", text)
+        missing += [f"{page}: {name}" for name in tests if f"def {name}(" not in TESTS]
+        missing += [f"{page}: {name}" for name in names if is_unknown(name)]
+    dictionary = first_column(pages["course/15-real-engines.md"], "| here | vLLM |")
+    readme = pages["README.md"]
+    places = re.findall(r"`([^`]+)`", readme[readme.index("| to add |"):].split("\n\n")[0])
+    for name in dictionary + places:
+        is_ours = has_attribute(name) or name in functions() or (ROOT / name).exists()
+        if not is_ours and name not in options(tinyvllm) | {"block_table", "slot_mapping"}:
+            missing.append(f"a table: {name}")
     return missing
 
 
 def test_named_things_exist():
-    """Tests, options, functions and files that the text names; in the dictionary, all of our column."""
+    """Tests, options, functions and files that the text names; in two tables, everything."""
     assert missing_names(PAGES) == []
-    for page, old, new in [("course/07-pages.md", "`test_scheduler_random_events` fails", "`test_scheduler_random_event` fails"),
-                           ("course/07-pages.md", "`--block-size` lets", "`--block-sizes` lets"),
-                           ("course/04-forward.md", "`numpy_llama()`", "`numpy_lama()`"),
-                           ("course/04-forward.md", "`forward()`", "`forwards()`"), ("course/05-kernels.md", "`simulator.h`", "`simulators.h`"),
-                           ("course/15-real-engines.md", "| `Scheduler.preempt` |", "| `Scheduler.evict` |"),
-                           ("course/15-real-engines.md", "| `--no-overlap` |", "| `--not-overlap` |")]:
+    for page, old, new in [
+            ("course/07-pages.md", "`test_scheduler_random_events` fails",
+             "`test_scheduler_random_event` fails"),
+            ("course/07-pages.md", "`--block-size` lets", "`--block-sizes` lets"),
+            ("course/04-forward.md", "`numpy_llama()`", "`numpy_lama()`"),
+            ("course/04-forward.md", "`forward()`", "`forwards()`"),
+            ("course/05-kernels.md", "`simulator.h`", "`simulators.h`"),
+            ("course/15-real-engines.md", "| `Scheduler.preempt` |", "| `Scheduler.evict` |"),
+            ("course/15-real-engines.md", "| `--no-overlap` |", "| `--not-overlap` |"),
+            ("README.md", "`SUPPORTED`", "`SUPPORT`")]:
         assert missing_names(changed(page, old, new)), (page, old)
+
+
+def anchors(text):
+    """The anchors of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def broken_links(pages):
     """Links and pictures that lead nowhere, and chapters and pictures that nothing leads to."""
-    wrong, reached = [], set()
+    wrong = []
+    reached = set()
     for page, text in pages.items():
         for link in re.findall(r"\]\(([^)\s]+)\)", text):
-            target, _, anchor = link.partition("#")
             if link.startswith("https://"):
                 continue
-            path = (ROOT / page).parent / target if target else ROOT / page
-            reached.add(path.resolve())
-            text_there = pages.get(str(path.resolve().relative_to(ROOT.resolve())), "") if path.exists() else ""
-            anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in re.findall(r"^#+ (.+)$", text_there, re.M)}
-            wrong += [] if path.exists() and (not anchor or anchor in anchors) else [f"{page}: {link}"]
+            target, _, anchor = link.partition("#")
+            path = ((ROOT / page).parent / target if target else ROOT / page).resolve()
+            reached.add(path)
+            if not path.exists():
+                wrong.append(f"{page}: {link}")
+            elif anchor and anchor not in anchors(pages.get(str(path.relative_to(ROOT.resolve())), "")):
+                wrong.append(f"{page}: {link}")
     parts = [*(ROOT / "course").glob("*.svg"), *(ROOT / "course").glob("*.md")]
     return wrong + [f"nothing leads to {path.name}" for path in parts if path.resolve() not in reached]
 
 
 def test_links_resolve():
     assert broken_links(PAGES) == []
-    for page, old, new in [("course/00-run-it.md", "(02-text.md)", "(02-texts.md)"), ("course/00-run-it.md", "#looking-inside)", "#looking-outside)"),
+    for page, old, new in [("course/00-run-it.md", "(02-text.md)", "(02-texts.md)"),
+                           ("course/00-run-it.md", "#looking-inside)", "#looking-outside)"),
                            ("course/07-pages.md", "![Reserved and paged](waste.svg)", "")]:
         assert broken_links(changed(page, old, new)), (page, old)
 
@@ -210,59 +299,84 @@ def wrong_shape(pages):
     wrong = []
     for i, name in enumerate(CHAPTERS):
         text = pages[f"course/{name}"]
-        headings = [h for h in re.findall(r"^## (.+)$", text, re.M) if h in HEADINGS]
-        wrong += [f"{name}: {headings}"] if headings != (["The test", "Break it"] if i == 0 else HEADINGS if i < 15 else ["Break it"]) else []
-        wrong += [] if re.match(rf"# {i}\. .+\n\n\*.+\?.*\*\n", re.sub(r"<!--.*?-->", "", text)) else [f"{name}: begins with {text[:60]!r}"]
-        wrong += [] if re.search(r"!\[|^\| --- ", text, re.M) else [f"{name} has no picture"]
-        wrong += [] if f"]({(CHAPTERS + ['../README.md'])[i + 1]})" in text else [f"{name} does not lead on"]
+        headings = [heading for heading in re.findall(r"^## (.+)$", text, re.M) if heading in HEADINGS]
+        expected = {0: ["The test", "Break it"], 15: ["Break it"]}.get(i, HEADINGS)
+        next_page = [*CHAPTERS, "../README.md"][i + 1]
+        if headings != expected:
+            wrong.append(f"{name}: {headings}")
+        if not re.match(rf"# {i}\. .+\n\n\*.+\?.*\*\n", re.sub(r"<!--.*?-->", "", text)):
+            wrong.append(f"{name}: begins with {text[:60]!r}")
+        if not re.search(r"!\[|^\| --- ", text, re.M):
+            wrong.append(f"{name} has no picture")
+        if f"]({next_page})" not in text:
+            wrong.append(f"{name} does not lead on")
         wrong += [f"{name} says {word}" for word in ("TODO", "Incoming") if word in text]
-    return wrong + ([] if len(CHAPTERS) == 16 else [f"{len(CHAPTERS)} chapters"])
+    if len(CHAPTERS) != 16:
+        wrong.append(f"{len(CHAPTERS)} chapters")
+    return wrong
 
 
 def test_every_chapter_is_whole():
     assert wrong_shape(PAGES) == []
-    for old, new in [("## The price", "## What it costs"), ("](08-attention.md)", "](09-batching.md)"), ("*How long will this answer be?*", ""),
-                     ("That one line", "TODO")]:
+    for old, new in [("## The price", "## What it costs"), ("](08-attention.md)", "](09-batching.md)"),
+                     ("*How long will this answer be?*", ""), ("That one line", "TODO")]:
         assert wrong_shape(changed("course/07-pages.md", old, new)), old
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def test_quick_check_runs_tests_that_exist():
+    """run.sh --quick picks its tests by name."""
+    script = (ROOT / "run.sh").read_text("utf-8")
+    names = re.findall(r'"(test_\w+)"', script)
+    assert names and all(f"def {name}(" in TESTS for name in names)
+
+
+# ======================================================================================================
 # Figures
-# ---------------------------------------------------------------------------------------------------------------------
+# ======================================================================================================
 def test_make_finds_nothing_to_change(monkeypatch):
-    """Pictures, figures, tables and quoted code are what course/make.py makes of the source and of h200.json."""
-    assert set(make.ROWS) <= set(make.BENCH) and f"--model {make.MEASURED['model']} " in make.COMMAND
+    """Pictures, figures, tables and quoted code are what course/make.py makes of source and h200.json."""
+    assert set(figures.ROWS) <= set(figures.BENCH)
+    assert f"--model {figures.MEASURED['model']} " in figures.COMMAND
     stale = [path.name for path, content in make.made().items() if path.read_text("utf-8") != content]
     assert stale == [], "run: python course/make.py"
-    monkeypatch.setitem(make.ROWS, "mix", make.ROWS["mix"] | {"value": 1.0, "share": 0.5})
-    assert make.fill_in(PAGES["README.md"]) != PAGES["README.md"] and str(make.draw_floor()) != (ROOT / "course" / "floor.svg").read_text("utf-8")
+    monkeypatch.setitem(figures.ROWS, "mix", figures.ROWS["mix"] | {"value": 1.0, "share": 0.5})
+    assert make.fill_in(PAGES["README.md"]) != PAGES["README.md"]
+    assert str(pictures.draw_floor()) != (ROOT / "course" / "floor.svg").read_text("utf-8")
     with pytest.raises(AssertionError, match="0 times"):
-        make.code("tinyvllm.py", "no such line")
+        figures.code("tinyvllm.py", "no such line")
 
 
 def typed_figures(pages):
-    """Measured figures and counts of lines outside the spots that make.py fills, and markers that Markdown would not see as such."""
+    """Measured figures and counts of lines outside the spots that make.py fills, and lines that begin with
+    a filled spot, which Markdown takes for HTML."""
     figure = r"\d[\d,.]* ?(?:ms|tokens/s|GB/s|TB/s|TFLOP/s|lines)\b"
-    wrong = [f"{page}: {found}" for page, text in pages.items() for found in re.findall(figure, prose(text))]
-    return wrong + [f"{page}: a line begins with an inline figure: {line}" for page, text in pages.items() for line in text.splitlines()
-                    if re.match(r"<!--= .* -->.+", line)]
+    wrong = []
+    for page, text in pages.items():
+        wrong += [f"{page}: {found}" for found in re.findall(figure, prose(text))]
+        wrong += [f"{page}: a line begins with a figure: {line}" for line in text.splitlines()
+                  if re.match(r"<!--= .* -->.+", line)]
+    return wrong
 
 
 def test_no_figure_is_typed():
+    old = "This picture is called"
     assert typed_figures(PAGES) == []
-    assert typed_figures(changed("course/01-cost.md", "This picture is called", "It takes 1.07 ms. This picture is called"))
-    assert typed_figures(changed("course/01-cost.md", "This picture is called", "<!--= reads() -->4<!--/--> is called"))
+    assert typed_figures(changed("course/01-cost.md", old, "It takes 1.07 ms. This picture is called"))
+    assert typed_figures(changed("course/01-cost.md", old, "<!--= reads() -->4<!--/--> is called"))
 
 
 def test_pictures_are_small_and_readable_in_the_dark():
-    for path in (ROOT / "course").glob("*.svg"):
+    files = list((ROOT / "course").glob("*.svg"))
+    for path in files:
         text = path.read_text("utf-8")
-        assert len(text) < 40_000 and "prefers-color-scheme:dark" in text and "<title>" in text, path.name
-    assert {path.name for path in (ROOT / "course").glob("*.svg")} == set(make.PICTURES)
+        assert len(text) < 40_000, path.name
+        assert "prefers-color-scheme:dark" in text and "<title>" in text, path.name
+    assert {path.name for path in files} == set(pictures.PICTURES)
 
 
 def test_functions_of_the_course_have_docstrings():
-    """make.py is read by whoever wants to know where a figure is from."""
-    for node in ast.walk(ast.parse((ROOT / "course" / "make.py").read_text("utf-8"))):
-        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno > 12:
-            assert ast.get_docstring(node) and node.end_lineno - node.lineno < 60, node.name
+    """figures.py and pictures.py are read by whoever wants to know where a figure is from."""
+    for path in (ROOT / "course").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno > 12:
+                assert ast.get_docstring(node) and node.end_lineno - node.lineno < 60, (path.name, node.name)

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """python course/exercises.py [CHAPTER ...]: does each exercise of the course break what it says?
 
-Every chapter ends with changes that damage the engine, and names the tests that then fail. Each is made in a copy of the project, and these tests
-are run there. A test that passes all the same is an error. It takes a minute or two; chapters are given by the beginnings of their names.
+Every chapter ends with changes that damage the engine, and names the tests that then fail. This program
+makes each change in a copy of the project and runs the named tests there. A test that passes all the
+same is an error. All exercises take a minute or two. A chapter is given by the beginning of its name.
 """
 import re
 import shutil
@@ -17,29 +18,50 @@ FAILS = re.compile(r"`(test_\w+)`[^.`]*\bfails?\b")
 
 
 def exercises(text):
-    """(file, its lines that go, the lines that come, tests that fail then) of each exercise in a chapter."""
+    """(file, old lines, new lines, names of the tests that then fail) of each exercise of a chapter."""
     for name, diff, after in EXERCISE.findall(text):
-        old, new = ("".join(line[1:] + "\n" for line in diff.splitlines() if line[0] in sign) for sign in ("- ", "+ "))
+        lines = diff.splitlines()
+        old = "".join(line[1:] + "\n" for line in lines if line[0] in "- ")
+        new = "".join(line[1:] + "\n" for line in lines if line[0] in "+ ")
         yield name, old, new, FAILS.findall(after)
 
 
+def fails(test, folder):
+    """Whether a test of the project in this folder fails."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", test]
+    some_failed = 1                                         # pytest's exit code; 5: there is no such test
+    return subprocess.run(command, cwd=folder, capture_output=True).returncode == some_failed
+
+
+def try_exercise(chapter, exercise, copy):
+    """Makes an exercise's change in the copy, and takes it back. Returns the number of its tests that do
+    not fail."""
+    name, old, new, tests = exercise
+    file = copy / name
+    source = file.read_text("utf-8")
+    file.write_text(source.replace(old, new), "utf-8")
+    harmless = 0
+    for test in tests:
+        if fails(test, copy):
+            result = "fails, as it should"
+        else:
+            result = "DOES NOT FAIL"
+            harmless += 1
+        print(f"{chapter:<22} {test:<64} {result}", flush=True)
+    file.write_text(source, "utf-8")
+    return harmless
+
+
 def main(names):
-    """Tries the exercises; the exit code is how many did no harm."""
+    """Tries the exercises; the exit code is the number of tests that should fail and do not."""
     harmless = 0
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__"))
         for chapter in sorted((ROOT / "course").glob("*.md")):
-            wanted = not names or chapter.name.startswith(tuple(names))
-            for name, old, new, tests in exercises(chapter.read_text("utf-8")) if wanted else ():
-                source = (copy / name).read_text("utf-8")
-                (copy / name).write_text(source.replace(old, new), "utf-8")
-                for test in tests:
-                    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", test]
-                    failed = subprocess.run(command, cwd=copy, capture_output=True).returncode == 1
-                    harmless += not failed
-                    print(f"{chapter.name:<22} {test:<64} {'fails, as it should' if failed else 'DOES NOT FAIL'}", flush=True)
-                (copy / name).write_text(source, "utf-8")
+            if not names or chapter.name.startswith(tuple(names)):
+                for exercise in exercises(chapter.read_text("utf-8")):
+                    harmless += try_exercise(chapter.name, exercise, copy)
     return harmless
 
 

@@ -1,0 +1,140 @@
+"""What the tests share: a Llama in NumPy, from the equations, and models with random weights.
+
+Nothing here comes from the engine: an error there cannot hide behind the same error here.
+
+Letters as in tinyvllm.py: T tokens, H query heads, K key-value heads, h head_dim, D hidden size,
+F ffn size, V vocabulary.
+"""
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+from ml_dtypes import bfloat16
+from safetensors.numpy import save_file
+
+ROOT = Path(__file__).parent
+PARROT = ROOT / "parrot"
+RNG = np.random.default_rng
+
+
+# --------------------------------------------------------------------------------------------------
+# A Llama in NumPy
+# --------------------------------------------------------------------------------------------------
+def rope_frequencies(config):
+    """Radians a position for each pair, [h/2].
+
+    With rope_type "llama3", slow pairs are slowed down further, as in the Llama 3.1 report.
+    """
+    h = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    frequencies = config["rope_theta"] ** (-np.arange(0, h, 2) / h)
+    scaling = config.get("rope_scaling")
+    if not scaling:
+        return frequencies
+    original_length = scaling["original_max_position_embeddings"]
+    turns = original_length * frequencies / (2 * np.pi)     # of each pair within the original context
+    low = scaling["low_freq_factor"]
+    high = scaling["high_freq_factor"]
+    keep = np.clip((turns - low) / (high - low), 0, 1)      # 1: the pair turns often and keeps its speed
+    return frequencies * (keep + (1 - keep) / scaling["factor"])
+
+
+def numpy_llama(config, weights, ids):
+    """Logits [T, V] for token ids [T], in the dtype of the weights: float64 for a reference."""
+    T = len(ids)
+    H = config["num_attention_heads"]
+    K = config["num_key_value_heads"]
+    h = config.get("head_dim") or config["hidden_size"] // H
+    dtype = weights["model.norm.weight"].dtype
+    angles = np.arange(T)[:, None] * rope_frequencies(config)               # [T, h/2]
+    cos = np.tile(np.cos(angles), 2)[:, None].astype(dtype)                 # [T, 1, h]
+    sin = np.tile(np.sin(angles), 2)[:, None].astype(dtype)
+    future = np.triu(np.ones((T, T), bool), 1)
+
+    def norm(x, name):
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + config["rms_norm_eps"]) * weights[name]
+
+    def rope(x):                                            # [T, heads, h]; the pairs are (i, i + h/2)
+        return x * cos + np.concatenate([-x[..., h // 2:], x[..., :h // 2]], -1) * sin
+
+    def project(x, name):
+        return x @ weights[f"{name}_proj.weight"].T
+
+    x = weights["model.embed_tokens.weight"][ids]                           # [T, D]
+    for layer in range(config["num_hidden_layers"]):
+        name = f"model.layers.{layer}."
+        y = norm(x, name + "input_layernorm.weight")
+        q, k, v = (project(y, f"{name}self_attn.{part}").reshape(T, -1, h) for part in "qkv")
+        q = rope(q).transpose(1, 0, 2)                                      # [H, T, h]
+        k = rope(k).transpose(1, 2, 0).repeat(H // K, 0)                    # [H, h, T]
+        v = v.transpose(1, 0, 2).repeat(H // K, 0)                          # [H, T, h]
+        scores = q @ k / h ** 0.5                                           # [H, T, T]
+        scores[:, future] = -np.inf
+        scores = np.exp(scores - scores.max(-1, keepdims=True))
+        y = scores / scores.sum(-1, keepdims=True) @ v                      # [H, T, h]
+        y = y.transpose(1, 0, 2).reshape(T, H * h)
+        x = x + project(y, name + "self_attn.o")
+        y = norm(x, name + "post_attention_layernorm.weight")
+        gate = project(y, name + "mlp.gate")                                # [T, F]
+        x = x + project(gate / (1 + np.exp(-gate)) * project(y, name + "mlp.up"), name + "mlp.down")
+    head = "model.embed_tokens.weight" if config["tie_word_embeddings"] else "lm_head.weight"
+    return norm(x, "model.norm.weight") @ weights[head].T
+
+
+# --------------------------------------------------------------------------------------------------
+# Small models with random weights
+# --------------------------------------------------------------------------------------------------
+TINY = {"architectures": ["LlamaForCausalLM"], "hidden_size": 128, "intermediate_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64,
+        "vocab_size": 2048, "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "tie_word_embeddings": True, "eos_token_id": 2047}
+ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64}
+
+
+def random_weights(config):
+    """Random multiples of 1/128: bfloat16, float16 and float32 all hold them exactly."""
+    D = config["hidden_size"]
+    F = config["intermediate_size"]
+    q_size = config["num_attention_heads"] * config["head_dim"]
+    kv_size = config["num_key_value_heads"] * config["head_dim"]
+    shapes = {"model.embed_tokens": (config["vocab_size"], D)}
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head"] = (config["vocab_size"], D)
+    norms = ["model.norm"]
+    for i in range(config["num_hidden_layers"]):
+        layer = {"self_attn.q_proj": (q_size, D), "self_attn.k_proj": (kv_size, D),
+                 "self_attn.v_proj": (kv_size, D), "self_attn.o_proj": (D, q_size),
+                 "mlp.gate_proj": (F, D), "mlp.up_proj": (F, D), "mlp.down_proj": (D, F)}
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
+        norms += [f"model.layers.{i}.{name}_layernorm" for name in ("input", "post_attention")]
+    rng = RNG(0)
+
+    def random(shape):
+        return rng.integers(-16, 17, shape) / 128
+
+    weights = {name: random(shape) for name, shape in shapes.items()}
+    weights |= {name: 1 + random(D) for name in norms}
+    return {f"{name}.weight": weight.astype(bfloat16) for name, weight in weights.items()}
+
+
+def write_model(folder, config=(), weights=(), files=("model.safetensors",), sizes=TINY):
+    """Writes a model folder: `sizes` as config.json, random weights, and Parrot's tokenizer.
+
+    `config` and `weights` change entries; the value None removes an entry. The files get the
+    tensors in turn.
+    """
+    def changed(entries, changes):
+        return {name: value for name, value in (entries | dict(changes)).items() if value is not None}
+
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(changed(sizes, config)))
+    weights = changed(random_weights(sizes), weights)
+    for i, file in enumerate(files):
+        save_file(dict(list(weights.items())[i::len(files)]), folder / file)
+    if len(files) > 1:
+        index = {"weight_map": {name: files[i % len(files)] for i, name in enumerate(weights)}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(PARROT / name, folder)
+    return folder

@@ -1,0 +1,878 @@
+"""The kernels, each against its twin, and the simulator that runs them on a CPU.
+
+A twin is the kernel's equation in NumPy and float64, with no thought of speed.
+
+Letters as in kernels.cu: T tokens, S sequences, H query heads, K key-value heads, h head_dim,
+V vocabulary, B tokens a page, N pages.
+"""
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from functools import cache
+
+import numpy as np
+import pytest
+from ml_dtypes import bfloat16
+
+from device import KERNELS, CpuDevice, compile_kernels, paste
+from reference import RNG, ROOT
+from simulator import LaunchError
+from test_tinyvllm import DEVICE, ON_GPU
+
+# --------------------------------------------------------------------------------------------------
+# Kernels
+#
+# Outputs are poisoned before each run. So is all memory that a kernel must not read: unused slots
+# of pages, unused entries of block tables, the keys and values in qkv.
+# --------------------------------------------------------------------------------------------------
+def sizes(D, H, K, h, F, V, B):
+    return dict(HIDDEN=D, NUM_HEADS=H, NUM_KV_HEADS=K, HEAD_DIM=h, FFN=F, VOCAB=V, BLOCK_SIZE=B,
+                RMS_EPS="1e-05f")
+
+
+# Each model costs a compilation, so a few models share out the odd sizes.
+BASE = sizes(144, 4, 1, 64, 344, 1001, 16)
+MODELS = [
+    BASE,
+    sizes(8, 2, 2, 64, 8, 5, 8),
+    sizes(2048, 8, 1, 128, 2056, 128256, 32),
+    sizes(4104, 3, 1, 48, 344, 7, 8),
+    sizes(144, 16, 1, 256, 344, 8, 16),
+    sizes(264, 4, 2, 32, 4096, 4096, 16),
+    sizes(144, 6, 2, 80, 344, 100, 64),
+    sizes(144, 5, 1, 208, 344, 999, 8),
+]
+MODEL_NAMES = ["-".join(str(size) for size in list(model.values())[:-1]) for model in MODELS]
+every_model = pytest.mark.parametrize("model", MODELS, ids=MODEL_NAMES)
+NAN = np.float32("nan")
+
+
+@cache
+def compiled_once(items):
+    return compile_kernels(DEVICE, dict(items), paste(KERNELS))
+
+
+def compiled(model):
+    """kernels.cu, compiled for the model, once in a session."""
+    return compiled_once(tuple(model.items()))
+
+
+def launch(model, name, grid, *args):
+    """Runs a kernel on NumPy arrays. Afterwards they hold what the kernel wrote."""
+    def is_small(a):                # a huge array is not copied: most of its pages were never touched
+        return isinstance(a, np.ndarray) and a.nbytes < 1 << 30
+
+    on_device = [DEVICE.to_device(a) if is_small(a) else a for a in args]
+    getattr(compiled(model), name)(grid, *on_device)
+    for a, d in zip(args, on_device):
+        if is_small(a):
+            a[...] = DEVICE.fetch(d)()
+
+
+def randn(rng, *shape, scale=1.0):
+    return (rng.standard_normal(shape) * scale).astype(bfloat16)
+
+
+def poison(*shape, dtype=bfloat16):
+    return np.full(shape, NAN if dtype in (bfloat16, np.float32) else -77, dtype)
+
+
+def ints(values):
+    return np.array(values, np.int32)
+
+
+def floats(values):
+    return np.array(values, np.float32)
+
+
+def close(got, want, tolerance=2.0 ** -8, floor=1e-3):
+    got = np.float64(got)
+    want = np.float64(want)
+    assert not np.isnan(got).any(), "NaN, or not written"
+    error = np.abs(got - want) - (tolerance * np.abs(want) + floor)
+    place = np.unravel_index(error.argmax(), error.shape)
+    assert (error <= 0).all(), f"off by {np.abs(got - want).max():.3g} at {place}"
+
+
+# Compilation
+@pytest.mark.parametrize("model, rows", [(MODELS[0], 128), (MODELS[4], 64)], ids=["head 64", "head 256"])
+def test_exported_constants(model, rows):
+    """kernels.NAME is what the code itself takes NAME for: a kernel writes all of them down."""
+    names = re.findall(r"^EXPORT\((\w+),", KERNELS.read_text(), re.M)
+    writes = "".join(f"out[{i}] = {name}; " for i, name in enumerate(names))
+    code = f'extern "C" __global__ __launch_bounds__(1) void constants(int* out) {{ {writes}}}\n'
+    kernels = compile_kernels(DEVICE, model, paste(KERNELS) + code)
+    out = DEVICE.empty(len(names), np.int32)
+    kernels.constants((1,), out)
+    assert [getattr(kernels, name) for name in names] == DEVICE.fetch(out)().tolist()
+    assert kernels.ATTENTION_ROWS == rows
+    assert kernels.rms_norm.block == (kernels.NORM_THREADS, 1, 1)
+    assert kernels.paged_attention.shared_bytes == kernels.paged_attention_shared_bytes > 0
+
+
+POWERS = """
+import numpy as np
+from device import compile_kernels, open_device
+code = '''
+extern "C" __global__ __launch_bounds__(32) void powers(float* out) {
+    out[threadIdx.x] = exp2_approx(threadIdx.x);
+}
+'''
+device = open_device(DEVICE)
+out = device.empty(32, np.float32)
+compile_kernels(device, {}, code).powers((1,), out)
+print(device.fetch(out)().tolist())
+"""
+
+
+def test_a_changed_header_is_compiled_again(tmp_path):
+    """The cache of compiled kernels knows the headers too: an edit of a header takes effect."""
+    header = tmp_path / ("ptx.h" if ON_GPU else "simulator.h")
+    for name in "device.py", "simulator.py", "ptx.h", "simulator.h":
+        shutil.copy(ROOT / name, tmp_path)
+    code = POWERS.replace("DEVICE", repr("cuda" if ON_GPU else "cpu"))
+    cache = tmp_path / "cache"
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache), "CUPY_CACHE_DIR": str(cache)}
+
+    def num_cached():
+        return sum(path.is_file() for path in cache.rglob("*"))
+
+    def assert_powers(first):
+        command = [sys.executable, "-c", code]
+        output = subprocess.check_output(command, cwd=tmp_path, env=environment, text=True)
+        assert np.allclose(json.loads(output), 2.0 ** np.arange(first, first + 32))
+
+    original = header.read_text()
+    assert_powers(0)
+    begin = re.search(r"float exp2_approx\(float x\) \{", original).end()
+    header.write_text(f"{original[:begin]} x += 1; {original[begin:]}")
+    assert_powers(1)
+    header.write_text(original)
+    before = num_cached()
+    assert_powers(0)
+    assert num_cached() == before > 0           # nothing was compiled: the cache is in use
+
+
+# gather_rows
+@every_model
+def test_gather_rows(model):
+    rng = RNG(1)
+    hidden = model["HIDDEN"]
+    table = randn(rng, 50, hidden)
+    rows = ints([49, 0, 7, 7, 31])
+    pending = ints([49, ~2, 7, ~0, 31])     # ~i stands for entry i of `sampled`
+    for given, sampled in (rows, None), (pending, ints([7, 99, 0])):
+        out = poison(len(rows) + 1, hidden)
+        launch(model, "gather_rows", (len(rows),), out, table, given, sampled)
+        assert (out[:-1] == table[rows]).all() and np.isnan(np.float32(out[-1])).all()
+
+
+# rms_norm
+def rms_norm_twin(x, weight=1, eps=1e-5):
+    x = np.float64(x)
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * np.float64(weight)
+
+
+def inverse_rms_twin(x):
+    """1 / rms(x) of each row, [T, 1]: the normed row over the row."""
+    return (rms_norm_twin(x) / np.float64(x))[:, :1]
+
+
+@every_model
+@pytest.mark.parametrize("scale", [1.0, 1e-4, 1e4])
+def test_rms_norm(model, scale):
+    rng = RNG(2)
+    hidden = model["HIDDEN"]
+    residual = randn(rng, 5, hidden, scale=scale)
+    weight = randn(rng, hidden)
+    rows = ints([4, 1, 1])
+    residual[1] = 0                         # in a row of zeros, eps alone prevents 0 / 0
+    out = poison(4, hidden)
+    launch(model, "rms_norm", (3,), out, residual, rows, weight)
+    close(out[:-1], rms_norm_twin(residual[rows], weight))
+    assert np.isnan(np.float32(out[-1])).all()
+
+
+TWO_REDUCTIONS = """
+extern "C" __global__ __launch_bounds__(256) void two(float* out, const float* x) {
+    const float first = block_reduce(x[threadIdx.x], Sum());
+    const float second = block_reduce(x[256 + threadIdx.x], Sum());
+    out[threadIdx.x] = first;
+    out[256 + threadIdx.x] = second;
+}
+"""
+
+
+def test_two_reductions_in_a_row(tmp_path):
+    """A slow warp still reads the first reduction's partial results: the second must not write."""
+    source = KERNELS.read_text()
+    helpers = source[:source.index("// gather_rows: ")]
+    (tmp_path / "two.cu").write_text(helpers + TWO_REDUCTIONS)
+    kernels = compile_kernels(DEVICE, BASE, paste(tmp_path / "two.cu"))
+    x = DEVICE.to_device(np.repeat(floats([1, 3]), 256))
+    out = DEVICE.empty(512, np.float32)
+    kernels.two((1,), out, x)
+    assert (DEVICE.fetch(out)() == np.repeat([256, 768], 256)).all()
+
+
+# rope_and_cache
+def attention_sizes(model):
+    return [model[name] for name in ("NUM_HEADS", "NUM_KV_HEADS", "HEAD_DIM", "BLOCK_SIZE")]
+
+
+def rope_twin(x, cos, sin):
+    """x [T, heads, h], turned by the angles of cos and sin [T, 1, h/2]."""
+    a, b = np.split(np.float64(x), 2, -1)
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def rope_table(length, h):
+    angles = np.arange(length)[:, None] * 10000.0 ** (-np.arange(0, h, 2) / h)
+    return np.concatenate([np.cos(angles), np.sin(angles)], -1).astype(np.float32)
+
+
+@every_model
+@pytest.mark.parametrize("T", [1, 19])
+def test_rope_and_cache(model, T):
+    rng = RNG(3)
+    H, K, h, B = attention_sizes(model)
+    qkv = randn(rng, T, (H + 2 * K) * h)
+    table = rope_table(500, h)
+    positions = ints(rng.integers(0, 500, T))
+    x = randn(rng, T, model["HIDDEN"], scale=3)
+    slots = rng.permutation(8 * B)[:T].astype(np.int64)
+    if T > 1:
+        slots[5] = -1                       # padding
+    caches = poison(2, 8, K, B, h)
+    cos, sin = np.split(np.float64(table[positions])[:, None], 2, -1)
+    q, k, v = np.split(qkv.reshape(T, H + 2 * K, h) * inverse_rms_twin(x)[..., None], [H, H + K], 1)
+    launch(model, "rope_and_cache", (T,),
+           qkv, x, table, positions, slots, caches[0], caches[1], np.float32(0.3))
+    used = slots >= 0
+    close(qkv.reshape(T, H + 2 * K, h)[used, :H], 0.3 * rope_twin(q, cos, sin)[used])
+    pages = slots[used] // B
+    offsets = slots[used] % B
+    close(caches[0][pages, :, offsets], rope_twin(k, cos, sin)[used])
+    close(caches[1][pages, :, offsets], v[used])
+    caches[:, pages, :, offsets] = NAN
+    assert np.isnan(np.float32(caches)).all(), "written outside of the slots"
+
+
+# paged_attention
+def attention_twin(q, keys, values):
+    """[h], for one head's query at position p: q [h], keys and values [p + 1, h].
+
+    q is already multiplied by log2(e) / sqrt(h).
+    """
+    scores = np.float64(keys) @ np.float64(q)
+    p = np.exp2(scores - scores.max())
+    return p / p.sum() @ np.float64(values)
+
+
+RAGGED = [(1, 1), (1, 16), (5, 5), (1, 17), (13, 300), (1, 129), (8, 8), (9, 41), (0, 33), (17, 64), (1, 0),
+          (5, 3), (1, 601), (9, 530)]       # (queries, context) of each sequence
+
+
+def paged_cache(model, batch, rng, scale):
+    """(caches [2, N, K, B, h], tables [S, pages], keys, values) of sequences with shuffled pages.
+
+    Slots without an owner are NaN. Unused table entries point nowhere.
+    """
+    _, K, h, B = attention_sizes(model)
+    counts = [-(-context // B) for _, context in batch]
+    N = sum(counts) + 3
+    max_blocks = max(counts) + 2
+    pages = iter(rng.permutation(N).tolist())
+    caches = poison(2, N, K, B, h)
+    tables = np.full((len(batch), max_blocks), -(1 << 30), np.int32)
+    keys = []
+    values = []
+    for s, (_, context) in enumerate(batch):
+        tables[s, :counts[s]] = [next(pages) for _ in range(counts[s])]
+        keys.append(randn(rng, context, K, h, scale=scale))
+        values.append(randn(rng, context, K, h))
+        for t in range(context):
+            caches[0, tables[s, t // B], :, t % B] = keys[s][t]
+            caches[1, tables[s, t // B], :, t % B] = values[s][t]
+    return caches, tables, keys, values
+
+
+def check_attention(model, batch, scale=1.0, splits=1):
+    """A launch for a batch of (queries, context) equals the twin in each query and head."""
+    rng = RNG(4)
+    H, K, h, _ = attention_sizes(model)
+    T = sum(queries for queries, _ in batch)
+    caches, tables, keys, values = paged_cache(model, batch, rng, scale)
+    S, max_blocks = tables.shape
+    qkv = poison(T, H + 2 * K, h)
+    qkv[:, :H] = randn(rng, T, H, h, scale=scale * np.log2(np.e) / np.sqrt(h))
+    out = poison(T + 1, H, h)
+    partial = poison(T, H, splits, h + 2, dtype=np.float32)
+    cu_seqlens = ints(np.cumsum([0] + [queries for queries, _ in batch]))
+    name = "decode_attention" if all(queries == 1 for queries, _ in batch) else "paged_attention"
+    rows = compiled(model).ATTENTION_ROWS
+    tiles = [(s, row) for s, (queries, _) in enumerate(batch) for row in range(0, queries * H // K, rows)]
+    table_starts = ints(range(0, S * max_blocks + 1, max_blocks))
+    contexts = ints([context for _, context in batch])
+
+    def attend(k_cache, v_cache):
+        launch(model, name, (K * splits, len(tiles)), out, qkv, k_cache, v_cache, tables, table_starts,
+               cu_seqlens, contexts, ints(tiles).ravel(), partial)
+
+    def shuffle(seed):
+        if not ON_GPU:
+            compiled(model).module.shuffle(seed)
+
+    # The first launch leaves NaN in shared memory for the next one.
+    attend(np.full_like(caches[0], NAN), np.full_like(caches[1], NAN))
+    out[...] = NAN
+    attend(*caches)
+    if splits > 1:      # thread blocks in another order, as a GPU promises none: the same bits
+        first = out.copy()
+        shuffle(1)
+        attend(*caches)
+        shuffle(int(os.environ.get("SIMULATOR_SHUFFLE", 0)))
+        assert first.tobytes() == out.tobytes()
+    want = np.zeros((T, H, h))
+    for s, (queries, context) in enumerate(batch):
+        for i in range(queries):
+            t = cu_seqlens[s] + i
+            seen = context - queries + i + 1                # keys up to the query's own position
+            for head in range(H if seen > 0 else 0):
+                kv = head // (H // K)
+                want[t, head] = attention_twin(qkv[t, head], keys[s][:seen, kv], values[s][:seen, kv])
+    close(out[:T], want, floor=4e-3)
+    assert np.isnan(np.float32(out[T])).all()
+
+
+@every_model
+@pytest.mark.parametrize("splits", [1, 3])
+def test_attention_ragged(model, splits):
+    check_attention(model, RAGGED, splits=splits)
+    decodes = [(queries, context) for queries, context in RAGGED if queries == 1]
+    check_attention(model, decodes, splits=splits)          # by decode_attention
+
+
+@pytest.mark.parametrize("queries, context", [
+    (1, 1), (1, 15), (1, 16), (1, 17), (1, 127), (1, 128), (1, 129), (16, 16), (17, 17), (7, 135), (8, 129),
+    (130, 130), (33, 257), (1, 1800)])
+def test_attention_one_sequence(queries, context):
+    check_attention(BASE, [(queries, context)])
+    check_attention(BASE, [(queries, context)], splits=7)
+
+
+@pytest.mark.parametrize("model, scale", [
+    (BASE, 3.0), (BASE, 30.0), (BASE, 1e9), (MODELS[2], 30.0), (MODELS[4], 30.0)])
+def test_attention_extreme_scores(model, scale):
+    """Scores differ by thousands: one key gets all the weight, and nothing overflows on the way."""
+    check_attention(model, RAGGED, scale)
+    check_attention(model, RAGGED, scale, splits=2)
+
+
+@pytest.mark.skipif(ON_GPU, reason="would copy gigabytes; in the simulator, untouched memory costs nothing")
+def test_offsets_need_64_bits():
+    """The last page of a cache, and the last row of a table, of more than 2^31 elements."""
+    H, K, h, B = attention_sizes(BASE)
+    N = 2 ** 31 // (K * B * h) + 2
+    cache = np.empty((N, K, B, h), bfloat16)
+    T = 3
+    page = N - 1
+    rng = RNG(5)
+    qkv = randn(rng, T, H + 2 * K, h)
+    x = randn(rng, T, BASE["HIDDEN"])
+    slots = np.int64(page) * B + np.arange(T)
+    v = (qkv[:, -1] * inverse_rms_twin(x)).astype(bfloat16)
+    launch(BASE, "rope_and_cache", (T,),
+           qkv, x, rope_table(T, h), ints(range(T)), slots, np.empty_like(cache), cache, np.float32(1))
+    close(cache[page, 0, :T], v)
+    out = poison(T, H, h)
+    launch(BASE, "paged_attention", (K, 1), out, qkv, cache, cache, ints([page]), ints([0, 1]), ints([0, T]),
+           ints([T]), ints([0, 0]), None)
+    close(out[-1], [attention_twin(q, v, v) for q in qkv[-1, :H]], floor=4e-3)
+    table = np.empty((2 ** 31 // 144 + 2, 144), bfloat16)
+    row = randn(rng, 144)
+    one = poison(1, 144)
+    table[-1] = row
+    launch(BASE, "gather_rows", (1,), one, table, ints([len(table) - 1]), None)
+    assert (one[0] == row).all()
+
+
+# silu_mul
+@every_model
+def test_silu_mul(model):
+    rng = RNG(6)
+    ffn = model["FFN"]
+    gate_up = randn(rng, 3, 2 * ffn, scale=12)
+    x = randn(rng, 3, model["HIDDEN"], scale=3)
+    out = poison(4, ffn)
+    gate_up[0, :4] = [-1e30, 1e30, -100, 0]
+    gate, up = np.split(gate_up * inverse_rms_twin(x), 2, -1)
+    launch(model, "silu_mul", (-(-ffn // compiled(model).SILU_COLUMNS), 3), out, gate_up, x)
+    with np.errstate(over="ignore"):
+        close(out[:3], gate / (1 + np.exp(-gate)) * up)
+    assert np.isnan(np.float32(out[3])).all()
+
+
+# sample
+def kept_twin(logits, temperature, k, p):
+    """Probabilities [V] after top-k and then top-p; a token that either cuts off has 0."""
+    x = np.float64(logits)
+    keep = x >= np.sort(x)[-k] if 0 < k < len(x) else x == x
+    weights = np.where(keep, np.exp((x - x.max()) / temperature), 0)
+    if p < 1:
+        falling = np.sort(x[keep])[::-1]
+        mass = np.cumsum(np.exp((falling - x.max()) / temperature))
+        lowest = falling[np.argmax(mass >= max(p * mass[-1], 1e-12))]
+        weights[x < lowest] = 0
+    return weights / weights.sum()
+
+
+def noise_twin(seed, position, tokens):
+    """For each token, -log of an exponential random number."""
+    u64 = np.uint64
+    golden = u64(0x9e3779b97f4a7c15)
+
+    def scramble(z):
+        z = (z ^ z >> u64(32)) * u64(0xdca4631cfa6051f5)
+        z = (z ^ z >> u64(29)) * u64(0x8de1134a212a3ef5)
+        return z ^ z >> u64(32)
+
+    with np.errstate(over="ignore", divide="ignore"):
+        stream = scramble(scramble(u64(seed) + golden) + u64(position))
+        bits = scramble(stream + tokens.astype(u64) * golden) | u64(1)
+        return -np.log(-np.log1p(-bits.astype(np.float64) * 2.0 ** -64))
+
+
+def assert_drawn(token, logits, temperature, k, p, seed, position):
+    """Of the tokens that top-k and top-p keep, `token` has the greatest sum of logit and noise."""
+    x = np.float64(logits)
+    t = np.float64(np.float32(temperature))
+    noise = noise_twin(seed, position, np.arange(len(x)))
+    kept = kept_twin(x, t, k, np.float32(p)) > 0
+    score = np.where(kept, (x - x.max()) / t + noise, -np.inf)
+    assert score[token] > score.max() - 1e-4, (token, score.argmax())
+
+
+def sample(logits, temperature, k=0, p=1.0, seed=0, position=0):
+    """(tokens [S], log-probabilities [S]) for logits [S, V].
+
+    Each other argument is one value for every request, or S of them.
+    """
+    logits = np.atleast_2d(np.asarray(logits, bfloat16))
+    S, V = logits.shape
+
+    def column(value, dtype):
+        return np.broadcast_to(np.asarray(value, dtype), S).copy()
+
+    token = poison(S + 1, dtype=np.int32)
+    logprob = poison(S + 1, dtype=np.float32)
+    model = next(model for model in MODELS if model["VOCAB"] == V)
+    launch(model, "sample", (S,), token, logprob, logits, column(temperature, np.float32),
+           column(k, np.int32), column(p, np.float32), column(seed, np.uint64), column(position, np.int32))
+    assert token[S] == -77 and np.isnan(logprob[S])
+    token = token[:S]
+    x = np.float64(logits)
+    assert ((token >= 0) & (token < V)).all(), token
+    highest = x.max(-1)
+    want = x[np.arange(S), token] - highest - np.log(np.exp(x - highest[:, None]).sum(-1))
+    assert np.allclose(logprob[:S], want, rtol=1e-5, atol=1e-5), (logprob[:S], want)
+    return token, logprob[:S]
+
+
+@every_model
+def test_greedy(model):
+    rng = RNG(7)
+    V = model["VOCAB"]
+    logits = randn(rng, 9, V, scale=3)
+    logits[1] = -5                          # all are equal: the first wins
+    logits[2, [V // 2, V - 1]] = 90         # two are equal: the first wins
+    logits[3] = -np.inf
+    logits[3, V - 2] = -1e30
+    logits[4] = -1
+    logits[4, [1, 3]] = [-0.0, 0.0]
+    logits[5] = 3e38
+    logits[5, 4] = 3.3e38
+    token, _ = sample(logits, 0.0, k=3, p=0.5)
+    assert (token == np.argmax(np.float64(logits), -1)).all()
+
+
+@pytest.mark.parametrize("k, p", [
+    (0, 1.0), (1, 1.0), (7, 1.0), (5000, 1.0), (1001, 1.0), (1000, 1.0), (0, 0.0), (0, 1e-9), (0, 0.3),
+    (0, 0.9), (0, 0.999), (0, 0.9999999), (50, 0.8), (3, 0.5), (1, 0.01), (300, 0.95)])
+def test_sample_equals_its_twin(k, p):
+    rng = RNG(8)
+    S = 24
+    V = 1001
+    logits = randn(rng, S, V, scale=2)
+    logits[1::4] = np.round(np.float32(logits[1::4]))       # many ties
+    logits[2::4, rng.random(V) < 0.9] = -np.inf             # fewer than k are left
+    temperature = rng.uniform(0.3, 2, S)
+    seed = rng.integers(0, 1 << 63, S)
+    position = rng.integers(0, 10 ** 6, S)
+    token, _ = sample(logits, temperature, k, p, seed, position)
+    for s in range(S):
+        assert_drawn(token[s], logits[s], temperature[s], k, p, seed[s], position[s])
+
+
+def test_sample_keeps_ties_together():
+    logits = np.full(1001, -3.0)
+    logits[[5, 600, 900, 1000]] = 2.0
+    logits[[0, 7]] = 1.0
+    seeds = np.arange(100)
+
+    def seen(**cut):
+        return set(sample(np.tile(logits, (100, 1)), 1.0, seed=seeds, **cut)[0].tolist())
+
+    assert seen(k=1) == seen(k=4) == seen(p=0.01) == {5, 600, 900, 1000}
+    assert seen(k=5) == seen(k=6) == {0, 5, 7, 600, 900, 1000}
+    zeros = np.full(1001, -9.0)
+    zeros[3] = 0.0
+    zeros[4] = -0.0                         # equal to 0.0, with other bits
+    assert set(sample(np.tile(zeros, (40, 1)), 1.0, k=1, seed=seeds[:40])[0].tolist()) == {3, 4}
+
+
+def test_sample_at_extreme_temperatures_and_logits():
+    rng = RNG(9)
+    logits = randn(rng, 12, 1001, scale=3)
+    logits[:, 77] = 40
+    logits[6:] *= bfloat16(1e30)
+    for temperature in 1e-4, 1e-30, 1e-45:
+        for cut in {}, {"k": 5, "p": 0.9}:
+            token, _ = sample(logits, temperature, seed=range(12), **cut)
+            assert (token == np.argmax(np.float64(logits), -1)).all()
+    hot, _ = sample(logits[:6], 1e30, k=0, seed=range(6))
+    assert len(set(hot.tolist())) > 3
+
+
+def test_sample_depends_on_seed_and_position_alone():
+    """The same bits for a request in every row of a batch, at every alignment, in any company."""
+    rng = RNG(10)
+    mine = randn(rng, 1001, scale=2)
+    S = 16
+    token, logprob = sample(np.tile(mine, (S, 1)), 0.8, k=400, p=0.95, seed=123, position=45)
+    assert len(set(token.tolist())) == 1 and len(set(logprob.tolist())) == 1
+    batch = randn(rng, S, 1001, scale=2)
+    seed = np.full(S, 9)
+    position = np.arange(S)
+    k = np.full(S, 3)
+    batch[11] = mine
+    seed[11] = 123
+    position[11] = 45
+    k[11] = 400
+    assert sample(batch, 0.8, k, 0.95, seed, position)[0][11] == token[0]
+    other, _ = sample(np.tile(mine, (S, 1)), 1.0, seed=5, position=range(S))
+    assert len(set(other.tolist())) > S // 2
+
+
+@pytest.mark.parametrize("by", ["seed", "position"])
+def test_sample_draws_the_distribution(by):
+    """Chi-square of 3,000 draws over about 20 kept tokens.
+
+    At 5 sigma, a right sampler fails for one set of numbers in a million.
+    """
+    rng = RNG(11)
+    n = 3000
+    logits = randn(rng, 1001, scale=2)
+    p = kept_twin(logits, 1.3, 25, np.float32(0.9))
+    token, _ = sample(np.tile(logits, (n, 1)), 1.3, 25, 0.9, **{by: np.arange(n)})
+    counts = np.bincount(token, minlength=1001)
+    kept = p > 0
+    assert not counts[~kept].any()
+    chi2 = ((counts - n * p)[kept] ** 2 / (n * p[kept])).sum()
+    freedom = kept.sum() - 1
+    assert abs(chi2 - freedom) < 5 * math.sqrt(2 * freedom), (chi2, freedom)
+
+
+def test_noise_is_exact_in_the_tail():
+    """100,000 tokens at exp(-25) share 1e-6 of the mass; noise of 24 bits gives them far more."""
+    tokens = np.arange(1, 100_001)
+    first = np.zeros(1, int)
+    wins = sum(noise_twin(seed, 0, tokens).max() - 25 > noise_twin(seed, 0, first)[0] for seed in range(500))
+    assert wins <= 1
+    uniform = np.exp(-np.exp(-noise_twin(3, 4, np.arange(1 << 17))))
+    counts = np.histogram(uniform, 64, (0, 1))[0]
+    assert ((counts - 2048.0) ** 2 / 2048).sum() < 63 + 5 * math.sqrt(126)
+
+
+def test_sample_large_vocabulary():
+    rng = RNG(12)
+    logits = randn(rng, 3, 128256, scale=3)
+    token, _ = sample(logits, [0.0, 0.7, 1.0], [0, 40, 0], [1.0, 1.0, 0.9], [1, 2, 3], [4, 5, 6])
+    assert token[0] == np.argmax(np.float64(logits[0]))
+    assert_drawn(token[1], logits[1], 0.7, 40, 1.0, seed=2, position=5)
+    assert_drawn(token[2], logits[2], 1.0, 0, 0.9, seed=3, position=6)
+
+
+def sanitizer_environment():
+    """The environment of a process whose kernels AddressSanitizer checks.
+
+    The sanitizer must be loaded before the process's first malloc. NumPy's arrays then have guarded
+    bytes around them too, and end exactly where their data end.
+    """
+    libraries = [subprocess.check_output(["g++", f"-print-file-name=lib{name}.so"], text=True).strip()
+                 for name in ("asan", "stdc++")]
+    return {"TINYVLLM_SANITIZE": "1", "LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
+
+
+@pytest.mark.parametrize("mode", ["shuffled", "sanitizer"])
+def test_kernels_again(mode):
+    """Every kernel equals its twin with threads in random order, and with every access checked."""
+    environment = {"SIMULATOR_SHUFFLE": "3"} if mode == "shuffled" else sanitizer_environment()
+    chosen = "gather_rows or test_rms_norm or rope_and_cache or attention_ragged or silu_mul or test_greedy"
+    chosen = f"({chosen}) and 144-4-1 or equals_its_twin and 0-0.9"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
+    run = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert int(re.search(r"(\d+) passed", run.stdout)[1]) >= 13, run.stdout
+
+
+# --------------------------------------------------------------------------------------------------
+# Simulator: it computes what a GPU computes, and finds the mistakes that it promises to find
+# --------------------------------------------------------------------------------------------------
+TEST_KERNELS = r"""
+EXPORT(THREADS, 256);
+
+// out [grid] = sums of the rows of x [grid, n]. Right only with the barrier.
+extern "C" __global__ __launch_bounds__(THREADS)
+void row_sum(float* out, const float* x, int n, int with_barrier) {
+    __shared__ float partial[THREADS / 32];
+    float sum = 0;
+    for (int i = threadIdx.x; i < n; i += THREADS) sum += x[blockIdx.x * n + i];
+    for (int bit = 16; bit; bit /= 2) sum += __shfl_xor_sync(~0u, sum, bit);
+    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = sum;
+    if (with_barrier) __syncthreads();
+    if (threadIdx.x < 32) {
+        sum = threadIdx.x < THREADS / 32 ? partial[threadIdx.x] : 0;
+        for (int bit = 16; bit; bit /= 2) sum += __shfl_xor_sync(~0u, sum, bit);
+        if (threadIdx.x == 0) out[blockIdx.x] = sum;
+    }
+}
+
+// out [32]: a shuffle of 8 bytes. votes [32]: whether lane 20 is in the lane's half of the warp.
+extern "C" __global__ __launch_bounds__(32) void warp(long long* out, int* votes) {
+    int lane = threadIdx.x;
+    long long x = 1000000000000ll + lane;
+    out[lane] = __shfl_xor_sync(~0u, x, 5);
+    votes[lane] = lane < 16 ? __any_sync(0xffff, lane == 20) : __any_sync(0xffff0000, lane == 20);
+}
+
+// out [256]: what each thread learned from two votes: 2 if a thread from `first` on was there,
+// plus 1 if a thread after 300 was.
+extern "C" __global__ __launch_bounds__(THREADS) void block_vote(int* out, int first) {
+    const int any = __syncthreads_or(threadIdx.x >= first);
+    out[threadIdx.x] = 2 * any + __syncthreads_or(threadIdx.x > 300);
+}
+
+// count [1] += the number of threads; turns [1] counts threads from 0 to 999, again and again;
+// total [1] += 0.5 a thread
+extern "C" __global__ __launch_bounds__(THREADS) void atomics(int* count, int* turns, float* total) {
+    atomicAdd(count, 1);
+    atomicInc((unsigned*)turns, 999u);
+    atomicAdd(total, 0.5f);
+}
+
+// d [16, 16] = a [16, 32] @ b [32, 16] + d, or a @ b.T + d with b [16, 32].
+// The fragments are laid out as in the PTX manual.
+template <bool TRANSPOSED> __device__ void multiply(float* d, const bf16* a, const bf16* b) {
+    constexpr int COLUMNS = TRANSPOSED ? 32 : 16;
+    alignas(16) __shared__ bf16 tile[512];
+    for (int i = threadIdx.x; i < 512; i += 32) tile[i] = b[i];
+    __syncwarp();
+    const int row = threadIdx.x / 4;
+    const int column = threadIdx.x % 4 * 2;
+    auto place = [=](int e) { return (row + e % 4 / 2 * 8) * 16 + e / 4 * 8 + column + e % 2; };
+    unsigned fa[2][1][4];
+    float fd[1][2][4];
+    for (int r = 0; r < 8; r++)
+        fa[r / 4][0][r % 4] = *(const unsigned*)(a + (row + r % 2 * 8) * 32 + column + r / 2 * 8);
+    for (int e = 0; e < 8; e++) fd[0][e / 4][e % 4] = d[place(e)];
+    auto fragments = [&](int step) -> auto& { return fa[step]; };
+    auto at = [=](int row, int part) { return tile + row * COLUMNS + part * 8; };
+    mma_shared<TRANSPOSED, COLUMNS / 8, 2>(fd, fragments, at);
+    for (int e = 0; e < 8; e++) d[place(e)] = fd[0][e / 4][e % 4];
+}
+extern "C" __global__ __launch_bounds__(32) void mma(float* d, const bf16* a, const bf16* b, int transposed) {
+    if (transposed) multiply<true>(d, a, b);
+    else multiply<false>(d, a, b);
+}
+
+// out [2, 128] = x [2, 128], one group of copies a row.
+// After the wait, `groups` groups may still be under way.
+extern "C" __global__ __launch_bounds__(32) void copy(float* out, const float* x, int groups) {
+    alignas(16) __shared__ float rows[2][128];
+    for (int r = 0; r < 2; r++)
+        for (int i = 0; i < 4; i++) rows[r][threadIdx.x * 4 + i] = -1;
+    for (int r = 0; r < 2; r++) {
+        cp_async_16(&rows[r][threadIdx.x * 4], x + r * 128 + threadIdx.x * 4);
+        cp_async_commit();
+    }
+    if (groups == 0) cp_async_wait<0>();
+    else cp_async_wait<1>();
+    __syncthreads();
+    for (int r = 0; r < 2; r++)
+        for (int i = threadIdx.x; i < 128; i += 32) out[r * 128 + i] = rows[r][(i + 32) % 128];
+}
+
+// out [1] = a shared variable, which nobody has written unless `write`
+extern "C" __global__ __launch_bounds__(32) void uninitialised(float* out, int write) {
+    __shared__ float x;
+    if (write) x = 1;
+    *out = x;
+}
+
+// out [grid]: 1 + the number of the thread block before; for the first block, 1 + `first`.
+// The number 0 means "not written yet": whoever reads it waits, and after first = -1 waits in vain.
+extern "C" __global__ __launch_bounds__(256) void relay(int* out, int first) {
+    if (threadIdx.x != 255) return;
+    int before = first;
+    while (blockIdx.x && !(before = __atomic_load_n(out + blockIdx.x - 1, __ATOMIC_RELAXED))) relax();
+    __atomic_store_n(out + blockIdx.x, before + 1, __ATOMIC_RELAXED);
+}
+
+// Some threads of the second thread block make the mistake number `which`.
+extern "C" __global__ __launch_bounds__(64) void mistakes(float* x, int which) {
+    __shared__ float shared[64];
+    bool mine = blockIdx.x == 1 && threadIdx.x >= 40;
+    if (which == 0 && mine) __shfl_xor_sync(~0u, 1.0f, 1);                       // LANES
+    if (which == 1 && mine) __syncthreads();                                     // BARRIER
+    if (which == 2 && mine) return;
+    if (which == 3 && mine) assert(x == nullptr);                                // ASSERT
+    if (which == 4 && mine) shared[threadIdx.x + 24] = 1;                        // SHARED
+    if (which == 5 && mine) x[threadIdx.x - 40 + 101] = 1;                       // GLOBAL
+    if (which == 6 && mine) x[0] = __shfl_xor_sync(0xff00u << 16, 1u, 11);       // SOURCE
+    __syncthreads();                                                             // END
+    if (which == 7 && blockIdx.x == 1 && threadIdx.x < 20) __syncwarp();         // EXITED
+    x[threadIdx.x] = shared[threadIdx.x % 40];
+}
+"""
+
+
+def line_of(mark):
+    return next(i for i, line in enumerate(TEST_KERNELS.splitlines(), 1) if f"// {mark}" in line)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("kernels") / "test.cu"
+    path.write_text(TEST_KERNELS)
+    return path
+
+
+@pytest.fixture(scope="module", params=["hand-written switch", "ucontext"])
+def kernels(request, path):
+    """TEST_KERNELS, with each of the simulator's ways to switch between the threads' stacks."""
+    defines = {"SIMULATOR_UCONTEXT": 1} if request.param == "ucontext" else {}
+    return compile_kernels(CpuDevice(), defines, paste(path))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("blocks, n", [(1, 1), (100, 4000)])        # the second spreads over all cores
+def test_sums(kernels, blocks, n, seed):
+    x = RNG(0).integers(-9, 9, (blocks, n)).astype(np.float32)
+    out = np.zeros(blocks, np.float32)
+    kernels.module.shuffle(seed)
+    kernels.row_sum((blocks,), out, x, n, 1)
+    kernels.module.shuffle(0)
+    assert (out == x.sum(1)).all()
+
+
+def test_shuffling_finds_a_missing_barrier_or_initialisation(kernels):
+    x = np.ones((1, 256), np.float32)
+    out = np.zeros(1, np.float32)
+    wrong = 0
+    for seed in range(1, 21):       # the same data each time: what the last launch left must not help
+        kernels.module.shuffle(seed)
+        kernels.row_sum((1,), out, x, 256, 0)
+        wrong += out[0] != 256
+    kernels.uninitialised((3,), out, 0)
+    kernels.module.shuffle(0)
+    assert wrong > 10 and np.isnan(out[0])
+
+
+def test_warp_shuffles_and_votes(kernels):
+    out = np.zeros(32, np.int64)
+    votes = np.zeros(32, np.int32)
+    kernels.warp((1,), out, votes)
+    lane = np.arange(32)
+    assert (out - 10 ** 12 == lane ^ 5).all()
+    assert (votes == (lane >= 16)).all()
+
+
+def test_block_votes(kernels):
+    for first in 0, 255, 256:
+        out = np.full(256, -1, np.int32)
+        kernels.block_vote((1,), out, first)
+        assert (out == 2 * (first < 256)).all()
+
+
+def test_atomics_across_cores(kernels):
+    count = np.zeros(1, np.int32)
+    turns = np.zeros(1, np.int32)
+    total = np.zeros(1, np.float32)
+    kernels.atomics((300,), count, turns, total)
+    assert (count[0], turns[0], total[0]) == (300 * 256, 300 * 256 % 1000, 300 * 128)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_mma_fragments(kernels, transposed):
+    rng = RNG(0)
+    a = randn(rng, 16, 32)
+    b = randn(rng, 16, 32) if transposed else randn(rng, 32, 16)
+    c = rng.standard_normal((16, 16)).astype(np.float32)
+    d = c.copy()
+    kernels.mma((1,), d, a, b, int(transposed))
+    b = b.astype(np.float64)
+    want = a.astype(np.float64) @ (b.T if transposed else b) + c
+    np.testing.assert_allclose(d, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("groups, arrived", [(0, [True, True]), (1, [True, False])])
+def test_cp_async_copies_at_the_wait(kernels, groups, arrived):
+    x = np.arange(256, dtype=np.float32).reshape(2, 128)
+    out = np.zeros((2, 128), np.float32)
+    kernels.copy((1,), out, x, groups)
+    assert (out == np.where(np.array(arrived)[:, None], np.roll(x, -32, 1), -1)).all()
+
+
+def test_blocks_that_wait_for_one_another(kernels):
+    out = np.zeros(2, np.int32)
+    kernels.relay((2,), out, 5)
+    assert out.tolist() == [6, 7]
+    with pytest.raises(LaunchError, match=r"block .1, 0, 0., .* waits in vain"):
+        kernels.relay((2,), np.zeros(2, np.int32), -1)
+
+
+@pytest.mark.parametrize("which, thread, mark, message", [
+    (0, 40, "LANES", "waits for lanes 0xffffffff, but 0x000000ff returned or are at a barrier"),
+    (1, 40, "BARRIER", f"__syncthreads() while others wait at the one in line {line_of('END')}"),
+    (3, 40, "ASSERT", "assertion failed: x == nullptr"),
+    (6, 40, "SOURCE", "reads lane 3, not in its mask 0xff000000"),
+    (7, 0, "EXITED", "waits for lanes 0xffffffff, but 0xfff00000 returned or are at a barrier"),
+])
+def test_mistakes_are_errors_and_do_not_hang(kernels, which, thread, mark, message):
+    x = np.zeros(101, np.float32)
+    with pytest.raises(LaunchError) as error:
+        kernels.mistakes((4,), x, which)
+    place = f"block (1, 0, 0), thread ({thread}, 0, 0), line {line_of(mark)}"
+    assert str(error.value) == f"kernel mistakes, {place}: {message}"
+    kernels.mistakes((4,), x, 2)    # a good launch follows: a thread that has returned misses no barrier
+
+
+@pytest.mark.parametrize("which, finding, mark", [
+    (99, "", ""), (4, "index 64 out of bounds", "SHARED"), (5, "heap-buffer-overflow", "GLOBAL")])
+def test_sanitizer(path, which, finding, mark):
+    code = f"""
+from pathlib import Path
+import numpy as np
+from device import CpuDevice, compile_kernels, paste
+kernels = compile_kernels(CpuDevice(), {{}}, paste(Path({str(path)!r})))
+kernels.mistakes((4,), np.zeros(101, np.float32), {which})"""
+    environment = os.environ | sanitizer_environment() | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (result.returncode == 0) == (finding == ""), result.stderr
+    assert finding in result.stderr, result.stderr
+    assert not mark or f"test.cu:{line_of(mark)}" in result.stderr, result.stderr

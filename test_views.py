@@ -1,0 +1,833 @@
+"""What can be seen of a run: the views, and the bench."""
+import contextlib
+import fcntl
+import itertools
+import json
+import math
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import termios
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import bench
+import tinyvllm
+import views
+from device import CpuDevice, compile_kernels
+from reference import PARROT, RNG, ROOT
+from test_tinyvllm import (DEVICE, ON_GPU, TEXTS, assert_refused, chats, recitation, run_main, run_process,
+                           start)
+from tinyvllm import (LLM, BlockAllocator, EngineArgs, Model, ModelConfig, RequestOutput, SamplingParams,
+                      Scheduler, Sequence, TinyVLLMError)
+
+
+# --------------------------------------------------------------------------------------------------
+# Bench
+# --------------------------------------------------------------------------------------------------
+def test_bench_floor_against_counting():
+    """The floor of a step, counted tensor by tensor and pair of query and key by pair."""
+    c = tinyvllm.SHAPES["llama-3.1-8b"]
+    matrices = 32 * (4096 * 4096 * 2 + 2 * 1024 * 4096 + 3 * 14336 * 4096)
+    head = 128256 * 4096
+    weights = 2 * (matrices + head + 4096)          # only the last norm keeps weights of its own
+    cache = 2 * 2 * 32 * 1024                       # of a token: K and V, 2 bytes, 32 layers, 8 heads of 128
+    slow_memory = {"bytes_per_second": 1.0, "operations_per_second": 1e30}
+    prefill, decode = bench.seconds_at_best(c, slow_memory, [(10, 3), (20, 2)])
+    assert prefill == weights and decode == 2 * weights + cache * (11 + 21 + 12)
+    slow_matrices = {"bytes_per_second": 1e30, "operations_per_second": 1.0}
+    prefill, decode = bench.seconds_at_best(c, slow_matrices, [(3, 2)])
+    pair = 2 * 2 * 32 * 32 * 128                    # q . k and p v, 32 layers, 32 heads of 128
+    norms = 2 * 4096                                # counted as a matrix by the floor: next to nothing
+    assert abs(prefill - (2 * (3 * matrices + head) + 6 * pair)) <= 3 * norms
+    assert abs(decode - (2 * (matrices + head) + 4 * pair)) <= norms
+
+
+def test_bench_rows():
+    """The mix is the load of nano-vllm's benchmark."""
+    rows = bench.bench_rows()
+    mix = rows["mix"].requests
+    assert len(mix) == 256 and [sum(column) for column in zip(*mix)] == [142_827, 133_966]
+    assert rows["mix-sampled"].requests == mix
+    assert rows["decode-64-4000"].requests == [(4000, 256)] * 64
+    assert rows["prefill-1-8192"].requests == [(8192, 1)]
+
+
+def test_stream_read():
+    """Each thread's exclusive or of what it reads: four words of two numbers a round."""
+    kernels = compile_kernels(DEVICE, {}, bench.STREAM_READ)
+    threads = 2 * kernels.READ_THREADS
+    x = RNG(0).integers(0, 2**64, (3, 4, threads, 2), np.uint64)
+    out = DEVICE.empty(threads, np.uint64)
+    kernels.stream_read((2,), out, DEVICE.to_device(x), 3)
+    assert np.array_equal(DEVICE.fetch(out)(), np.bitwise_xor.reduce(x, (0, 1, 3)))
+
+
+@pytest.mark.parametrize("arguments, parts", [
+    (["no-such-row"], ["no row no-such-row", "decode-1-128", "mix"]),
+    (["mix", "decode"], ["unrecognized arguments: decode", "--help"]),
+    (["mix", "--json", "no/such/figures.json"], ["--json", "no/such/figures.json", "No such file"]),
+    (["--device", "cpu", "mix"], ["the bench needs an NVIDIA GPU", "simulator"])])
+def test_bench_refuses(arguments, parts):
+    assert_refused(run_main(*arguments, program=bench), *parts)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="the bench needs a GPU")
+@pytest.mark.parametrize("row, unit", [
+    ("decode-1-640", "ms"), ("ablation-decode-8-no-fused-decode", "ms"), ("batch-8", "tokens/s"),
+    ("start", "s"), ("start-from-file", "s")])
+def test_bench_measures(tmp_path, row, unit):
+    """A row on Parrot: a line of the table, and the same figure in the file."""
+    file = tmp_path / "figures.json"
+    command = [sys.executable, ROOT / "bench.py", row, "--json", file]
+    command += ["--model", PARROT, "--load-format", "dummy"]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    figures = json.loads(file.read_text())["rows"]
+    [line] = [line for line in out.splitlines() if line.startswith(f"{row} ")]
+    value = figures[row]["value"]
+    digits = 0 if unit == "tokens/s" else 3
+    assert list(figures) == [row] and f"{value:,.{digits}f} {unit}" in line and value > 0
+
+
+@pytest.fixture
+def as_if_on_gpu(monkeypatch):
+    """The bench in the simulator, for its logic: the figures say nothing."""
+    card = {"name": "a card", "bytes_per_second": 1e9, "operations_per_second": 1e9}
+    monkeypatch.setattr(CpuDevice, "is_simulated", False)
+    monkeypatch.setattr(bench, "measure_card", lambda device: card)
+    monkeypatch.setattr(bench.measure_decode, "__defaults__", (3,))         # steps
+
+
+def run_bench(capsys, file, *arguments):
+    """(lines of the table, the figures in the file)"""
+    assert bench.main([*arguments, "--json", str(file)]) == 0
+    return capsys.readouterr().out.splitlines(), json.loads(file.read_text())["rows"]
+
+
+def ideas_off(engine):
+    """The ideas that the engine runs without."""
+    scheduler = engine.scheduler
+    off = {"cuda-graphs": engine.model.graph_sizes == (), "fused-decode": engine.model.decode_batch == 0,
+           "overlap": not engine.overlap, "chunked-prefill": not scheduler.chunked_prefill,
+           "prefix-caching": not scheduler.allocator.prefix_caching,
+           "continuous-batching": scheduler.static_batching}
+    assert list(off) == bench.IDEAS == list(bench.switches(engine))
+    return [idea for idea in off if off[idea]]
+
+
+def test_bench_ablation(monkeypatch, tmp_path, capsys, as_if_on_gpu):
+    """Each row runs twice with the row's ideas off, and afterwards all ideas are on.
+
+    In the simulator, on a small load.
+    """
+    rows = bench.bench_rows()
+    for row in rows.values():
+        if row.measure is bench.measure_ablation:
+            row.requests = [(20, 2), (21, 3), (20, 5)]
+            row.setup |= {"prefixes": 1, "shared": 18, "seqs": 2, "budget": 16, "whole": 64}
+        elif "off" in row.setup:
+            row.requests = [(3, 20)] * len(row.requests)
+    seen = []
+    submit = LLM.submit
+
+    def watched_submit(llm, prompts, params):
+        if not seen:
+            llm.engine.model.decode_batch = 8           # as on a GPU that runs decode.cu
+        off = ideas_off(llm.engine)
+        graphs = llm.engine.model.graphs
+        outputs = submit(llm, prompts, params)
+        seen.append((off, graphs, llm.engine.scheduler.max_num_batched_tokens, outputs, llm.engine))
+        return outputs
+
+    monkeypatch.setattr(LLM, "submit", watched_submit)
+    monkeypatch.setattr(Model, "decode", Model.forward)
+    monkeypatch.setattr(bench, "bench_rows", lambda: rows)
+    lines, figures = run_bench(capsys, tmp_path / "figures.json", "ablation", "--model", str(PARROT),
+                               "--max-num-batched-tokens", "64")
+    assert list(figures) == [name for name in rows if name.startswith("ablation-")] and len(figures) == 12
+    twice = [name for name in figures for _ in range(2)]
+    assert [off for off, *_ in seen] == [rows[name].setup["off"] for name in twice]
+    engine = seen[0][-1]
+    for name, (off, graphs, budget, outputs, _) in zip(twice, seen):
+        [line] = [line for line in lines if line.startswith(f"{name} ")]
+        assert figures[name]["value"] > 0 and (graphs is engine.model.graphs) != ("fused-decode" in off), name
+        if rows[name].measure is bench.measure_decode:
+            assert len(outputs) in (1, 8) and all(output.finish_reason == "abort" for output in outputs)
+            continue
+        assert budget == (64 if "chunked-prefill" in off else 16)
+        assert [len(output.token_ids) for output in outputs] == [2, 3, 5], name
+        assert (outputs[-1].num_cached_tokens == 16) != ("prefix-caching" in off)
+        assert outputs[0].num_cached_tokens == 0
+        latency = figures[name]["between_tokens_p99_ms"]
+        assert latency > 0 and f"p99 between tokens {latency:,.2f} ms" in line
+    assert ideas_off(engine) == []
+    assert (engine.scheduler.max_num_batched_tokens, engine.scheduler.max_num_seqs) == (64, 64)
+
+
+class Cuda:
+    """CuPy's events, as far as the bench uses them."""
+    class Event:
+        def record(self):
+            pass
+
+    get_elapsed_time = staticmethod(lambda before, after: 1.0)
+
+
+def test_bench_table(monkeypatch, tmp_path, capsys, as_if_on_gpu):
+    """A row of each kind, in the simulator, on small requests. Two rows need a larger engine."""
+    rows = bench.bench_rows()
+    refused = {"prefill-1-16384": "a context of 16385 is needed, this engine has 4096",
+               "long-prompt-stall-4096": "a --max-num-batched-tokens of 4096 is needed, this engine has 2048"}
+    measured = ["decode-4-128", "batch-8", "prefill-16-1024", "mix", "mix-sampled", "mix-small-pool",
+                "shared-prefix", "long-prompt-stall-512"]
+    rows = {name: row for name, row in rows.items() if name in refused or name in measured}
+    small = {"prompt": 40, "shared": 9, "pool": 0.6}
+    for name in measured:
+        row = rows[name]
+        row.requests = [(10, min(new, 14)) for _, new in row.requests[:3]]
+        row.setup |= {key: value for key, value in small.items() if key in row.setup}
+    monkeypatch.setattr(np, "cuda", Cuda, raising=False)
+    monkeypatch.setattr(bench, "bench_rows", lambda: rows)
+    lines, figures = run_bench(capsys, tmp_path / "figures.json", "--model", str(PARROT),
+                               "--max-num-batched-tokens", "2048")
+    assert list(figures) == measured
+    for name, row in rows.items():
+        [line] = [line for line in lines if line.startswith(f"{name} ")]
+        assert row.what in line
+        if name in refused:
+            assert f"not measured: {refused[name]}" in line
+        else:
+            value = figures[name]["value"]
+            digits = 0 if figures[name]["unit"] == "tokens/s" else 3
+            assert f" {value:,.{digits}f} {figures[name]['unit']}" in line and value > 0
+    assert sum("GPU busy" in line for line in lines) == 3
+    assert figures["mix-small-pool"]["preemptions"] > 0 == figures["mix"]["preemptions"]
+
+
+def test_bench_start_from_file(monkeypatch, tmp_path, capsys, as_if_on_gpu):
+    """A new process reads --load-format dummy's weights from a folder, if the disk has room."""
+    rows = {"start-from-file": bench.bench_rows()["start-from-file"]}
+    monkeypatch.setattr(bench, "bench_rows", lambda: rows)
+    file = tmp_path / "figures.json"
+    lines, figures = run_bench(capsys, file, "--model", str(PARROT), "--load-format", "dummy")
+    assert f"{figures['start-from-file']['value']:,.3f} s" in lines[-1]
+    lines, figures = run_bench(capsys, file, "--model", str(PARROT))
+    assert "not measured: row start reads weights from files" in lines[-1] and figures == {}
+
+    dummy = EngineArgs(str(PARROT), load_format="dummy")
+    bench.write_model(dummy, tmp_path)
+    written = load_file(tmp_path / "model.safetensors")
+    trained = load_file(PARROT / "model.safetensors")
+    assert {name: w.shape for name, w in written.items()} == {name: w.shape for name, w in trained.items()}
+    assert ModelConfig.from_folder(tmp_path) == ModelConfig.from_folder(PARROT)
+    params = SamplingParams(max_tokens=5, logprobs=0, ignore_eos=True)
+    [from_file] = LLM(tmp_path).generate([[1, 2, 3]], params)
+    [made] = LLM(PARROT, load_format="dummy").generate([[1, 2, 3]], params)
+    assert from_file.logprobs == made.logprobs
+
+    monkeypatch.setattr(bench.shutil, "disk_usage", lambda folder: type("usage", (), {"free": 10**6}))
+    with pytest.raises(TinyVLLMError, match=r"weights have 0.002 GB, .* 0.001 GB of free space: set TMPDIR"):
+        bench.write_model(dummy, tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------
+# Views
+# --------------------------------------------------------------------------------------------------
+QUESTIONS = ["What is RoPE?", "What is PagedAttention?", "What is a KV cache?", "Recite Basho's frog.",
+             "What is RMSNorm?", "Who are you?"]
+
+
+def pool_of(allocator):
+    """(reference count of each page, cached pages that nobody uses) as they are now."""
+    return list(allocator.ref_counts), {page for page in allocator.free if page in allocator.chains}
+
+
+def looked_inside(llm):
+    """looking_inside() with a recorder and no view."""
+    return views.looking_inside(llm, SimpleNamespace(watch=False, trace=None, stats=False))
+
+
+def watched_run(**options):
+    """(recorder, outputs, pool at each step's launch) of six requests.
+
+    Their pages do not fit into the pool together.
+    """
+    llm = LLM(PARROT, num_blocks=14, max_num_batched_tokens=40, **options)
+    pools = []
+
+    def told(event, what):
+        if event == "launch":
+            pools.append(pool_of(llm.engine.scheduler.allocator))
+
+    llm.engine.observers.append(SimpleNamespace(told=told))
+    system = {"role": "system", "content": "You are a helpful assistant."}
+    prompts = [llm.tokenizer.chat([system, {"role": "user", "content": question}]) for question in QUESTIONS]
+    with looked_inside(llm) as recorder:
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=36))
+    for question, output in zip(QUESTIONS, outputs):
+        assert recitation(question).startswith(output.text)
+    assert len(llm.engine.observers) == 1
+    return recorder, outputs, pools
+
+
+@pytest.fixture(scope="module")
+def watched():
+    return watched_run()
+
+
+def assert_accounts(recorder):
+    """A request's segments lie end to end, so the parts of its account add up to its time.
+
+    Every token is in exactly one step.
+    """
+    for request in recorder.requests:
+        o = request.output
+        segments = request.segments
+        ends = [o.arrival_time, *(s.end for s in segments)]
+        assert [s.begin for s in segments] == ends[:-1] and ends == sorted(ends)
+        assert min(o.account.values()) >= 0
+        assert math.isclose(sum(o.account.values()), ends[-1] - o.arrival_time, abs_tol=1e-9)
+        steps = [step for s in segments if s.count for step in range(s.first, s.last + 1)]
+        assert len(steps) == len(set(steps)) and sum(s.sampled for s in segments) == len(o.token_ids)
+        if o.finish_reason == "abort":
+            continue
+        assert all(s.count == s.sampled == s.last - s.first + 1 for s in segments if s.kind == "decode")
+        prefilled = sum(s.count for s in segments if s.kind == "prefill")
+        assert prefilled + o.num_cached_tokens == len(o.prompt_token_ids) or o.num_preemptions
+
+
+@pytest.mark.parametrize("overlap, simulated", [(True, True), (True, False), (False, True)])
+def test_views_account(watched, monkeypatch, overlap, simulated):
+    """All of a request's time is accounted for. Only a preempted request has a part "preempted"."""
+    if (overlap, simulated) != (True, True):
+        if not simulated:                       # as on a GPU: a step takes time after its launch
+            monkeypatch.setattr(CpuDevice, "is_simulated", False)
+        watched = watched_run(overlap=overlap)
+    recorder, outputs, _ = watched
+    assert_accounts(recorder)
+    assert [r.output for r in recorder.requests] == outputs
+    assert all(r.segments[-1].end == r.output.finish_time for r in recorder.requests)
+    assert [o.account["preempted"] > 0 for o in outputs] == [o.num_preemptions > 0 for o in outputs]
+    assert any(o.num_preemptions for o in outputs)
+    assert any(o.account["recomputed"] for o in outputs) and all(o.account["prefill"] for o in outputs)
+    # Unless simulated, views count the slow launch to the step before: nothing is stalled.
+    assert any(o.account["stalled"] for o in outputs) or not simulated
+
+
+def test_views_stalled():
+    """Decode steps of 1 s, and three of 5, 1 and 0.5 s beside others' prefill: 4 s of stall."""
+    sequence = SimpleNamespace(block_table=[], output=RequestOutput([1], arrival_time=10.0))
+    request = views.Request(1, sequence, 0)
+    request.wait(2, 11.0)
+    request.spend("prefill", 2, 2, 13.0, 0, 1)
+    request.spend("decode", 3, 8, 22.5, 1, 6)
+    request.alone = [1.0, 1.0, 1.0]
+    request.beside = [5.0, 1.0, 0.5]
+    assert request.account() == {"queued": 1, "prefill": 2, "decode": 5.5, "stalled": 4, "preempted": 0,
+                                 "recomputed": 0}
+
+
+def embedded(page):
+    """The data that an HTML page holds."""
+    return json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.S)[1])
+
+
+def replayed(data):
+    """[(block tables, reference counts, cached pages without users)] of each step, and of the end.
+
+    Computed from the changes of the block tables that a page holds.
+    """
+    states = []
+    tables = {}
+    cached = set()
+    changes = list(data["changes"])
+    for step in range(len(data["steps"]) + 1):
+        while changes and changes[0][0] <= step:
+            _, request, pages = changes.pop(0)
+            if isinstance(pages, int):      # given back: all pages but the last `pages + 1` stay cached
+                given_back = tables.pop(request)
+                cached = cached - set(given_back) | set(given_back[:-1 - pages])
+            else:
+                tables[request] = tables.get(request, []) + pages
+        counts = [sum(page in table for table in tables.values()) for page in range(data["num_blocks"])]
+        states.append((dict(tables), counts, {page for page in cached if not counts[page]}))
+    assert not changes
+    return states
+
+
+def assert_pools(data, pools):
+    """The changes of the block tables give each step's reference counts and cached pages."""
+    states = replayed(data)[:-1]
+    assert [(counts, kept) for _, counts, kept in states] == pools[data["first_step"]:]
+    for (_, counts, kept), step in zip(states, data["steps"]):
+        used = sum(count > 0 for count in counts)
+        shared = sum(count > 1 for count in counts)
+        assert step[4:] == [used, shared, len(kept)]
+
+
+def assert_pools_of_a_full_run(data, pools):
+    """Pages were shared, and all were in use at once. In the end all are given back."""
+    assert_pools(data, pools)
+    assert max(step[5] for step in data["steps"]) > 0
+    assert max(step[4] for step in data["steps"]) == data["num_blocks"]
+    assert replayed(data)[-1][0] == {}
+
+
+def test_views_pages(watched):
+    assert_pools_of_a_full_run(embedded(views.html_trace(watched[0])), watched[2])
+
+
+class RandomRun:
+    """Requests that often begin alike come, are preempted, end and are given up at random.
+
+    There is no model: every sampled token is 1. `tell` gets the events that an engine would tell.
+    """
+    NUM_BLOCKS = 20
+
+    def __init__(self, seed):
+        self.rng = RNG(seed)
+        self.scheduler = Scheduler(BlockAllocator(self.NUM_BLOCKS, 4), 24, 8)
+        self.pools = []         # pool_of the allocator, as each step was launched
+        device = SimpleNamespace(name="none", is_simulated=False, memory_bandwidth=None)
+        engine = SimpleNamespace(scheduler=self.scheduler, in_flight=[])
+        self.llm = SimpleNamespace(device=device, engine=engine)
+
+    def end(self, sequence, reason):
+        sequence.output.finish_reason = reason
+        sequence.output.finish_time = views.time.perf_counter()
+        self.scheduler.remove(sequence)
+
+    def come_or_go(self):
+        """Now and then a request arrives, or is given up while it runs or waits."""
+        running = self.scheduler.running
+        waiting = self.scheduler.waiting
+        if self.rng.random() < 0.3 and len(running) + len(waiting) < 12:
+            prompt = [1] * int(self.rng.integers(1, 30))
+            output = RequestOutput(prompt, arrival_time=views.time.perf_counter())
+            max_len = len(prompt) + int(self.rng.integers(1, 40))
+            waiting.append(Sequence(SamplingParams(), output, None, max_len))
+        elif self.rng.random() < 0.05 and running:
+            self.end(running[int(self.rng.integers(len(running)))], "abort")
+        elif self.rng.random() < 0.05 and waiting:
+            self.end(waiting[-1], "abort")
+
+    def step(self, tell):
+        """A step as the engine takes it."""
+        tell("schedule", None)
+        scheduled = self.scheduler.schedule()
+        if not scheduled:
+            return
+        tell("launch", scheduled)
+        self.pools.append(pool_of(self.scheduler.allocator))
+        for sequence, count in scheduled:
+            sequence.num_computed_tokens += count
+            self.scheduler.register_full_blocks(sequence)
+        for event in "launched", "wait", "read":
+            tell(event, None)
+        sampled = [sequence for sequence, _ in scheduled if sequence.remaining == 0]
+        for sequence in sampled:
+            sequence.token_ids.append(1)
+            sequence.output.token_ids.append(1)
+            if sequence.is_complete:
+                self.end(sequence, "length")
+        tell("done", sampled)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_views_random_events(seed):
+    """Accounts and pages are right, whatever happens to the requests."""
+    run = RandomRun(seed)
+    recorder = views.Recorder(run.llm)
+    for _ in range(400):
+        run.come_or_go()
+        run.step(recorder.told)
+    for sequence in [*run.scheduler.running, *run.scheduler.waiting]:
+        run.end(sequence, "abort")
+    recorder.close()
+    assert_accounts(recorder)
+    assert_pools_of_a_full_run(embedded(views.html_trace(recorder, max_requests=1000)), run.pools)
+    kinds = {s.kind for request in recorder.requests for s in request.segments}
+    assert {"queued", "prefill", "decode", "preempted", "recomputed"} == kinds
+
+
+def forgetting_run(monkeypatch, seed, keep, num_iterations, look):
+    """(recorder that keeps all, recorder that forgets, pool at each step's launch) of a RandomRun.
+
+    The clock counts events, so that both recorders see the same times. look(recorder that forgets,
+    pools so far) is called after each event.
+    """
+    clock = [0.0]
+    monkeypatch.setattr(views, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    run = RandomRun(seed)
+    whole = views.Recorder(run.llm)
+    recorder = views.Recorder(run.llm, keep)
+
+    def tell(event, what):
+        clock[0] += 1
+        whole.told(event, what)
+        recorder.told(event, what)
+        look(recorder, run.pools)
+
+    for _ in range(num_iterations):
+        run.come_or_go()
+        run.step(tell)
+    return whole, recorder, run.pools
+
+
+@pytest.mark.parametrize("keep, max_steps", [(0, 999), (1, 999), (7, 999), (7, 20), (9999, 9999)])
+def test_views_forgotten_requests(monkeypatch, keep, max_steps):
+    """A Recorder that forgets remembers the same facts as a Recorder that keeps all."""
+    monkeypatch.setattr(views, "MAX_STEPS", max_steps)
+    num_looks = itertools.count()
+
+    def look(recorder, pools):
+        are_launched = len(pools) == recorder.num_steps
+        if next(num_looks) % 23 == 0 and are_launched and keep < 100:
+            assert_pools(embedded(views.html_trace(recorder, max_requests=10**6)), pools)
+
+    whole, recorder, pools = forgetting_run(monkeypatch, 5, keep, 900, look)
+    ended = [request.number for request in whole.finished]
+    latest = ended[-keep:] if keep else []
+    running = [request.number for request in whole.live.values()]
+    assert running and [request.number for request in recorder.finished] == latest
+    whole.close()
+    recorder.close()
+    assert [request.number for request in recorder.requests] == sorted(latest + running)
+    assert not recorder.live
+    known = {request.number: request for request in whole.requests}
+    for request in recorder.requests:
+        assert request.account() == known[request.number].account() == request.output.account
+        assert request.segments == known[request.number].segments
+    lines = views.account_table(recorder.requests)
+    assert set(lines) <= set(views.account_table(whole.requests))
+    assert len(lines) == len(recorder.requests) + 8
+    assert_same_page(whole, recorder, pools, keep, max_steps)
+    assert_same_trace(whole, recorder, pools)
+
+
+def assert_same_page(whole, recorder, pools, keep, max_steps):
+    """The page of the remembered steps: numbers, segments, block tables and cached pages."""
+    data = embedded(views.html_trace(recorder, max_requests=10**6))
+    wanted = embedded(views.html_trace(whole, max_requests=10**6))
+    first = data["first_step"]
+    assert first == len(pools) - len(data["steps"]) and (first > 0) == (keep < 9999)
+    num_tokens = sum(len(request.output.token_ids) for request in whole.requests)
+    assert data["num_requests"] == len(whole.requests) and data["num_tokens"] == num_tokens
+    assert data["num_steps"] == len(pools)
+    assert data["steps"] == wanted["steps"][first:] and len(data["steps"]) <= max_steps
+    for request in data["requests"]:
+        all_segments = wanted["requests"][request["number"] - 1]["segments"]
+        shown = [(kind, start - first, last - first) for kind, start, last in all_segments]
+        shown = [[kind, max(start, 0), last] for kind, start, last in shown if last >= -1]
+        assert request["segments"] == shown
+    assert_pools(data, pools)
+    assert replayed(data) == replayed(wanted)[first:]
+
+
+def assert_same_trace(whole, recorder, pools):
+    """The Chrome trace of the remembered requests and steps."""
+    events = views.chrome_trace(recorder)["traceEvents"]
+    all_events = views.chrome_trace(whole)["traceEvents"]
+    numbers = {request.number for request in recorder.requests}
+    tracks = [event for event in events if event["pid"] == 2 and event["tid"]]
+    assert tracks == [event for event in all_events if event["pid"] == 2 and event["tid"] in numbers]
+    steps = {event["args"]["step"] for event in events if event["pid"] == 1 and event["ph"] == "X"}
+    assert set(range(len(pools) - len(recorder.steps), len(pools))) <= steps
+
+
+def num_remembered(recorder):
+    """Entries of all containers of a Recorder, and of its requests' containers."""
+    total = sum(len(value) for value in vars(recorder).values() if hasattr(value, "__len__"))
+    total += sum(len(pages) for pages in [*recorder.old_tables.values(), *recorder.users.values()])
+    total += sum(len(pages) for _, _, pages in recorder.changes if isinstance(pages, list))
+    for request in {*recorder.requests, *recorder.live.values(), *recorder.finished}:
+        total += len(request.segments) + len(request.alone) + len(request.beside)
+    return total
+
+
+@pytest.mark.parametrize("max_steps", [9999, 40])
+def test_views_memory_is_bounded(monkeypatch, max_steps):
+    """After thousands of requests, a Recorder that forgets holds no more than after some hundred.
+
+    The view on a terminal can be drawn at any time.
+    """
+    monkeypatch.setattr(views, "MAX_STEPS", max_steps)
+    sizes = []
+
+    def look(recorder, _):
+        sizes.append(num_remembered(recorder))
+        if len(sizes) % 500 == 0:
+            watch = views.Watch(recorder)
+            watch.history.append((0.0, 0, 0, 0))
+            watch.history.append((1.0, recorder.num_tokens, 0, 0))
+            head, _, _, note, *_ = watch.frame(100, 24)
+            assert f"step {recorder.num_steps} " in head and f"{recorder.num_tokens:.0f} tokens/s" in head
+            assert f"{recorder.num_requests - len(recorder.live)} done" in head
+            assert f"of {RandomRun.NUM_BLOCKS} pages in use" in note
+
+    whole, recorder, _ = forgetting_run(monkeypatch, 6, 10, 9_000, look)
+    assert recorder.num_requests > 2000 and len(whole.steps) > 8000
+    assert max(sizes) < 1.3 * max(sizes[:len(sizes) // 5])
+    assert num_remembered(whole) > 20 * max(sizes)
+
+
+def test_views_traces(watched):
+    """The Chrome trace is valid; a track ends when its request ends. The page holds the same."""
+    recorder, outputs, _ = watched
+    events = json.loads(json.dumps(views.chrome_trace(recorder)))["traceEvents"]
+    data = embedded(views.html_trace(recorder))
+    for event in events:
+        assert event["ph"] in "MXC" and event["ts"] >= 0 and event.get("dur", 0) >= 0
+        assert {"name", "pid", "tid", "args"} <= event.keys()
+    engine = [event for event in events if event["ph"] == "X" and event["pid"] == 1]
+    assert {event["name"] for event in engine} == {"schedule", "launch", "wait", "read"}
+    assert all(a["ts"] + a["dur"] <= b["ts"] + 1e-3 for a, b in itertools.pairwise(engine))
+    reads = [event["args"]["step"] for event in engine if event["name"] == "read"]
+    assert max(reads) >= data["num_steps"] - 2                  # the very last step may be a surplus
+    for number, (output, request) in enumerate(zip(outputs, data["requests"]), 1):
+        track = [event for event in events
+                 if event["ph"] == "X" and (event["pid"], event["tid"]) == (2, number)]
+        end = track[-1]["ts"] + track[-1]["dur"]
+        assert abs(track[0]["ts"] / 1e6 - (output.arrival_time - recorder.start)) < 1e-6
+        assert abs(end / 1e6 - (output.finish_time - recorder.start)) < 1e-6
+        assert sum(event["args"]["new_tokens"] for event in track) == len(output.token_ids) == request["new"]
+        assert output.text.startswith(request["text"])
+        assert request["segments"] == [
+            [event["name"], event["args"]["first_step"], event["args"]["last_step"]] for event in track]
+    for name, keys, columns in (("pages", ["used", "shared", "cached"], slice(4, 7)),
+                                ("tokens of the step", ["prefill", "decode"], slice(2, 4))):
+        counters = [[event["args"][key] for key in keys] for event in events if event["name"] == name]
+        assert counters[:-1] == [step[columns] for step in data["steps"]] and sum(counters[-1][:2]) == 0
+    for _, _, prefill, decode, used, _, cached in data["steps"]:
+        assert decode + prefill <= data["budget"] and used + cached <= data["num_blocks"]
+
+
+def test_views_page_of_a_long_run_is_cut(watched):
+    """The page holds the first steps and requests, and says of how many.
+
+    A text cannot end the script that holds the text.
+    """
+    recorder = watched[0]
+    whole = embedded(views.html_trace(recorder))
+    output = recorder.requests[0].output
+    text = output.text
+    output.text = "</script><b>"
+    data = embedded(views.html_trace(recorder, max_steps=50, max_requests=3))
+    output.text = text
+    assert data["requests"][0]["text"] == "</script><b>"
+    assert data["steps"] == whole["steps"][:50] and data["num_steps"] == len(whole["steps"])
+    assert len(data["requests"]) == 3
+    assert all(last < 50 for request in data["requests"] for _, _, last in request["segments"])
+    assert data["changes"] == [change for change in whole["changes"] if change[0] <= 50 and change[1] <= 3]
+
+
+def in_browser(file, step, folder):
+    """The page as a browser shows it, at the step that the address names."""
+    command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}",
+               "--enable-logging=stderr", "--virtual-time-budget=2000", "--dump-dom", f"file://{file}#{step}"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert "CONSOLE" not in result.stderr and "Uncaught" not in result.stderr
+    return result.stdout
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="there is no chromium")
+@pytest.mark.parametrize("step", [30, None])
+def test_views_page_in_a_browser(watched, tmp_path, step):
+    """The page loads without an error, with no steps too, and shows the pool of its step."""
+    recorder = watched[0] if step else views.Recorder(LLM(PARROT, num_blocks=14))
+    (tmp_path / "run.html").write_text(views.html_trace(recorder), "utf-8")
+    page = in_browser(tmp_path / "run.html", step, tmp_path)
+    pool = page[page.index('id="map"'):page.index("Block tables")]
+    counts = [int(count) for count in re.findall(r"reference count (\d+)", pool)]
+    if not step:
+        assert counts == [0] * 14 and "0 requests" in page
+        return
+    data = embedded(page)
+    _, _, prefill, decode, _, shared, cached = data["steps"][step]
+    assert counts == watched[2][step][0]
+    assert pool.count('class="page cached"') == cached and pool.count('class="page shared"') == shared
+    assert f"Step {step + 1} of {len(data['steps'])}: {decode} decode + {prefill} prefill tokens" in page
+    table = page[page.index('id="tables"'):page.index('<script id="data"')]
+    named = re.findall(r"request \d+: (?:decode|prefill|has ended)", table)
+    assert len(re.findall(r"<i ", table)) == sum(counts)
+    assert table.count('class="table"') == len(named) > 2
+    assert page.count('class="preempted"') > 1
+    assert page[page.index('id="time"'):].count('class="decode"') >= 6
+
+
+# --------------------------------------------------------------------------------------------------
+# A terminal
+# --------------------------------------------------------------------------------------------------
+def on_terminal(columns, lines, *args, act=None):
+    """(exit code, text) that the command line sends to a terminal of this size.
+
+    act(process, resize) is called once, when the run is under way. Always in the simulator: a GPU is
+    done before the second picture.
+    """
+    master, slave = pty.openpty()
+
+    def resize(columns, lines):
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+
+    resize(columns, lines)
+    command = [sys.executable, ROOT / "tinyvllm.py", "--model", PARROT, "--device", "cpu", *args]
+    process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave,
+                               env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    sent = b""
+    with contextlib.suppress(OSError):      # a terminal's end of file: its other end is closed, reading fails
+        while True:
+            if act and b"tokens/s" in sent:
+                act(process, resize)
+                act = None
+            if process.poll() is not None and slave:
+                os.close(slave)
+                slave = None
+            readable, _, _ = select.select([master], [], [], 0.1)
+            if readable:
+                sent += os.read(master, 65536)
+    os.close(master)
+    return process.wait(), sent.decode().replace("\r\n", "\n")
+
+
+def plain(text):
+    """The text without the codes that move the cursor and set colours."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+
+
+ENTER = "\x1b[?1049h"
+LEAVE = "\x1b[?7h\x1b[?25h\x1b[?1049l"
+POOL = ["--num-blocks", "12", "--max-num-batched-tokens", "40"]
+
+
+def test_views_watch():
+    """--watch draws pages, requests and steps, no line too long, and leaves.
+
+    Then the terminal holds the answers and nothing else.
+    """
+    code, sent = on_terminal(80, 24, "--watch", *POOL, *QUESTIONS[:3], "")
+    before, view = sent.split(ENTER)
+    view, after = view.split(LEAVE)
+    errors = [line for line in after.splitlines() if line.startswith("tinyvllm: ")]
+    assert code == 2 and "\x1b" not in before + after
+    assert errors == ["tinyvllm: '': the prompt is empty: expected some text"]      # said after the view
+    assert all(f"> {question}\n{recitation(question)}\n" in after for question in QUESTIONS[:3])
+    frames = [plain(frame).splitlines() for frame in view.split("\x1b[H")[1:]]
+    assert len(frames) > 5
+    assert all(len(frame) <= 24 and max(len(line) for line in frame) <= 80 for frame in frames)
+    text = "\n".join("\n".join(frame) for frame in frames)
+    for part in ("of 40 tokens", "of 12 pages in use", "A decode", "C preempted", "prefill",
+                 "2 running, 1 waiting, 0 done", "tokens/s", "A B "):
+        assert part in text, part
+    cells = next(line for line in frames[-1] if re.fullmatch(r"([A-C1-9+.] ){12}", line))
+    assert f"{sum(c.isalpha() for c in cells)} of 12 pages in use" in "\n".join(frames[-1])
+
+
+def interrupt(process, resize):
+    process.send_signal(signal.SIGINT)
+
+
+def make_small(process, resize):
+    resize(59, 24)
+
+
+@pytest.mark.parametrize("lines, act, size", [
+    (15, None, "80 columns and 15 lines"), (24, make_small, "59 columns and 24 lines"), (24, interrupt, "")],
+    ids=["too small", "becomes too small", "Ctrl-C"])
+def test_views_watch_ends_early(lines, act, size):
+    """Too small a terminal gets one line and the answer. Ctrl-C leaves a restored terminal."""
+    code, sent = on_terminal(80, lines, "--watch", QUESTIONS[0], act=act)
+    view, _, after = sent.rpartition(LEAVE)
+    assert "\x1b" not in after and "Traceback" not in sent and code == (130 if act == interrupt else 0)
+    if size:
+        [line] = [line for line in after.splitlines() if "--watch" in line]
+        assert line == f"tiny-vLLM: --watch is off: the terminal has {size}, 60 and 16 are needed"
+        assert recitation(QUESTIONS[0]) in after
+    assert (view == "") == (lines == 15)
+
+
+def test_views_watch_wants_a_terminal():
+    code, out, err = run_process("--watch", QUESTIONS[3])
+    assert (code, out) == (0, recitation(QUESTIONS[3]) + "\n")
+    assert err.count("--watch is off: stderr is no terminal\n") == 1 and "\x1b" not in err
+
+
+def test_views_watch_many_pages_and_a_wild_text():
+    """Several pages share a cell. Control characters stay out, and a wide text has its width."""
+    recorder = views.Recorder(LLM(PARROT, num_blocks=5000))
+    recorder.users = {77: [3], 4999: [1, 2]}
+    recorder.shared = {4999}
+    recorder.kept = {78, 200}
+    note, *lines = views.Watch(recorder).grid(100, 7)
+    assert note == "2 of 5000 pages in use, 1 shared, 2 cached; 8 pages a cell" and len(lines) == 7
+    cells = plain("".join(lines))
+    assert len(cells) == 625 and cells[9] == "C" and cells[25] == "+" and cells[-1] == "2"
+    assert cells.count(".") == 622
+    assert views.tail("ab\x1b[2Jc\n", 4) == "2Jc " and views.tail("古池や", 5) == "池や"
+
+
+@pytest.mark.parametrize("name", ["run.json", "run.html"])
+def test_views_interrupted_run(tmp_path, name):
+    """After Ctrl-C the file is there and valid. The request's track ends with the run."""
+    process = start("--trace", str(tmp_path / name), "--stats", "Recite The Raven.")
+    process.stdout.read1(100)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    text = (tmp_path / name).read_text("utf-8")
+    assert process.returncode == 130 and "Traceback" not in err.decode() and "decode" in err.decode()
+    if name == "run.json":
+        names = {event["name"] for event in json.loads(text)["traceEvents"]}
+        assert {"prefill", "decode", "launch", "read"} <= names
+    else:
+        [request] = embedded(text)["requests"]
+        assert [kind for kind, _, _ in request["segments"]] == ["queued", "prefill", "decode"]
+
+
+def test_views_given_up_requests():
+    """The time of a request that is given up is accounted for, even if the request never ran."""
+    llm = LLM(PARROT)
+    with looked_inside(llm) as recorder:
+        outputs = llm.submit(chats(llm, TEXTS[:2]))
+        llm.engine.step()
+        llm.engine.step()
+        llm.abort(outputs)
+        late = llm.submit(chats(llm, TEXTS[2:3]))
+        for _ in llm.run(late):
+            break
+    assert_accounts(recorder)
+    assert [r.output.finish_reason for r in recorder.requests] == ["abort"] * 3
+    assert not recorder.live and not any(recorder.users.values())
+
+
+def test_views_stats():
+    """The parts of a request add up to its wall time; the tokens agree with the last line."""
+    code, _, err = run_process("--stats", "--num-blocks", "9", "--max-tokens", "40", *QUESTIONS[:3])
+    lines = err.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.split()[:3] == ["request", "queued", "prefill"])
+    rows = [[float(cell) for cell in line.split()] for line in lines[head + 1:head + 4]]
+    assert code == 0 and [row[0] for row in rows] == [1, 2, 3]
+    assert all(abs(sum(row[1:7]) - row[7]) < 0.005 for row in rows) and rows[2][5] > 0
+    prompt, cached, new = (int(sum(column)) for column in list(zip(*rows))[8:11])
+    assert f"{prompt} prompt tokens ({cached} cached), {new} new" in lines[-1]
+    assert [line.split(":")[0].strip() for line in lines[head + 4:-1]] == list(views.PARTS)
+
+
+@pytest.mark.parametrize("path, parts", [
+    ("trace.txt", ["trace.txt", ".json or .html"]), ("none/trace.json", ["none/trace.json", "No such file"]),
+    (".html", [".html", "Is a directory"])])
+def test_views_refuse_a_bad_path(tmp_path, monkeypatch, path, parts):
+    """The path is refused before the model is loaded, and the check leaves no file."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".html").mkdir()
+    assert_refused(run_main("--model", tmp_path, "--trace", path, "Hi"), "--trace", *parts)
+    tinyvllm.check_writable("--trace", "new.json")
+    assert [file.name for file in tmp_path.iterdir()] == [".html"]
