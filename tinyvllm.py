@@ -1412,7 +1412,7 @@ class Engine:
             if sequence.output.finish_reason:
                 continue
             if math.isnan(logprobs[row]):
-                self.end(sequence, "error", "the model's logits are no numbers (NaN or infinity): check the weights")
+                self.end(sequence, "error", "the model's logits are NaN or infinite: check the weights")
                 continue
             count = sequence.params.logprobs
             if count is not None:
@@ -1604,7 +1604,8 @@ class LLM:
         refused prompt gets an output with finish_reason "error" and the reason in `error`, and the
         rest run. A refused prompt alone raises the error."""
         check("prompts", prompts, is_sequence, "a text, a list of token ids, or a list of several")
-        is_alone = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer)))
+        is_text = isinstance(prompts, str)
+        is_alone = is_text or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer)))
         outputs = []
         try:
             outputs = self.submit([prompts] if is_alone else prompts, sampling_params)
@@ -1666,10 +1667,10 @@ class LLM:
     def check_length(self, text):
         """Raises TinyVLLMError for a text longer than all prompts that fit: nobody waits for its
         tokens."""
-        most = self.max_model_len * self.tokenizer.longest_token
-        if len(text) > most:
-            raise TinyVLLMError(f"the prompt: expected at most {most} characters, {self.max_model_len} tokens of "
-                                f"{self.tokenizer.longest_token}, got {len(text)} characters (see max_model_len)")
+        longest = self.tokenizer.longest_token
+        if len(text) > self.max_model_len * longest:
+            raise TinyVLLMError(f"the prompt: expected {self.max_model_len} tokens or less, of {longest} "
+                                f"characters or less, got {len(text)} characters (see max_model_len)")
 
     def encode_prompt(self, prompt):
         """The token ids of a prompt. Raises TinyVLLMError for an unanswerable prompt."""
@@ -1693,7 +1694,8 @@ class LLM:
             are_known = False
         if not are_known:
             wrong = next(i for i in ids if not (isinstance(i, (int, np.integer)) and 0 <= i < vocab_size))
-            raise TinyVLLMError(f"the prompt: expected token ids from 0 to {vocab_size - 1}, got {wrong!r:.60}")
+            raise TinyVLLMError(f"the prompt: expected token ids from 0 to {vocab_size - 1}, got "
+                                f"{wrong!r:.60}")
         return ids
 
     def run(self, outputs):

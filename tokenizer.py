@@ -59,6 +59,7 @@ class Tokenizer:
         self._added_text = {i: "" if token.special else token.content for i, token in added_tokens.items()}
         vocabulary = self._hf.get_vocab(with_added_tokens=True)
         self.vocab_size = 1 + max(vocabulary.values())  # the embedding may have more rows
+        self.longest_token = max(map(len, vocabulary))  # characters
         decoder = json.loads(self._hf.decoder.__getstate__()) if self._hf.decoder else {"type": "none"}
         steps = {step["type"]: step for step in decoder.get("decoders", [decoder])}
         if not {"ByteLevel", "Metaspace", "ByteFallback"} & set(steps):
@@ -185,7 +186,12 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._drop_space = tokenizer.drops_first_space
+        self.reset()
+
+    def reset(self):
+        """Begins a new text."""
+        self._utf8.reset()
+        self._drop_space = self._tokenizer.drops_first_space
 
     def push(self, token_id: int) -> str:
         """The text that this token makes certain; often "" within an emoji."""
