@@ -181,6 +181,9 @@ static thread_local Block* block;   // of this core
 static char last_error[500];        // the first error of the launch that failed last
 static uint64_t shuffle_seed = atoll(getenv("SIMULATOR_SHUFFLE") ?: "0");    // 0: threads run in order
 
+inline uint64_t next_random() { return block->random = block->random * 6364136223846793005 + 1; }
+inline bool happens_to_be_late() { return shuffle_seed && next_random() >> 61 == 0; }    // one time in eight
+
 // Lets other threads run, until one of them makes the running thread runnable again.
 inline void suspend(bool for_good = false) {
     block->warp().runnable &= ~block->bit();
@@ -221,10 +224,7 @@ inline void run_warp(Block& b, Block::Warp& warp) {
 
 // Called when no thread can run: lets waiting threads go on. False if all threads have returned.
 inline bool open_barrier(Block& b) {
-    if (shuffle_seed) {
-        b.random = b.random * 6364136223846793005 + 1;
-        b.order = b.random >> 54;    // 10 bits
-    }
+    if (shuffle_seed) b.order = next_random() >> 54;    // 10 bits
     // First, threads that wait in relax(): another thread block may have written the awaited word.
     unsigned live = 0;
     for (auto& warp : b.warps) live |= warp.runnable = std::exchange(warp.relaxing, 0);
@@ -493,7 +493,10 @@ inline void mbarrier_expect(u64* b, int bytes) { mbarrier_arrive(b, 1, bytes); }
 inline bool mbarrier_passed(u64* b, unsigned parity) {
     return reinterpret_cast<Mbarrier*>(b)->phase != parity;
 }
-inline bool mbarrier_passed_soon(u64* b, unsigned parity) { return mbarrier_passed(b, parity); }
+// When shuffled, a thread is late at times: it looks again when all others have gone as far as they can.
+inline bool mbarrier_passed_soon(u64* b, unsigned parity) {
+    return !simulator::happens_to_be_late() && mbarrier_passed(b, parity);
+}
 inline void bulk_copy(void* shared, const void* global, int bytes, u64* b, SIMULATOR_LINE) {
     if ((uintptr_t(shared) | uintptr_t(global) | bytes) % 16)
         simulator::fail(line, "bulk copies go by 16 bytes");
