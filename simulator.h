@@ -405,14 +405,26 @@ inline void mma_m16n8k16_bf16(
         float* d, const unsigned (&a)[4], const unsigned* b, const float*, SIMULATOR_LINE) {
     struct { float* d; const unsigned *a, *b; } mine = {d, a, b};    // c is d
     simulator::collective(~0u, mine, line, [](int lane, auto of_lane) {
-        for (int i = 0; i < 64; i++) {
-            int e = i / 16;
-            int k = i % 16;
-            int owner = k % 8 / 2;    // t of the lanes that have column k of A and row k of B
-            float x = simulator::half(of_lane(lane / 4 * 4 + owner).a[e / 2 + k / 8 * 2], k);
-            float y = simulator::half(of_lane((lane % 4 * 2 + e % 2) * 4 + owner).b[k / 8], k);
-            of_lane(lane).d[e] += x * y;
+        if (lane) return 0;
+        float x[16][16];
+        float y[16][8];
+        float z[16][8];
+        for (int l = 0; l < 32; l++) {    // fragments to matrices, as in ptx.h
+            auto& mine = of_lane(l);
+            int g = l / 4;
+            int t = l % 4;
+            for (int i = 0; i < 8; i++)
+                x[g + i / 2 % 2 * 8][2 * t + i / 4 * 8 + i % 2] = simulator::half(mine.a[i / 2], i);
+            for (int i = 0; i < 4; i++) {
+                y[2 * t + i / 2 * 8 + i % 2][g] = simulator::half(mine.b[i / 2], i);
+                z[g + i / 2 * 8][2 * t + i % 2] = mine.d[i];
+            }
         }
+        for (int row = 0; row < 16; row++)
+            for (int k = 0; k < 16; k++)
+                for (int n = 0; n < 8; n++) z[row][n] += x[row][k] * y[k][n];
+        for (int l = 0; l < 32; l++)
+            for (int i = 0; i < 4; i++) of_lane(l).d[i] = z[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2];
         return 0;
     });
 }
