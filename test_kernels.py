@@ -626,8 +626,8 @@ def decode_config(number):
     heads = int(rng.choice([512, 1024, 1536])) // h
     group = int(rng.choice([G for G in range(1, 9) if heads % G == 0]))
     return ModelConfig(
-        hidden_size=hidden_size, intermediate_size=int(rng.choice(ffn_sizes)), num_hidden_layers=1 + number % 2,
-        num_attention_heads=heads, num_key_value_heads=heads // group, head_dim=h, vocab_size=64,
+        hidden_size=hidden_size, intermediate_size=int(rng.choice(ffn_sizes)), num_attention_heads=heads,
+        num_key_value_heads=heads // group, head_dim=h, num_hidden_layers=1 + number % 2, vocab_size=64,
         max_position_embeddings=1024, rms_norm_eps=1e-5, rope_theta=1e4, rope_scaling=None,
         tie_word_embeddings=True, eos_token_ids=frozenset()), block_size
 
