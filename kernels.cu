@@ -923,7 +923,8 @@ __device__ inline Softmax softmax_of(const bf16* row) {
             sum = sum * exp2_approx(LOG2_E * (highest - logit)) + 1;
             highest = logit;
             at = t;
-        } else if (logit != -INF) {    // (-inf - -inf would be NaN.) A NaN, or a second +inf, makes the sum NaN
+        } else if (logit != -INF) {    // -inf - -inf would be NaN
+            // Here a NaN, or a second +inf, makes the sum NaN.
             sum += exp2_approx(LOG2_E * (logit - highest));
         }
     });
