@@ -309,7 +309,7 @@ class CpuDevice:
     def __init__(self):
         if not simulator.find_compiler():
             raise TinyVLLMError("expected an NVIDIA GPU or a C++ compiler, found none: install g++ (apt "
-                                "install g++), or run where there is a GPU")
+                                "install g++), check $CXX if it is set, or run where there is a GPU")
         self.xp = np
         self.name = f"simulated GPU on {os.cpu_count()} CPU cores"
         self.multiprocessors = 1 if simulator.is_sanitizing() else 2        # thread blocks that run at once
@@ -363,6 +363,8 @@ class CpuDevice:
 
 def open_device(name="auto"):
     """name: "cuda", "cpu", or "auto": a GPU if there is one."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise TinyVLLMError(f"device: expected auto, cpu or cuda, got {name!r:.60}")
     if name == "cpu":
         return CpuDevice()
     try:

@@ -25,8 +25,15 @@ bfloat16. A matrix is stored as [out, in], so a product is x @ w.T.
 Sections: Config and weights, Pages, Sequences and scheduler, Forward pass, Memory, Engine, API,
 Command line. device.py compiles and starts kernels, on a GPU or in a simulator.
 """
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C during the imports: no traceback
+
 import argparse
+import atexit
 import contextlib
+import errno
 import gc
 import itertools
 import json
@@ -51,7 +58,7 @@ try:
     import views
     from device import (BFLOAT16, DECODE_KERNEL, FOLDER, KERNELS, MAX_GRID_YZ, TinyVLLMError, compile_kernels,
                         first_line, open_device, paste)
-    from tokenizer import StreamDecoder, Tokenizer, TokenizerError
+    from tokenizer import StreamDecoder, Tokenizer, TokenizerError, check_regular
 except ModuleNotFoundError as error:
     if Path(sys.argv[0]).resolve().parent != Path(__file__).resolve().parent:   # no program of this folder
         raise
@@ -63,15 +70,29 @@ __version__ = "0.1.0"
 
 def check(name, value, is_good, expected):
     """Returns the value. Raises TinyVLLMError if is_good(value) is false or the type wrong."""
-    with contextlib.suppress(TypeError, AttributeError):
+    with contextlib.suppress(TypeError, AttributeError, ValueError, OverflowError):
         if is_good(value):
             return value
-    raise TinyVLLMError(f"{name}: expected {expected}, got {value!r:.60}")
+    raise TinyVLLMError(f"{name}: expected {expected}, got {shown(value)}")
+
+
+def shown(value):
+    """A value in the text of an error: one line of 60 characters at most."""
+    try:
+        return first_line(repr(value))[:60]
+    except ValueError:                      # an int of more digits than Python prints
+        return f"a {type(value).__name__}"
 
 
 def is_int(value, least=1, most=math.inf):
     """Whether the value is a whole number from `least` to `most`."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and least <= value <= most
+
+
+def is_number(value, least, most):
+    """Whether the value is a number from `least` to `most`."""
+    is_real = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    return is_real and least <= float(value) <= most
 
 
 def is_sequence(value):
@@ -113,6 +134,7 @@ def find_model(name=None, load_format="auto"):
               f"{HUB_MODEL} (2.5 GB; accept its license on huggingface.co and run `hf auth login` first)",
               file=sys.stderr)
         return FOLDER / "parrot"
+    name = str(name)
     folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         return folder
@@ -137,17 +159,20 @@ def download(repo, local_files_only=False):
         if local_files_only:
             return None
         what = advice.get(type(error), "check the network, or give the folder of a model that is here")
+        if isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC):     # the disk's
+            what = "set HF_HOME to a folder with room that you may write"
         raise TinyVLLMError(f"cannot download {repo} ({first_line(error):.120}): {what}") from None
 
 
 def read_json(path):
     """The dict in a JSON file."""
     try:
+        check_regular(path)
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise TinyVLLMError(f"no {path.name} in {path.parent}: expected a model folder, with config.json, "
                             "tokenizer.json and *.safetensors") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TinyVLLMError(f"cannot read {path} ({error}): expected valid JSON, in a file that you may "
                             "read") from None
     return check(path, value, lambda value: isinstance(value, dict), "a JSON object (download it again)")
@@ -157,7 +182,7 @@ def positive(settings, name, file, kind=int):
     """settings[name]. Raises TinyVLLMError unless it is an int, or kind=float a number, above 0."""
     expected = "a whole number above 0" if kind is int else "a number above 0"
     return check(f"{file}: {name}", settings.get(name),
-                 lambda value: type(value) in (int, kind) and 0 < value < math.inf, expected)
+                 lambda value: type(value) in (int, kind) and 0 < float(value) < 2**63, expected)
 
 
 # Fields of config.json and the values supported by this engine. None: the field is absent.
@@ -326,18 +351,20 @@ class Checkpoint:
         if index.exists():
             weight_map = read_json(index).get("weight_map")
         check(f"{index}: weight_map", weight_map,
-              lambda files: all(isinstance(name, str) for name in files.values()), "a dict {tensor: file}")
+              lambda files: all(name and Path(name).name == name for name in files.values()),
+              "a dict {tensor: file}, of files in the index's own folder")
         for name in sorted(set(weight_map.values())):
             try:
                 self.open(folder / name)
             except FileNotFoundError:
                 raise TinyVLLMError(f"no {name} in {folder}: download the model's *.safetensors") from None
-            except (SafetensorError, OSError) as error:
+            except (SafetensorError, OSError, ValueError, LookupError, TypeError, RecursionError) as error:
                 raise TinyVLLMError(f"{folder / name} is no valid safetensors file ({error}): download it "
                                     "again") from None
 
     def open(self, path):
         """Validates and maps a file, and finds its tensors."""
+        check_regular(path)
         with safe_open(path, framework="numpy"):    # raises for overlaps, holes and wrong sizes
             pass
         data = np.memmap(path, np.uint8, "r")
@@ -346,6 +373,8 @@ class Checkpoint:
         header.pop("__metadata__", None)
         numbers = data[header_end:]
         for name, tensor in header.items():
+            if name in self.tensors:
+                raise TinyVLLMError(f"{self.folder}: expected each tensor in one file, found {name} in two")
             begin, end = tensor["data_offsets"]
             self.tensors[name] = Tensor(tensor["dtype"], tuple(tensor["shape"]), numbers[begin:end])
 
@@ -537,6 +566,9 @@ class BlockAllocator:
 # The next token can be sampled once nothing remains. Before a step, one token remains in decode,
 # more in prefill (after arrival or preemption). Nothing else tells decode from prefill.
 # ==================================================================================================
+MAX_FLOAT32 = float(np.finfo(np.float32).max)
+
+
 @dataclass
 class SamplingParams:
     """How to choose tokens and when to stop, named as in vLLM. Nonsense raises TinyVLLMError."""
@@ -552,9 +584,10 @@ class SamplingParams:
     def __post_init__(self):
         def want(name, is_good, expected):
             check(name, getattr(self, name), is_good, expected)
-        want("temperature", lambda t: 0 <= t <= np.finfo(np.float32).max, "0 (greedy) or more")
+        want("temperature", lambda t: is_number(t, 0, MAX_FLOAT32),
+             f"0 (greedy) or more, up to {MAX_FLOAT32:.1e}")
         want("top_k", lambda k: is_int(k, -1), "a whole number of 1 or more, or 0 for all")
-        want("top_p", lambda p: 0 < p <= 1, "more than 0 and at most 1")
+        want("top_p", lambda p: is_number(p, 0, 1) and p > 0, "more than 0 and at most 1")
         want("seed", lambda seed: seed is None or is_int(seed, 0, 2**64 - 1),
              "a whole number from 0 to 2^64 - 1")
         want("max_tokens", lambda n: n is None or is_int(n), "a whole number of 1 or more")
@@ -1209,9 +1242,10 @@ def kv_cache_blocks(config, memory, args):
 
 
 def plan_pool(config, device, args):
-    """(num_blocks, max_model_len): the pages of the KV cache, and the limit of prompt and answer in
-    tokens. A sequence that fits the pool alone (and, without chunked prefill, a step) can always
-    finish, if the rest is preempted: max_model_len is the only limit for requests."""
+    """(num_blocks, max_model_len, advice): the pages of the KV cache, the limit of prompt and answer
+    in tokens, and how to raise the limit. A sequence that fits the pool alone (and, without chunked
+    prefill, a step) can always finish, if the rest is preempted: max_model_len is the only limit
+    for requests."""
     limit = args.max_model_len or config.max_position_embeddings
     check("max_model_len", limit, lambda n: n <= config.max_position_embeddings,
           f"at most the model's {config.max_position_embeddings}")
@@ -1225,15 +1259,18 @@ def plan_pool(config, device, args):
         raise TinyVLLMError(f"num_blocks: expected at most {fitting}, which memory holds, got {num_blocks}")
     if args.max_model_len and num_blocks < pages:
         raise TinyVLLMError(f"num_blocks: expected {pages} or more, to hold max_model_len, got {num_blocks}")
-    max_model_len = min(limit, num_blocks * args.block_size)
-    holder = "memory"
-    if not args.enable_chunked_prefill and args.max_num_batched_tokens < max_model_len:
-        max_model_len = args.max_num_batched_tokens
-        holder = "a step without chunked prefill"
-    if max_model_len < limit:
-        print(f"tiny-vLLM: {holder} holds a context of {max_model_len} tokens, the model could have {limit}",
+    pool = "num_blocks" if args.num_blocks else "gpu_memory_utilization"
+    whole_prompts = math.inf if args.enable_chunked_prefill else args.max_num_batched_tokens
+    limits = {"": config.max_position_embeddings, "max_model_len": limit, pool: num_blocks * args.block_size,
+              "max_num_batched_tokens, or leave --no-chunked-prefill out": whole_prompts}
+    option = min(limits, key=limits.get)                # the narrowest
+    advice = f"the model's limit is {config.max_position_embeddings}"
+    if option:
+        advice = f"raise {option}; {advice}"
+    if limits[option] < limit:
+        print(f"tiny-vLLM: prompt and answer can have {limits[option]} tokens together: {advice}",
               file=sys.stderr)
-    return num_blocks, max_model_len
+    return num_blocks, limits[option], advice
 
 
 # ==================================================================================================
@@ -1535,10 +1572,16 @@ class EngineArgs:
     def __post_init__(self):
         def want(name, is_good, expected):
             check(name, getattr(self, name), is_good, expected)
+        want("model", lambda name: name is None or (isinstance(name, (str, os.PathLike)) and str(name)),
+             "a folder or a Hugging Face id")
         want("device", lambda name: name in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
         want("load_format", lambda name: name in ("auto", "dummy"), "auto or dummy")
-        want("gpu_memory_utilization", lambda share: 0 < share <= 1, "more than 0 and at most 1")
-        want("block_size", lambda n: n in (8, 16, 32, 64, 128), "8, 16, 32, 64 or 128")
+        want("gpu_memory_utilization", lambda share: is_number(share, 0, 1) and share > 0,
+             "more than 0 and at most 1")
+        want("block_size", lambda n: is_int(n) and n in (8, 16, 32, 64, 128), "8, 16, 32, 64 or 128")
+        for f in fields(self):
+            if isinstance(f.default, bool):
+                want(f.name, lambda value: isinstance(value, bool), "True or False")
         for name in "max_model_len", "num_blocks":
             want(name, lambda n: n is None or is_int(n), "a whole number of 1 or more")
         for name in "max_num_batched_tokens", "max_num_seqs":
@@ -1583,7 +1626,7 @@ class LLM:
         folder, self.config = open_config(args)
         self.tokenizer = Tokenizer(folder)
         self.device = open_device(args.device)
-        num_blocks, self.max_model_len = plan_pool(self.config, self.device, args)
+        num_blocks, self.max_model_len, self.advice = plan_pool(self.config, self.device, args)
         checkpoint = DummyCheckpoint(self.device) if args.load_format == "dummy" else Checkpoint(folder)
         weights = load_weights(checkpoint, self.config, self.device)
         max_tokens = max(args.max_num_batched_tokens, *GRAPH_SIZES)
@@ -1670,7 +1713,7 @@ class LLM:
         longest = self.tokenizer.longest_token
         if len(text) > self.max_model_len * longest:
             raise TinyVLLMError(f"the prompt: expected {self.max_model_len} tokens or less, of {longest} "
-                                f"characters or less, got {len(text)} characters (see max_model_len)")
+                                f"characters or less, got {len(text)} characters ({self.advice})")
 
     def encode_prompt(self, prompt):
         """The token ids of a prompt. Raises TinyVLLMError for an unanswerable prompt."""
@@ -1684,8 +1727,7 @@ class LLM:
         if len(ids) >= self.max_model_len:
             raise TinyVLLMError(
                 f"the prompt: expected less than {self.max_model_len} tokens, to leave room for one more, "
-                f"got {len(ids)} (the model's limit is {self.config.max_position_embeddings}; see "
-                "max_model_len, gpu_memory_utilization, --no-chunked-prefill)")
+                f"got {len(ids)} ({self.advice})")
         vocab_size = self.config.vocab_size
         try:
             tokens = np.frombuffer(int_array("i", ids), np.int32)       # a prompt of 16,384 ids in 0.3 ms
@@ -1695,7 +1737,7 @@ class LLM:
         if not are_known:
             wrong = next(i for i in ids if not (isinstance(i, (int, np.integer)) and 0 <= i < vocab_size))
             raise TinyVLLMError(f"the prompt: expected token ids from 0 to {vocab_size - 1}, got "
-                                f"{wrong!r:.60}")
+                                f"{shown(wrong)}")
         return ids
 
     def run(self, outputs):
@@ -1763,9 +1805,10 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def check_writable(name, path):
     """Raises TinyVLLMError before a run, not after, for an unwritable path. Leaves no file."""
+    path = os.path.realpath(path)
     is_new = not os.path.exists(path)
-    try:
-        open(path, "a").close()
+    try:            # not to wait for a FIFO's reader: O_NONBLOCK
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, 0o666))
     except OSError as error:
         raise TinyVLLMError(f"{name}: expected a file that you may write, got {path} "
                             f"({error.strerror})") from None
@@ -1798,7 +1841,9 @@ def parse_arguments(argv):
     add("--stats", action="store_true", help="a table of where each request's time went, on stderr")
     add("--version", action="version", version=f"tiny-vLLM {__version__}")
     args = parser.parse_args(argv)
-    if args.trace:
+    if args.raw and args.system is not None:
+        parser.error("--raw takes no --system: write the system prompt into the prompt")
+    if args.trace is not None:
         check("--trace", args.trace, lambda path: path.endswith((".json", ".html")),
               "a file that ends in .json or .html")
         check_writable("--trace", args.trace)
@@ -1818,10 +1863,10 @@ def prompt_ids(llm, text, args):
     """Token ids of a prompt in the model's chat format, or raw."""
     if not text.strip():
         raise TinyVLLMError("the prompt is empty: expected some text")
-    llm.check_length(text)
+    llm.check_length(text + (args.system or ""))
     if args.raw or not llm.tokenizer.has_chat_template:
         return llm.tokenizer.encode(text)
-    system = [{"role": "system", "content": args.system}] if args.system else []
+    system = [] if args.system is None else [{"role": "system", "content": args.system}]
     return llm.tokenizer.chat([*system, {"role": "user", "content": text}])
 
 
@@ -1838,18 +1883,32 @@ def answer(llm, texts, args, params):
     outputs = [submit(text) for text in texts]
     is_alone = len(texts) == 1
     finished = llm.finished(outputs, bar=not sys.stdout.isatty())
-    for text, output in zip(texts, outputs):
-        if output.error:
+
+    def show(text, output):
+        if is_alone and not output.error:
+            print(flush=True)
+        elif output.error:
             prompt = "" if is_alone else f"{text[:60]!r}: "
             print(f"tinyvllm: {prompt}{as_flags(output.error)}", file=sys.stderr)
-        elif is_alone:
-            for _ in llm.run(outputs):
-                print(output.delta, end="", flush=True)
-            print(flush=True)
         else:
+            print(f"> {text}\n{output.text}\n", flush=True)
+
+    unshown = deque(zip(texts, outputs))
+    try:
+        while unshown:
+            text, output = unshown[0]
+            if is_alone:
+                for _ in llm.run(outputs):
+                    print(output.delta, end="", flush=True)
             while not output.finish_reason:
                 next(finished)
-            print(f"> {text}\n{output.text}\n", flush=True)
+            show(text, output)
+            unshown.popleft()
+    except BaseException:       # Ctrl-C, an error of the device: no answer that is done gets lost
+        for text, output in unshown:
+            if output.finish_reason in ("stop", "length") and not is_alone:
+                show(text, output)
+        raise
     return outputs
 
 
@@ -1881,18 +1940,25 @@ def main(argv=None):
     texts = []
     for prompt in args.prompts:
         if prompt == "-":
-            texts += [line for line in sys.stdin.read().splitlines() if line.strip()]
+            lines = sys.stdin.read().split("\n")        # splitlines() would also split at U+2028, for one
+            texts += [line.removesuffix("\r") for line in lines if line.strip()]
         else:
             texts.append(prompt)
     if not texts:
         raise TinyVLLMError("there is no prompt: expected at least one line of text on stdin")
     llm = open_llm(EngineArgs.from_namespace(args))
-    if args.system and not args.raw and not llm.tokenizer.has_chat_template:
+    if args.system is not None and not llm.tokenizer.has_chat_template:
         raise TinyVLLMError("--system needs a chat format that is known, and this model has none: use --raw "
                             "and write the system prompt into the prompt")
     has_view = args.watch or args.trace or args.stats
     with views.looking_inside(llm, args) if has_view else contextlib.nullcontext():
         outputs = answer(llm, texts, args, params)
+    cut = [output for output in outputs if output.finish_reason == "length"
+           and len(output.prompt_token_ids) + len(output.token_ids) == llm.max_model_len
+           and len(output.token_ids) != args.max_tokens]
+    if cut:
+        print(f"tiny-vLLM: cut short: {len(cut)} of {len(outputs)} answers, at {llm.max_model_len} tokens of "
+              f"prompt and answer: {as_flags(llm.advice)}", file=sys.stderr)
     if not all(output.error for output in outputs):
         print(f"tiny-vLLM: {statistics(llm, outputs)}", file=sys.stderr)
     return 2 if any(output.error for output in outputs) else 0
@@ -1907,35 +1973,81 @@ def as_flags(message):
                   lambda name: "--" + name[0].replace("_", "-"), message)
 
 
+@contextlib.contextmanager
+def caught_signals():
+    """Makes SIGTERM and SIGHUP what Ctrl-C is, a KeyboardInterrupt. A signal within a second after
+    another is ignored: the first is being obeyed."""
+    last = -math.inf
+
+    def stop(number, frame):
+        nonlocal last
+        before, last = last, time.monotonic()
+        if last - before > 1:
+            raise KeyboardInterrupt(number)
+
+    is_main = threading.current_thread() is threading.main_thread()     # only there Python handles signals
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if is_main else ()
+    # What the parent ignores (nohup, a background job) stays ignored.
+    handlers = {number: signal.signal(number, stop) for number in numbers
+                if signal.getsignal(number) != signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+            atexit.register(signal.signal, number, signal.SIG_IGN)      # nothing disturbs Python's own end
+
+
+def outcome(main, argv):
+    """Runs main(argv). Returns the exit code, and a line for stderr or None."""
+    try:
+        try:
+            code = main(argv)
+        except SystemExit as done:              # --help
+            code = done.code
+        sys.stdout.flush()
+        return code, None
+    except KeyboardInterrupt as error:
+        number = error.args[0] if error.args else signal.SIGINT
+        return 128 + number, ""
+    except BrokenPipeError:                     # the reader of our output has seen enough: | head
+        return 0, None
+    except MemoryError as error:
+        return 2, (f"tinyvllm: out of memory ({first_line(error)}): lower --gpu-memory-utilization or "
+                   "--max-model-len")
+    except OSError as error:                    # the disk is full, the cache folder is not ours, ...
+        return 2, f"tinyvllm: {error}"
+    except (TinyVLLMError, TokenizerError) as error:
+        return 2, f"tinyvllm: {as_flags(str(error))}"
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in ("cupy", "cupy_backends", "simulator"):
+            raise
+        return 2, f"tinyvllm: the GPU has failed ({first_line(error)}): start the program anew"
+
+
 def run_program(main, argv=None):
-    """Runs main(argv) and exits with main's exit code, 2 for a user's mistake, 130 for Ctrl-C."""
+    """Runs main(argv) and exits with main's exit code, 2 for a user's mistake, 128 and the number
+    of a signal: 130 for Ctrl-C, 143 for SIGTERM."""
+    # A stream that was closed (>&-): else the next file opened would get its number, and its text.
+    for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
     # Characters beyond stdout's encoding become "?". Bytes of stdin that are no text are kept for
-    # the tokenizer, to refuse the prompt.
+    # the tokenizer, to refuse the prompt. newline: a line of stdin ends with \n, not with \r.
     for stream, errors in (sys.stdout, "replace"), (sys.stdin, "surrogateescape"):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors=errors)
-    try:
-        sys.exit(main(argv))
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        sys.exit(130)
-    except MemoryError as error:
-        print(f"tinyvllm: out of memory ({first_line(error)}): lower --gpu-memory-utilization or "
-              "--max-model-len", file=sys.stderr)
-    except BrokenPipeError:                     # the reader of our output has seen enough: | head
-        discard_stdout()
-        sys.exit(0)
-    except OSError as error:                    # the disk is full, the cache folder is not ours, ...
-        print(f"tinyvllm: {error}", file=sys.stderr)
-        discard_stdout()
-    except (TinyVLLMError, TokenizerError) as error:
-        print(f"tinyvllm: {as_flags(str(error))}", file=sys.stderr)
-    sys.exit(2)
-
-
-def discard_stdout():
-    """Leaves nothing for Python to flush at exit: the flush would fail again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            stream.reconfigure(errors=errors, newline="\n")
+    with caught_signals():
+        code, line = outcome(main, argv)
+        with contextlib.suppress(OSError):
+            if line is not None:
+                print(line, file=sys.stderr)
+        for stream in sys.stdout, sys.stderr:
+            try:
+                stream.flush()
+            except OSError:                     # Python's own flush at exit would fail again
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ class TokenizerError(Exception):
 
 
 def check_regular(file):
-    """Raises TokenizerError for a folder, a FIFO or a device: to read such a file might never end."""
+    """Raises OSError for a folder, a FIFO or a device: to read such a file might never end."""
     if file.exists() and not file.is_file():
-        raise TokenizerError(f"expected a regular file {file}, got a folder, a FIFO or a device")
+        raise OSError("expected a regular file, got a folder, a FIFO or a device")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -53,8 +53,8 @@ class Tokenizer:
 
     def __init__(self, folder):
         file = Path(folder) / "tokenizer.json"
-        check_regular(file)
         try:
+            check_regular(file)
             self._hf = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the package raises no narrower kind: missing, cut off, too new
             raise TokenizerError(f"expected a readable {file}, got: {error}. Pass a model's folder, "
@@ -65,7 +65,7 @@ class Tokenizer:
         added_tokens = self._hf.get_added_tokens_decoder()
         self._added_text = {i: "" if token.special else token.content for i, token in added_tokens.items()}
         vocabulary = self._hf.get_vocab(with_added_tokens=True)
-        if not vocabulary:
+        if not self._hf.get_vocab(with_added_tokens=False):
             raise TokenizerError(f"expected a vocabulary in {file}, got none: download the file again")
         self.vocab_size = 1 + max(vocabulary.values())  # the embedding may have more rows
         self.longest_token = max(map(len, vocabulary))  # characters
@@ -85,9 +85,9 @@ class Tokenizer:
         """Reads the chat template ("" if there is none), its layout, and the BOS token's name."""
         file = folder / "tokenizer_config.json"
         template_file = folder / "chat_template.jinja"
-        check_regular(file)
-        check_regular(template_file)
         try:
+            check_regular(file)
+            check_regular(template_file)
             config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
             template = config.get("chat_template") or ""
             if template_file.is_file():
