@@ -1720,7 +1720,7 @@ class LLM:
         check("the prompt", prompt, is_sequence, "a text or a list of token ids")
         if isinstance(prompt, str):
             self.check_length(prompt)
-            prompt = self.tokenizer.encode(prompt)
+            prompt = self.tokenizer.encode(prompt) if prompt else []
         ids = list(prompt)
         if not ids:
             raise TinyVLLMError("the prompt: expected at least one token, got none")
