@@ -207,12 +207,9 @@ extern "C" __global__ __launch_bounds__(256) void two(float* out, const float* x
 """
 
 
-def test_two_reductions_in_a_row(tmp_path):
+def test_two_reductions_in_a_row():
     """A slow warp still reads the first reduction's partial results: the second must not write."""
-    source = KERNELS.read_text()
-    helpers = source[:source.index("// gather_rows: ")]
-    (tmp_path / "two.cu").write_text(helpers + TWO_REDUCTIONS)
-    kernels = compile_kernels(DEVICE, BASE, paste(tmp_path / "two.cu"))
+    kernels = compile_kernels(DEVICE, BASE, paste(KERNELS) + TWO_REDUCTIONS)
     x = DEVICE.to_device(np.repeat(floats([1, 3]), 256))
     out = DEVICE.empty(512, np.float32)
     kernels.two((1,), out, x)
