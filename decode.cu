@@ -8,7 +8,7 @@
 // even while the input of their product is still being computed.
 //
 // 1. How the work is cut. The step is a fixed list of operations: in each layer the products qkv, o,
-// gate_up and down, with attention after qkv, and at the end the product head. A product is W @ x,
+// gate_up and down, with attention behind qkv, and at the end the product head. A product is W @ x,
 // with one x for each sequence. Its matrix W [rows, columns] is cut like this:
 //
 //                   part 0: SEGMENT columns     part 1
@@ -92,7 +92,7 @@ constexpr int OTHER_REGISTERS = (DECODE_THREADS * REGISTERS - 32 * CONSUMERS * C
 
 constexpr int SEGMENTS = 4;          // of a piece; with the partners: the 8 columns of an mma
 constexpr int MOST_SEQUENCES = 8;    // times SEGMENTS: a pair of sums for each lane of the reducer
-constexpr int PENDING = 8;           // units between producer and reducer, more than the ring has stages
+constexpr int PENDING = 8;           // units from producer to reducer; more than stages: the ring is the limit
 
 // Pieces on their way into the ring: as few as keep the memory busy, since the consumers' reads of
 // words queue up behind the pieces. Even fewer while consumers wait for words. A consumer counts as
@@ -120,12 +120,9 @@ __device__ constexpr int shift_of(int columns) {
 
 enum Product { QKV_PRODUCT, O_PRODUCT, GATE_UP_PRODUCT, DOWN_PRODUCT, HEAD_PRODUCT };
 
-struct Matrix {
-    int rows;
-    int columns;
-    int apart;      // rows from a row to its partner; 0: the partners follow right behind piece 0
-    bool normed;    // whether x goes through a norm
-};
+// apart: rows from a row to the partner; 0: the partners follow right behind piece 0.
+// normed: whether x goes through a norm.
+struct Matrix { int rows, columns, apart; bool normed; };
 constexpr Matrix MATRICES[] = {    // in the order of Product
     {QKV, HIDDEN, HEAD_DIM / 2, true},
     {HIDDEN, HEADS, 0, false},
@@ -202,7 +199,7 @@ constexpr bool FITS =
     GROUP <= 8 &&                                  // the queries are the columns of one mma
     STAGE_KEYS <= 32 * BLOCK_SIZE &&               // each page of a stage has a lane of the producer
     4 * NUM_LAYERS < DECODE_THREADS &&             // a thread for each matrix copies the address
-    sizeof(Shared) <= decode_shared_bytes;         // with LEAST_STAGES
+    sizeof(Shared) <= decode_shared_bytes;         // if only with LEAST_STAGES
 // Consumers hold h of all sequences in registers, so a wider h leaves room for fewer sequences.
 constexpr int SEQUENCES = FFN <= 8192 ? MOST_SEQUENCES : MOST_SEQUENCES / 2;
 EXPORT(DECODE_BATCH, FITS ? SEQUENCES : 0);        // the most sequences; 0: the kernel is empty
@@ -212,7 +209,7 @@ constexpr int PARTIAL = HEAD_DIM / 2 + 4;    // words: a head's output of one sp
 EXPORT(DECODE_TICKET_WORDS, 4);              // the counter, and a gap: Vectors must be 16-byte aligned
 EXPORT(DECODE_VECTOR_WORDS, (2 * HIDDEN + QKV + HEADS + FFN) / 2);    // of a sequence and layer
 EXPORT(DECODE_PARTIAL_WORDS, NUM_HEADS * PARTIAL);                    // of a sequence, layer and split
-EXPORT(DECODE_SPLITS, 32);                   // times sequences: merge() takes so many
+EXPORT(DECODE_SPLITS, 32);                   // of all contexts together, at most; merge() takes 32 of one
 
 struct Step {    // the kernel's arguments
     bf16* logits;
@@ -398,9 +395,7 @@ struct Producer : Role {
         ++units;
     }
     // Until the consumers have given the next stage back. (In the first round of the ring: at once.)
-    __device__ void wait_for_stage() {
-        wait(&shared.empty[filled % STAGES], filled / STAGES + 1);
-    }
+    __device__ void wait_for_stage() { wait(&shared.empty[filled % STAGES], filled / STAGES + 1); }
     __device__ void wait_for_room() {     // until one more piece may be on its way
         const unsigned before = filled - BEHIND;
         u64* empty = &shared.empty[before % STAGES];
@@ -767,11 +762,8 @@ struct Reducer : Role {
     // Waits for the next ticket. Tickets grow: a ticket that is not greater than the last is an old one.
     __device__ void next() {
         const int old = ticket;
-        ticket = shared.tickets[units % PENDING];
-        while (ticket <= old) {
-            relax();
-            ticket = shared.tickets[units % PENDING];
-        }
+        const volatile int& latest = shared.tickets[units % PENDING];
+        for (ticket = latest; ticket <= old; ticket = latest) relax();
     }
     __device__ void wait_for_sums() { wait(&shared.sums_full[units % PENDING], units / PENDING); }
     __device__ void finish_unit() {

@@ -310,11 +310,14 @@ def code(name, first, last=None):
 
 
 def end_of_block(lines):
-    """The index behind the lines that are indented under lines[0], and behind a closing brace."""
+    """The index behind the lines that are indented under lines[0] (or under the line after a comment that
+    begins there), and behind a closing brace."""
     def depth(line):
         return len(line) - len(line.lstrip())
 
     end = 1
+    while lines[end - 1].lstrip().startswith(("//", "#")):
+        end += 1
     while end < len(lines) and (not lines[end].strip() or depth(lines[end]) > depth(lines[0])):
         end += 1
     if end < len(lines) and lines[end].strip() == "}":
