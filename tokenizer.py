@@ -12,7 +12,7 @@ import codecs
 import json
 import re
 from datetime import date
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import tokenizers
@@ -105,7 +105,7 @@ class Tokenizer:
         except TypeError as error:  # no str, or half of a surrogate pair (JSON's "\ud83e")
             raise TokenizerError(f"expected a str of valid Unicode, got {text!a:.80}") from error
 
-    @lru_cache(maxsize=None)
+    @cache
     def token_bytes(self, token_id: int) -> bytes:
         """A token's bytes; none for special tokens and ids past the vocabulary (padded logits)."""
         if token_id in self._added_text:
