@@ -240,9 +240,12 @@ class CudaDevice:
         return np.frombuffer(self.xp.cuda.alloc_pinned_memory(num_bytes), np.uint8, num_bytes)
 
     def copy(self, target, source):
-        """Starts a copy of pinned memory to an array of the device. Until the copy is done, the
-        source must not change."""
+        """Starts a copy of pinned memory to an array of the device. Returns wait(): until the copy is
+        done, the source must not change."""
+        event = self.xp.cuda.Event(disable_timing=True)
         target.data.copy_from_host_async(source.ctypes.data, source.nbytes)
+        event.record()
+        return event.synchronize
 
     def fetch(self, array):
         """Starts a copy to the host. Returns wait(), which waits and returns a NumPy array."""
@@ -288,8 +291,10 @@ class CudaDevice:
         with self.xp.cuda.using_allocator(self.graph_pool.malloc), self.graph_stream as stream:
             first = function()                      # compiles, loads and allocates everything
             stream.begin_capture()
-            result = function()
-            graph = stream.end_capture()
+            try:
+                result = function()
+            finally:                                # also after Ctrl-C, or the stream would stay in capture
+                graph = stream.end_capture()
             stream.synchronize()
 
         def replay():
@@ -341,6 +346,7 @@ class CpuDevice:
 
     def copy(self, target, source):
         target[:] = source
+        return lambda: None
 
     def fetch(self, array):
         host = np.array(array)                      # a launch returns when the kernel is done

@@ -89,7 +89,7 @@ def chatml():
 def build(tmp_path_factory):
     """build(hf, chat_template, ...) writes a model folder.
 
-    Its `.ours` is our tokenizer of that folder, `.hf` the oracle.
+    `.ours` is our tokenizer of the folder, `.hf` the oracle.
     """
     def build(hf, chat_template=None, **config):
         folder = tmp_path_factory.mktemp("model")
@@ -347,7 +347,7 @@ def test_where_the_template_stands(build, models_of):
     assert Tokenizer(model.folder).chat(HI) == models_of["llama3.1"].ours.chat(HI)
 
 
-# What the models' templates do, in our own words. Transformers too runs a template by Jinja.
+# What the models' templates do, in our own words. Transformers runs a template by Jinja too.
 HEADER = "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
 LLAMA3_0_JINJA = (
     "{{ bos_token }}{% for m in messages %}" + HEADER + "{% endfor %}{% if add_generation_prompt %}"

@@ -63,7 +63,7 @@ def test_bench_rows():
 
 
 def test_stream_read():
-    """Each thread's exclusive or of what it reads: four words of two numbers a round."""
+    """Each thread's exclusive or of all numbers read: four words of two numbers a round."""
     kernels = compile_kernels(DEVICE, {}, bench.STREAM_READ)
     threads = 2 * kernels.READ_THREADS
     x = RNG(0).integers(0, 2**64, (3, 4, threads, 2), np.uint64)
@@ -174,7 +174,7 @@ def test_bench_ablation(monkeypatch, tmp_path, capsys, as_if_on_gpu):
 
 
 class Cuda:
-    """CuPy's events, as far as the bench uses them."""
+    """CuPy's events, as far as the bench uses events."""
     class Event:
         def record(self):
             pass
@@ -247,7 +247,7 @@ QUESTIONS = ["What is RoPE?", "What is PagedAttention?", "What is a KV cache?", 
 
 
 def pool_of(allocator):
-    """(reference count of each page, cached pages that nobody uses) as they are now."""
+    """(reference count of each page, cached pages without users), now."""
     return list(allocator.ref_counts), {page for page in allocator.free if page in allocator.chains}
 
 
@@ -259,7 +259,7 @@ def looked_inside(llm):
 def watched_run(**options):
     """(recorder, outputs, pool at each step's launch) of six requests.
 
-    Their pages do not fit into the pool together.
+    The pool is too small for all six at once.
     """
     llm = LLM(PARROT, num_blocks=14, max_num_batched_tokens=40, **options)
     pools = []
@@ -612,7 +612,7 @@ def test_views_traces(watched):
 
 
 def test_views_page_of_a_long_run_is_cut(watched):
-    """The page holds the first steps and requests, and says of how many.
+    """The page holds the first steps and requests, and the counts of all.
 
     A text cannot end the script that holds the text.
     """

@@ -118,7 +118,8 @@ def cdiv(a, b):
 # - In front of both stands an RMSNorm, x / rms(x) * g. The weight g is multiplied into the matrix,
 #   since (x * g) @ W.T = x @ (W * g).T. The remaining factor, 1 / rms(x), is one scalar per token;
 #   the kernel behind the product multiplies by this scalar. So 2 L of the 2 L + 1 norms need no
-#   kernel. The price is one rounding more than in Hugging Face: W * g is stored in bfloat16.
+#   kernel. The roundings differ from Hugging Face: W * g is rounded to bfloat16, once, where
+#   Hugging Face rounds x * g.
 # ==================================================================================================
 HUB_MODEL = "meta-llama/Llama-3.2-1B-Instruct"
 
@@ -186,8 +187,9 @@ def positive(settings, name, file, kind=int):
 
 
 # Fields of config.json and the values supported by this engine. None: the field is absent.
-# A bias on q, k and v would change attention_bias here, LayerWeights, take() and layer() in
-# load_weights, and the kernels rope_and_cache and decode, to add the bias after 1 / rms(x).
+# A bias on q, k and v would change attention_bias here; LayerWeights; take() and layer() in
+# load_weights; decode_weight_bytes; the kernels rope_and_cache and decode, to add the bias after the
+# factor 1 / rms(x); and their calls in forward() and decode().
 SUPPORTED = {
     "architectures": (["LlamaForCausalLM"], ["MistralForCausalLM"]),
     "hidden_act": ("silu", None),
@@ -339,7 +341,7 @@ class Checkpoint:
 
     A safetensors file is the length of the header in 8 bytes, the header in JSON: {name: {"dtype",
     "shape", "data_offsets": [begin, end]}}, and the numbers. The package validates the header. The
-    numbers are mapped, not read: the operating system copies a tensor from its page cache to the
+    numbers are mapped, not read: the operating system copies a tensor from its file cache to the
     device, five times as fast as the package does."""
     DTYPES = {"BF16": BFLOAT16, "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 
@@ -535,7 +537,8 @@ class BlockAllocator:
             self.free.pop(block, None)
 
     def check_integrity(self, block_tables):
-        """Counts match block tables, exactly unused pages are free, cached pages know the key."""
+        """User counts match the block tables, free pages are those without users, and each cached
+        page is listed under its own key."""
         users = Counter(block for table in block_tables for block in table)
         pages = range(self.num_blocks)
         assert self.ref_counts == [users[page] for page in pages], f"{self.ref_counts} users, not {users}"
@@ -558,7 +561,7 @@ class BlockAllocator:
 # budget left in the step (has_room), and enough free pages (admit).
 #
 # A sequence's tokens are the prompt and the answer so far. The keys and values of the first
-# num_computed_tokens tokens are in the cache:
+# num_computed_tokens tokens are in the cache, or about to be written by a launched step:
 #
 #   token_ids    [ prompt .................... | answer so far ]
 #                [ computed: in the cache ...... | remaining    ]
@@ -854,8 +857,12 @@ class Scheduler:
 # ==================================================================================================
 # Forward pass
 #
-# forward() computes every step. A chunk of a prompt and a single token of an answer are treated
-# alike: everything that kernels must know of sequences is data, in the Batch:
+# forward() computes every step: matrix products, and between them kernels. A kernel runs as a grid
+# of independent thread blocks, and kernels.NAME(grid, ...) says how many. The GPU deals thread blocks
+# to its multiprocessors, a few to each at a time.
+#
+# A chunk of a prompt and a single token of an answer are treated alike: everything that kernels must
+# know of sequences is data, in the Batch:
 #
 #   sequence 0 brings 5 tokens (a chunk from position 16 on), 1 brings 1 (decode), 2 brings 3:
 #   token_ids    a a a a a b c c c       T = 9
@@ -866,9 +873,9 @@ class Scheduler:
 #
 # If every sequence decodes, the step runs as a CUDA graph: the CPU would take longer to start the
 # kernels than the GPU to run them. A few batch sizes have a graph each; a batch is padded to the
-# next size with unread sequences (vLLM: cudagraph_capture_sizes; enforce_eager: no graphs). For the
-# smallest sizes and on newer cards, one kernel in decode.cu computes the whole step (decode()): the
-# only second path of this engine, tested against forward().
+# next size with unread sequences (vLLM: cudagraph_capture_sizes; enforce_eager: no graphs). On an
+# H100 or a newer card, the graphs of up to eight sequences hold a single kernel for the whole step,
+# decode.cu (decode()): the only second path of this engine, tested against forward().
 #
 # Model() compiles all kernels, for the sizes of one model, before the first request. A graph is
 # recorded at the first batch of its size. A new kernel needs no table here: kernels.cu says how to
@@ -979,9 +986,9 @@ DeviceBatch = namedtuple("DeviceBatch", BATCH_ARRAYS)       # a Batch's arrays i
 
 def attention_tiles(counts, context_lens, group, tile_rows):
     """[2A] int32: A tiles, each (sequence, first query row). A tile is the work of one thread block
-    of attention for one kv head: at most tile_rows query rows of one sequence. A query row is one
-    query token and one of the `group` query heads that share a kv head: token r // group of the
-    chunk, head r % group. counts [S]: query tokens.
+    of attention for one kv head: at most tile_rows query rows of one sequence. The `group` query
+    heads of a kv head share its keys, so each token of the chunk has `group` query rows: row r is
+    token r // group, head r % group. counts [S]: tokens of each chunk.
     Tiles with the most keys come first: a long tile, begun last, would run alone at the end."""
     rows = counts * group                                                   # [S] query rows
     num_tiles = cdiv(rows, tile_rows)                                       # [S]
@@ -997,9 +1004,11 @@ def attention_tiles(counts, context_lens, group, tile_rows):
 
 class StepBuffer:
     """The memory for a step's exchange: the batch goes to the device in one copy, the sampled
-    tokens come back in one copy. An array's place in the buffer depends only on T, S and R. A CUDA
-    graph therefore finds all batches of its size at the addresses of its recording."""
-    # Slot, id, position, and a share of a tile: 8 bytes for at least 64 query rows, or 4 tokens.
+    tokens come back in one copy. In a batch of decodes, all sizes but that of the last array follow
+    from S: T = S = R, and each sequence has one tile. A CUDA graph therefore finds all batches of
+    its size at the addresses of its recording."""
+    # Slot, id, position, and a share of a tile: 8 bytes for 64 query rows or more, which are 4 tokens
+    # or more, since a token has 16 query rows at most.
     TOKEN_BYTES = 8 + 4 + 4 + 2
     SEQUENCE_BYTES = 8 + 8 * 4 + 8      # seed, eight arrays of 4 bytes, a last, partial tile
 
@@ -1010,14 +1019,15 @@ class StepBuffer:
         self.device = device
         self.target = device.empty(num_bytes, np.uint8)
         # Two sources, used in turn: the copy of the previous step may still read the other source.
-        self.sources = [device.pinned(num_bytes), device.pinned(num_bytes)]
+        # Each with wait(), until its last copy is done.
+        self.sources = [(device.pinned(num_bytes), lambda: None) for _ in range(2)]
         # Of the latest step: [0] token ids, [1] log-probabilities, float32 seen as int32.
         self.sampled = device.empty((2, max_seqs), np.int32)
 
     def upload(self, batch):
         """Copies a Batch to the device. Returns the DeviceBatch."""
-        self.sources.reverse()
-        source = self.sources[0]
+        source, wait = self.sources[1]
+        wait()              # only after an interrupted step is there anything to wait for
         arrays = {}
         end = 0
         for name in BATCH_ARRAYS:
@@ -1026,7 +1036,8 @@ class StepBuffer:
             end += array.nbytes
             source[start:end] = array.view(np.uint8)
             arrays[name] = self.target[start:end].view(array.dtype)
-        self.device.copy(self.target[:end], source[:end])
+        wait = self.device.copy(self.target[:end], source[:end])
+        self.sources = [(source, wait), self.sources[0]]
         return DeviceBatch(**arrays)
 
 
@@ -1067,7 +1078,7 @@ class Model:
             "NUM_HEADS": c.num_attention_heads, "NUM_KV_HEADS": c.num_key_value_heads, "HEAD_DIM": c.head_dim,
             "VOCAB": c.vocab_size, "BLOCK_SIZE": args.block_size, "RMS_EPS": f"{c.rms_norm_eps:e}f"}, code)
         self.tiling = Tiling(c.num_attention_heads // c.num_key_value_heads, self.kernels.ATTENTION_ROWS)
-        # The greatest batch for decode(). 0: decode.cu cannot divide this model's sizes.
+        # The greatest batch for decode(). decode.cu says 0 for a model that it cannot divide.
         self.decode_batch = self.kernels.DECODE_BATCH if has_decode_kernel else 0
         matrices = [matrix for layer in weights.layers      # in the order of the forward pass
                     for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down)]
@@ -1090,13 +1101,13 @@ class Model:
     def launch(self, batch):
         """Starts a step and does not wait. Returns the logits [R, V], valid until the next step,
         and get_tokens(), a function that waits and returns the sampled tokens, int32 [R], and their
-        log-probabilities, float32 [R]. All three can have more than R rows, for the padding."""
+        log-probabilities, float32 [R]. All three can have more rows: those after R mean nothing."""
         size = self.graph_size(batch)
         b = self.buffer.upload(batch if size is None else batch.padded(size))
         if size is None:
             logits = self.forward(b)
         elif size in self.graphs:
-            logits = self.graphs[size]()
+            logits = self.graphs[size]()                        # reads what upload() has just written
         else:
             run = self.decode if size <= self.decode_batch else self.forward
             logits, self.graphs[size] = self.device.record(lambda: run(b))
@@ -1254,7 +1265,7 @@ def plan_pool(config, device, args):
               f"at most max_num_batched_tokens, {args.max_num_batched_tokens}, without chunked prefill")
     fitting = kv_cache_blocks(config, device.memory(), args)
     pages = cdiv(limit, args.block_size)
-    num_blocks = args.num_blocks or min(fitting, args.max_num_seqs * pages)     # more are never used
+    num_blocks = args.num_blocks or min(fitting, args.max_num_seqs * pages)     # enough for all at once
     if num_blocks > fitting:
         raise TinyVLLMError(f"num_blocks: expected at most {fitting}, which memory holds, got {num_blocks}")
     if args.max_model_len and num_blocks < pages:
@@ -1282,12 +1293,13 @@ def plan_pool(config, device, args):
 # to hand out tokens. Without overlap, the GPU would idle a third of the time. So step n + 1 is
 # launched before the tokens of step n are read (vLLM: async scheduling):
 #
-#            launch 1   launch 2        read 1   launch 3        read 2   ...
-#   GPU                 | step 1 ............... | step 2 ............... | step 3
+#   CPU   launch 1  launch 2  wait .......... read 1  launch 3  wait ..... read 2  launch 4
+#   GPU             | step 1 ............... | step 2 .................... | step 3 ........
 #
 # To plan step n + 1 the CPU needs the number of step n's new tokens, not the ids. Until an id is
 # known, the sequence holds a placeholder: ~row, a negative number. The row is the sequence's index
-# among the sampled sequences of step n. On the GPU, gather_rows reads the id from sampled[0][row].
+# among the sampled sequences of step n. On the GPU, gather_rows (or decode.cu) reads the id from
+# sampled[0][row]. Only the last token of a sequence can be a placeholder.
 #
 # The CPU notices the end of an answer one step late. Step n + 1 then computes a token too many, and
 # finish() drops the token. Its key and value may go to a page that already has a new owner. Steps
@@ -1539,8 +1551,9 @@ def option(default, text, flag=None, **arguments):
 
 @dataclass(frozen=True)
 class EngineArgs:
-    """The engine's options: keyword arguments of LLM(), command-line options of every program. A
-    new option is a field here, a check in __post_init__, and a use; no other line changes."""
+    """The engine's options: keyword arguments of LLM(), command-line options of every program. The
+    text of a bool says what its flag does: the opposite of the default. A new option is a field
+    here, a check in __post_init__ (a bool needs none), and a use, mostly through LLM.__init__."""
     model: str | None = option(
         None, "a folder or a Hugging Face id (default: $TINYVLLM_MODEL, else Llama-3.2-1B-Instruct if it was "
         "downloaded before, else the bundled Parrot)")
