@@ -15,6 +15,7 @@ import ctypes
 import os
 import re
 import sys
+import tempfile
 import weakref
 from pathlib import Path
 
@@ -173,7 +174,8 @@ def open_cublas(cupy):
     library = ctypes.CDLL(path)
     handle = ctypes.c_void_p()
     status = library.cublasCreate_v2(ctypes.byref(handle))
-    assert status == 0, f"cublasCreate answers {status}"
+    if status != 0:
+        raise cupy.cuda.cublas.CUBLASError(status)
     number, pointer = ctypes.c_int, ctypes.c_void_p
     library.cublasSetStream_v2.argtypes = [pointer, pointer]
     library.cublasGemmEx.argtypes = [
@@ -181,6 +183,17 @@ def open_cublas(cupy):
         pointer, number, number, pointer, number, number,           # a, its type and stride; the same of b
         pointer, pointer, number, number, number, number]           # beta; c, type, stride; sums, algorithm
     return library.cublasGemmEx, library.cublasSetStream_v2, handle
+
+
+def check_cupy_cache():
+    """Raises TinyVLLMError if CuPy cannot store compiled kernels. Some versions fail at the import."""
+    folder = os.environ.get("CUPY_CACHE_DIR") or os.path.expanduser("~/.cupy/kernel_cache")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise TinyVLLMError(f"CuPy's cache of kernels: expected a folder with room that you may write, got "
+                            f"{folder} ({error.strerror}): set CUPY_CACHE_DIR to another") from None
 
 
 class CudaDevice:
@@ -201,6 +214,7 @@ class CudaDevice:
             raise TinyVLLMError("expected a GPU of compute capability 8.0 or newer, for bfloat16 (RTX 30 "
                                 f"series, A100, ...), got {self.name} with {major}.{minor}: use --device cpu "
                                 "or another GPU")
+        check_cupy_cache()
         self.gemm, self.set_stream, self.cublas = open_cublas(cupy)
         self.graph_pool = cupy.cuda.MemoryPool()
         self.graph_stream = cupy.cuda.Stream()
@@ -273,7 +287,8 @@ class CudaDevice:
             self.cublas, CUBLAS_OP_T, CUBLAS_OP_N, rows, T, columns, ONE,
             w.data.ptr, CUDA_R_16BF, columns, x.data.ptr, CUDA_R_16BF, columns,
             beta, out.data.ptr, CUDA_R_16BF, rows, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT)
-        assert status == 0, f"cublasGemmEx answers {status} to a product of {x.shape} and {w.shape}"
+        if status != 0:                             # after an error of a kernel, for one
+            raise self.xp.cuda.cublas.CUBLASError(status)
         return out
 
     def record(self, function):
@@ -377,6 +392,8 @@ def open_device(name="auto"):
         import cupy
         cupy.cuda.runtime.getDeviceCount()          # raises without a driver or a GPU
     except Exception as error:                      # CuPy raises many kinds; an import can fail half-way
+        if isinstance(error, OSError):
+            check_cupy_cache()
         problem = f"no NVIDIA GPU can be used ({first_line(error)})"
         if name == "cuda":
             raise TinyVLLMError(f"{problem}: check nvidia-smi and `pip install cupy-cuda12x`, or use "

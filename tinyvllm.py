@@ -2035,6 +2035,7 @@ def outcome(main, argv):
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in ("cupy", "cupy_backends", "simulator"):
             raise
+        sys.unraisablehook = lambda _: None     # CuPy's objects cannot be freed on a GPU that has failed
         return 2, f"tinyvllm: the GPU has failed ({first_line(error)}): start the program anew"
 
 
