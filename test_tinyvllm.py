@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 # Set before NumPy is imported. Test processes run side by side; the simulator starts threads.
@@ -27,6 +28,7 @@ import tokenizers
 from ml_dtypes import bfloat16
 from safetensors.numpy import load_file
 
+import simulator
 import tinyvllm
 from device import compile_kernels, open_device, paste
 from reference import PARROT, RNG, ROOT, ROPE, TINY, numpy_llama, random_weights, write_model
@@ -777,6 +779,8 @@ def test_bad_prompts_do_not_stop_the_good_ones(parrot):
     assert wrong.error == "the prompt: expected a text or a list of token ids, got None"
     with pytest.raises(TinyVLLMError, match="SamplingParams"):
         parrot.generate([good, good], [SamplingParams(), {}])
+    with pytest.raises(TinyVLLMError, match=r"prompts: expected a text, .*, got None"):
+        parrot.generate(None)
     assert not parrot.engine.scheduler.waiting
 
 
@@ -791,12 +795,37 @@ def test_pool_limits(options, message):
         LLM(PARROT, **options)
 
 
-def test_the_pool_limits_a_context():
-    assert LLM(PARROT, num_blocks=4).max_model_len == 64
+@pytest.mark.parametrize("options, limit, advice", [
+    ({}, 4096, ""),
+    ({"num_blocks": 4}, 64, "raise num_blocks; "),
+    ({"max_model_len": 20}, 20, "raise max_model_len; "),
+    ({"enable_chunked_prefill": False, "max_num_batched_tokens": 40}, 40,
+     "raise max_num_batched_tokens, or leave --no-chunked-prefill out; "),
+    ({"gpu_memory_utilization": 0.5}, 32, "raise gpu_memory_utilization; ")], ids=str)
+def test_who_limits_a_context(options, limit, advice, monkeypatch):
+    if "gpu_memory_utilization" in options:
+        monkeypatch.setattr(tinyvllm, "kv_cache_blocks", lambda config, memory, args: 2)
+    llm = LLM(PARROT, **options)
+    assert (llm.max_model_len, llm.advice) == (limit, f"{advice}the model's limit is 4096")
 
 
 @pytest.mark.parametrize("name, value", [
-    ("temperature", -0.1), ("temperature", float("nan")), ("temperature", "hot"), ("top_p", 0),
+    ("model", 123), ("model", ""), ("block_size", 16.0), ("device", "gpu"), ("overlap", "no"),
+    ("gpu_memory_utilization", True), ("gpu_memory_utilization", np.ones(2)), ("max_num_seqs", True)])
+def test_options_of_the_wrong_kind(name, value):
+    with pytest.raises(TinyVLLMError, match=f"^{name}: expected .*, got {re.escape(repr(value))}$"):
+        LLM(**{"model": PARROT, name: value})
+
+
+def test_an_error_shows_any_value_in_one_line():
+    assert tinyvllm.shown(np.zeros((2, 2))) == "array([[0., 0.],"
+    assert tinyvllm.shown(10**5000) == "a int" and tinyvllm.shown("x" * 99) == "'" + "x" * 59
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name, value", [
+    ("temperature", -0.1), ("temperature", float("nan")), ("temperature", "hot"), ("temperature", 1e39),
+    ("temperature", np.float64(1e39)), ("temperature", True), ("temperature", np.ones(2)), ("top_p", 0),
     ("top_p", 1.5), ("top_k", -2), ("top_k", 2.5), ("top_k", True), ("max_tokens", 0), ("seed", -1),
     ("logprobs", -1), ("stop_token_ids", 7), ("stop_token_ids", "")])
 def test_sampling_params_refuse_nonsense(name, value):
@@ -812,7 +841,7 @@ def run_main(*args, stdin="", program=tinyvllm):
     out = io.StringIO()
     err = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit_:
-        patch.setattr("sys.stdin", io.StringIO(stdin))
+        patch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), "utf-8"))
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             tinyvllm.run_program(program.main, [str(arg) for arg in args])
     return exit_.value.code, out.getvalue(), error_lines(err.getvalue())
@@ -874,7 +903,10 @@ def recitation(question):
     ({"num_attention_heads": 17},
      ["num_attention_heads: expected 1 to 16 for each of num_key_value_heads, 1, got 17"]),
     ({"vocab_size": -2048}, ["vocab_size: expected a whole number above 0, got -2048"]),
+    ({"vocab_size": True}, ["vocab_size: expected a whole number above 0, got True"]),
     ({"rms_norm_eps": "1e-5"}, ["rms_norm_eps: expected a number above 0, got '1e-5'"]),
+    ({"rms_norm_eps": math.nan}, ["rms_norm_eps: expected a number above 0, got nan"]),
+    ({"rope_theta": 10**400}, ["rope_theta: expected a number above 0, got 1000"]),
     ({"head_dim": 60}, ["head_dim: expected 32 to 256 in steps of 16, got 60"]),
     ({"intermediate_size": 63}, ["intermediate_size: expected a multiple of 8, got 63"]),
     ({"tie_word_embeddings": "false"}, ["tie_word_embeddings: expected True or False", "got 'false'"]),
@@ -903,6 +935,10 @@ def test_weights_that_do_not_fit(change, parts, tmp_path):
     assert_refused(run_main("--model", write_model(tmp_path, weights=change), "Hi"), *parts)
 
 
+NESTED = b"[" * 1000 + b"]" * 1000
+NO_VOCABULARY = {"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": []}
+
+
 @pytest.mark.parametrize("name, content, parts", [
     ("config.json", None, ["no config.json"]),
     ("tokenizer.json", None, ["tokenizer.json", "No such file"]),
@@ -921,6 +957,16 @@ def test_weights_that_do_not_fit(change, parts, tmp_path):
      ["no model-00001-of-00002.safetensors"]),
     ("model.safetensors.index.json", b'{"weight_map": []}',
      ["model.safetensors.index.json: weight_map: expected a dict", "got []"]),
+    ("model.safetensors.index.json", b'{"weight_map": {"a": "../model.safetensors"}}',
+     ["files in the index's own folder", "got {'a': '../model.safetensors'}"]),
+    ("model.safetensors.index.json", b'{"weight_map": {"a": "/model.safetensors"}}', ["own folder"]),
+    ("model.safetensors.index.json", b'{"weight_map": {"a": ""}}', ["own folder"]),
+    ("config.json", NESTED, ["cannot read", "config.json", "recursion"]),
+    ("generation_config.json", NESTED, ["cannot read", "generation_config.json", "recursion"]),
+    ("tokenizer_config.json", NESTED, ["tokenizer_config.json", "recursion"]),
+    ("tokenizer_config.json", b'{"bos_token": 5}', ["tokenizer_config.json", "the bos_token 5"]),
+    ("tokenizer.json", json.dumps(NO_VOCABULARY).encode(), ["expected a vocabulary", "tokenizer.json"]),
+    ("model.safetensors", (2000).to_bytes(8, "little") + NESTED, ["no valid safetensors"]),
 ])
 def test_files_that_are_missing_or_broken(name, content, parts, tmp_path):
     file = write_model(tmp_path) / name
@@ -931,6 +977,27 @@ def test_files_that_are_missing_or_broken(name, content, parts, tmp_path):
     else:
         file.write_bytes(content)
     assert_refused(run_main("--model", tmp_path, "Hi"), *parts)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, partial(os.symlink, "/dev/zero")])
+@pytest.mark.parametrize("name", [
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+    "model.safetensors", "model.safetensors.index.json"])
+def test_files_that_are_no_regular_files(name, make, tmp_path):
+    """To read from a FIFO would take for ever."""
+    file = write_model(tmp_path) / name
+    file.unlink(missing_ok=True)
+    make(file)
+    assert_refused(run_main("--model", tmp_path, "Hi"), name, "expected a regular file")
+
+
+def test_a_tensor_in_two_files(tmp_path):
+    for name in "a.safetensors", "b.safetensors":
+        write_safetensors(tmp_path / name, 8, a=(0, 8))
+    index = {"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(TinyVLLMError, match="expected each tensor in one file, found a in two"):
+        tinyvllm.Checkpoint(tmp_path)
 
 
 def write_safetensors(path, num_bytes, **spans):
@@ -979,6 +1046,9 @@ RAVEN = "Recite The Raven by Edgar Allan Poe, all of it, from the start."
     (["--load-format", "zip", "Hi"], ["--load-format", "'zip'", "dummy"]),
     (["--max-tokens", "many", "Hi"], ["--max-tokens", "'many'"]),
     (["--device", "tpu", "Hi"], ["--device", "tpu", "cuda"]),
+    (["--raw", "--system", "X", "Hi"], ["--raw takes no --system"]),
+    (["--trace", "", "Hi"], ["--trace: expected a file that ends in", "got ''"]),
+    (["--model", "", "Hi"], ["--model: expected a folder", "got ''"]),
 ], ids=lambda value: " ".join(map(str, value))[:40])
 def test_options_and_prompts_that_make_no_sense(args, parts):
     assert_refused(run_main("--model", PARROT, *args), *parts)
@@ -1008,11 +1078,31 @@ def test_one_bad_prompt_among_good_ones():
     assert out.startswith("> What is RoPE?\nRoPE tells") and "\n> What is RMSNorm?\nRMSNorm keeps" in out
 
 
+@pytest.mark.parametrize("args", [[], ["--raw"], ["--system", "x" * 10**6]])
+def test_a_text_that_cannot_fit_is_never_tokenised(args, monkeypatch):
+    encode = tinyvllm.Tokenizer.encode
+    lengths = []
+
+    def watched(self, text, **options):
+        lengths.append(len(text))
+        return encode(self, text, **options)
+
+    monkeypatch.setattr(tinyvllm.Tokenizer, "encode", watched)
+    long = "a" + " " * 10**6 + "b"
+    code, out, errors = run_main("--model", PARROT, "--max-tokens", "1", *args, "-", stdin=f"{long}\nHi\n")
+    num_refused = 2 if "--system" in args else 1
+    assert code == 2 and len(errors) == num_refused and "characters or less, got " in errors[0]
+    assert out.count("> ") == 2 - num_refused
+    assert max(lengths, default=0) < 1000
+    with pytest.raises(TinyVLLMError, match="got 1000002 characters"):
+        LLM(PARROT).generate(long)
+
+
 def fake_cupy(error=None):
     """A module `cupy` that finds an old GPU, or raises this error."""
     def get_device_count():
         if error:
-            raise RuntimeError(error)
+            raise error if isinstance(error, Exception) else RuntimeError(error)
 
     old = {"name": b"Old GPU", "major": 7, "minor": 5}
     runtime = SimpleNamespace(getDeviceCount=get_device_count, getDevice=lambda: 0,
@@ -1027,8 +1117,10 @@ def fake_cupy(error=None):
      ["no CUDA-capable device", "--device cpu"]),
     ("cuda", fake_cupy(" "), ["no NVIDIA GPU", "RuntimeError"]),
     ("cuda", None, ["no NVIDIA GPU", "cupy"]),              # None in sys.modules: the import fails
-], ids=["too old", "no GPU", "no reason", "no CuPy"])
+    ("auto", fake_cupy(PermissionError()), ["CuPy's cache", "got /proc/none", "set CUPY_CACHE_DIR"]),
+], ids=["too old", "no GPU", "no reason", "no CuPy", "no cache"])
 def test_gpu_that_cannot_be_used(device, cupy, parts, monkeypatch):
+    monkeypatch.setenv("CUPY_CACHE_DIR", "/proc/none")
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     assert_refused(run_main("--model", PARROT, "--device", device, "Hi"), *parts)
 
@@ -1049,6 +1141,61 @@ def test_a_kernel_that_does_not_compile(tmp_path):
     assert "\n" not in str(error.value)
 
 
+NOTHING = 'extern "C" __global__ __launch_bounds__(32)\nvoid nothing(int* x) {}\n'
+
+
+@pytest.mark.parametrize("name, value, parts", [
+    ("XDG_CACHE_HOME", "/proc/none", ["/proc/none", "$XDG_CACHE_HOME"]),
+    ("CXX", "true", ["expected true to be a C++ compiler", "$CXX"]),
+    ("CXX", "false", ["gives no reason"]), ("CXX", "no-such-compiler", ["$CXX"])], ids=str)
+def test_compilers_and_caches_that_do_not_work(name, value, parts, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(name, value)
+    with pytest.raises(TinyVLLMError, match=".*".join(map(re.escape, parts))) as error:
+        compile_kernels(open_device("cpu"), {}, NOTHING)
+    assert "\n" not in str(error.value)
+
+
+def test_a_library_that_was_cut_is_made_anew(monkeypatch, tmp_path):
+    """To load such a library would end the process by SIGBUS."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    simulator.RawModule(NOTHING)
+    [library] = tmp_path.glob("tinyvllm/*.so")
+    whole = library.stat().st_size
+    for size in 0, whole // 2, whole - 1:
+        cut = tmp_path / "cut"
+        cut.write_bytes(library.read_bytes()[:size])
+        os.replace(cut, library)            # a new file: the old one is loaded in this process
+        simulator.RawModule(NOTHING)
+        assert library.stat().st_size == whole
+
+
+def test_an_interrupted_compiler_leaves_nothing(monkeypatch, tmp_path):
+    """Neither the compiler's own child processes nor temporary files."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    script = tmp_path / "compiler"
+    script.write_text(f'#!/bin/sh\n[ "$2" = -E ] && exit\nsleep 1000 > {fifo} & touch $TMPDIR/x; wait\n')
+    script.chmod(0o755)
+    communicate = subprocess.Popen.communicate
+
+    def interrupted(process, source):
+        if source:
+            fifo.open().close()             # waits for `sleep` to open the other end
+            raise KeyboardInterrupt
+        return communicate(process, source)
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", interrupted)
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        simulator.RawModule(NOTHING)
+    assert os.listdir(tmp_path / "tinyvllm") == []
+    with open(os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)) as end:
+        while end.read():                   # raises while `sleep` has the other end
+            pass
+
+
 # --------------------------------------------------------------------------------------------------
 # The command line
 # --------------------------------------------------------------------------------------------------
@@ -1061,14 +1208,15 @@ def test_one_prompt_in_a_pipe(question):
     assert last.startswith("tiny-vLLM: ") and "new tokens" in last and "tokens/s" in last
 
 
-def test_one_prompt_streams_and_ctrl_c_ends_it():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_prompt_streams_and_ctrl_c_ends_it(number):
     process = start("Recite The Raven.")
     first = process.stdout.read1(100)
     assert process.poll() is None                   # text has come, and the process is still at work
     assert first and recitation("Recite The Raven.").encode().startswith(first)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=30)
-    assert process.returncode == 130 and "Traceback" not in err.decode() and len(out) < 5000
+    assert process.returncode == 128 + number and "Traceback" not in err.decode() and len(out) < 5000
 
 
 def test_several_prompts_are_answered_in_input_order():
@@ -1092,6 +1240,129 @@ def test_a_closed_pipe_ends_it():
     process.stdout.read1(10)
     process.stdout.close()
     assert process.wait(timeout=30) == 0 and not error_lines(process.stderr.read().decode())
+
+
+def test_ctrl_c_during_the_imports(tmp_path):
+    (tmp_path / "numpy.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)")
+    code, out, err = run_process("Hi", PYTHONPATH=str(tmp_path))
+    assert (code, out, err) == (-signal.SIGINT, "", "")
+
+
+def run(main):
+    """(exit code, lines of stderr) of run_program(main)."""
+    err = io.StringIO()
+    with pytest.raises(SystemExit) as exit_, contextlib.redirect_stderr(err):
+        tinyvllm.run_program(main)
+    return exit_.value.code, err.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_second_signal_does_not_disturb_the_end(first):
+    steps = []
+    before = signal.getsignal(first)
+
+    def main(argv):
+        try:
+            os.kill(os.getpid(), first)
+            steps.append("not reached")
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+            steps.append("tidied")
+
+    assert run(main) == (128 + first, [""]) and steps == ["tidied"]
+    assert signal.getsignal(first) == before
+
+
+def test_a_signal_that_the_parent_ignores_stays_ignored(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run(lambda argv: os.kill(os.getpid(), signal.SIGHUP)) == (None, [])
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_ctrl_c_prints_the_answers_that_are_done(monkeypatch, capsys):
+    step = tinyvllm.Engine.step
+
+    def interrupted(engine):
+        got_token = step(engine)
+        if len(engine.sequences) == 2:                              # the two long recitations
+            raise KeyboardInterrupt
+        return got_token
+
+    monkeypatch.setattr(tinyvllm.Engine, "step", interrupted)
+    short = "What is RoPE?", "Who are you?"
+    questions = "Recite The Raven.", short[0], RAVEN, short[1]
+    code, _ = run(lambda argv: tinyvllm.main(["--model", str(PARROT), *questions]))
+    assert code == 130
+    assert capsys.readouterr().out == "".join(f"> {text}\n{recitation(text)}\n\n" for text in short)
+
+
+@pytest.mark.parametrize("module, message", [
+    ("cupy_backends.cuda.api.runtime", "the GPU has failed (x): start the program anew"),
+    ("simulator", "the GPU has failed (x): start the program anew"), ("builtins", None)])
+def test_a_gpu_that_fails_ends_the_program_with_a_line(module, message, monkeypatch):
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    error = type("CUDARuntimeError", (RuntimeError,), {"__module__": module})
+
+    def main(argv):
+        raise error("x\ny")
+
+    if message:
+        assert run(main) == (2, [f"tinyvllm: {message}"])
+    else:                                                           # a mistake of this project
+        with pytest.raises(error):
+            tinyvllm.run_program(main)
+
+
+@pytest.mark.parametrize("name, code", [("stdin", 2), ("stdout", 0), ("stderr", 0)])
+def test_closed_streams(name, code, monkeypatch, capsys):
+    """Python has None for a closed stream. print(file=None) would print to stdout."""
+    monkeypatch.setattr(sys, name, None)
+    with pytest.raises(SystemExit) as exit_:
+        tinyvllm.run_program(tinyvllm.main, ["--model", str(PARROT), "--max-tokens", "1"] + (
+            ["-"] if name == "stdin" else ["Hi"]))
+    out, err = capsys.readouterr()
+    assert exit_.value.code == code and "Traceback" not in err
+    assert out == {"stdin": "", "stdout": "", "stderr": "\ufffd\n"}[name]
+    assert len(error_lines(err)) == (code == 2)
+
+
+def test_a_full_disk(monkeypatch):
+    full = open("/dev/full", "w")
+    monkeypatch.setattr(sys, "stdout", full)
+    assert run(lambda argv: print("Hi")) == (2, ["tinyvllm: [Errno 28] No space left on device"])
+    full.close()                            # run_program has sent the text that cannot be written elsewhere
+    monkeypatch.undo()
+    full = open("/dev/full", "w", buffering=1)
+    monkeypatch.setattr(sys, "stderr", full)
+    with pytest.raises(SystemExit) as exit_:
+        tinyvllm.run_program(lambda argv: print("Hi", file=sys.stderr))
+    assert exit_.value.code == 2
+    full.close()
+
+
+def test_a_trace_into_a_fifo_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "x.json")
+    assert_refused(run_main("--trace", tmp_path / "x.json", "Hi"), "--trace: expected a file")
+
+
+def test_only_a_newline_ends_a_line_of_stdin():
+    lines = "a\x0cb", "a\u2028b", "a\x0bb", "a\x85b", "a\rb", "a\x1cb"
+    code, out, errors = run_main("--model", PARROT, "--max-tokens", "1", "-",
+                                 stdin="\n".join(lines) + "\r\n \r\n\nlast\r\n")
+    assert code == 0 and not errors
+    assert [text.split("\n")[0] for text in out.split("> ")[1:]] == [*lines, "last"]
+
+
+@pytest.mark.parametrize("args, part", [
+    (["--num-blocks", "2"], "2 of 2 answers, at 32 tokens of prompt and answer: raise --num-blocks"),
+    (["--num-blocks", "2", "--max-tokens", "4"], None), (["--max-model-len", "32"], "raise --max-model-len"),
+    ([], None)], ids=str)
+def test_an_answer_cut_by_the_context_says_so(args, part, capsys):
+    code = tinyvllm.main(["--model", str(PARROT), *args, "Who are you?", "Hi" if args else "What is RoPE?"])
+    err = capsys.readouterr().err
+    assert code == 0 and ("cut short" in err) == (part is not None) and (part or "") in err
 
 
 def test_no_network_for_a_hugging_face_id(tmp_path):

@@ -5,8 +5,10 @@ Llama 2 and SmolLM2.
 """
 import json
 import random
+import weakref
 from datetime import date
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import tokenizers
@@ -411,11 +413,32 @@ def test_bad_text_and_messages(models_of):
     for text in ("half an emoji: \ud83e", None, 5):
         with says("expected a str"):
             ours.encode(text)
-    with says("at least one"):
-        ours.chat([])
+    for nothing in [], (message for message in ()), None, 5:
+        with says("at least one"):
+            ours.chat(nothing)
+    assert ours.chat(message for message in HI) == ours.chat(HI)
     tool = {"role": "tool", "content": "x"}
     for message in tool, user(None), {"role": "user"}, "Hi":
         with says("expected messages with a role", "got "):
             ours.chat([message])
     with says("send raw text"):
         models_of["llama2"].ours.chat(HI)
+
+
+def test_a_panic_of_the_package_is_an_error_of_the_text(models_of, monkeypatch):
+    ours = models_of["llama3.2"].ours
+    with says("expected a text that the tokenizer can split", "10000002 characters"):
+        ours.encode("a" + " " * 10**7 + "b")
+    assert ours.decode(ours.encode("a b", add_bos=False)) == "a b"
+    for error in KeyboardInterrupt, SystemExit, GeneratorExit:
+        monkeypatch.setattr(ours, "_hf", SimpleNamespace(encode=Mock(side_effect=error)))
+        with pytest.raises(error):
+            ours.encode("a")
+
+
+def test_nothing_keeps_a_tokenizer_alive(models_of):
+    ours = Tokenizer(models_of["llama3.2"].folder)
+    ours.token_bytes(0)
+    alive = weakref.ref(ours)
+    del ours
+    assert alive() is None
