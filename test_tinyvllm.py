@@ -8,6 +8,7 @@ of the code that it judges: reference.py, or a count by hand.
 """
 import ast
 import contextlib
+import errno
 import io
 import json
 import math
@@ -19,6 +20,7 @@ import subprocess
 import sys
 from functools import partial
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 # Set before NumPy is imported. Test processes run side by side; the simulator starts threads.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -1049,6 +1051,7 @@ RAVEN = "Recite The Raven by Edgar Allan Poe, all of it, from the start."
     (["--raw", "--system", "X", "Hi"], ["--raw takes no --system"]),
     (["--trace", "", "Hi"], ["--trace: expected a file that ends in", "got ''"]),
     (["--model", "", "Hi"], ["--model: expected a folder", "got ''"]),
+    (["--model", "a\nb", "Hi"], ["--model: expected a folder", "got a b"]),
 ], ids=lambda value: " ".join(map(str, value))[:40])
 def test_options_and_prompts_that_make_no_sense(args, parts):
     assert_refused(run_main("--model", PARROT, *args), *parts)
@@ -1292,7 +1295,7 @@ def test_ctrl_c_prints_the_answers_that_are_done(monkeypatch, capsys):
 
     monkeypatch.setattr(tinyvllm.Engine, "step", interrupted)
     short = "What is RoPE?", "Who are you?"
-    questions = "Recite The Raven.", short[0], RAVEN, short[1]
+    questions = "Recite The Raven.", short[0], "Recite The Raven.", short[1]
     code, _ = run(lambda argv: tinyvllm.main(["--model", str(PARROT), *questions]))
     assert code == 130
     assert capsys.readouterr().out == "".join(f"> {text}\n{recitation(text)}\n\n" for text in short)
@@ -1369,6 +1372,15 @@ def test_no_network_for_a_hugging_face_id(tmp_path):
     caches = {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path)}
     code, out, err = run_process("--model", "nobody/nothing", "Hi", **caches)
     assert_refused((code, out, error_lines(err)), "nobody/nothing", "check the network", "folder")
+
+
+@pytest.mark.parametrize("error, advice", [
+    (PermissionError(errno.EACCES, "no", "/x"), "set HF_HOME"),
+    (OSError(errno.ENOSPC, "full"), "set HF_HOME"),
+    (ConnectionError("no"), "check the network")], ids=repr)
+def test_a_download_that_fails(error, advice, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", Mock(side_effect=error))
+    assert_refused(run_main("--model", "nobody/nothing", "Hi"), "cannot download nobody/nothing", advice)
 
 
 def test_default_model(tmp_path):

@@ -1988,14 +1988,15 @@ def as_flags(message):
 
 @contextlib.contextmanager
 def caught_signals():
-    """Makes SIGTERM and SIGHUP what Ctrl-C is, a KeyboardInterrupt. A signal within a second after
-    another is ignored: the first is being obeyed."""
+    """Makes SIGTERM and SIGHUP what Ctrl-C is: a KeyboardInterrupt. For a second after the exception
+    further signals are ignored, so that a second Ctrl-C does not break off what the first began."""
     last = -math.inf
 
     def stop(number, frame):
         nonlocal last
-        before, last = last, time.monotonic()
-        if last - before > 1:
+        now = time.monotonic()
+        if now - last > 1:
+            last = now
             raise KeyboardInterrupt(number)
 
     is_main = threading.current_thread() is threading.main_thread()     # only there Python handles signals
@@ -2055,7 +2056,7 @@ def run_program(main, argv=None):
         code, line = outcome(main, argv)
         with contextlib.suppress(OSError):
             if line is not None:
-                print(line, file=sys.stderr)
+                print(*line.splitlines(), file=sys.stderr)      # one line, whatever a path holds
         for stream in sys.stdout, sys.stderr:
             try:
                 stream.flush()
