@@ -1525,7 +1525,7 @@ LEAVES = {"tokenizer", "views", "simulator"}
 MAY_IMPORT = {"tokenizer": set(), "views": set(), "simulator": set(), "reference": set(),
               "device": {"simulator"}, "tinyvllm": LEAVES | {"device"}}
 MAY_COME_LATE = {"cupy", "huggingface_hub"}         # in a function: not every run has or needs both
-MOST_LINES = {"tinyvllm.py": 1750, "device.py": 400, "kernels.cu": 950, "ptx.h": 250, "decode.cu": 1000,
+MOST_LINES = {"tinyvllm.py": 1750, "device.py": 410, "kernels.cu": 950, "ptx.h": 250, "decode.cu": 1000,
               "simulator.h": 520, "simulator.py": 150, "tokenizer.py": 230, "views.py": 630, "bench.py": 600,
               "reference.py": 150}
 ROOMS = set(MOST_LINES) | {
