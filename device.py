@@ -11,7 +11,9 @@ CudaDevice and CpuDevice have the same members. Above this module nothing depend
     kernels.rms_norm((T,), out, ...)    starts T thread blocks. compile_kernels reads the number of
                                         threads and the arguments' types from the source text alone
 """
+import contextlib
 import ctypes
+import math
 import os
 import re
 import sys
@@ -36,6 +38,33 @@ def first_line(error, word=""):
     """The first line of an error's text with `word`, else the first line."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return next((line for line in lines if word in line), lines[0]).strip()
+
+
+def check(name, value, is_good, expected):
+    """Returns the value. Raises TinyVLLMError if is_good(value) is false or the type wrong."""
+    with contextlib.suppress(TypeError, AttributeError, ValueError, OverflowError):
+        if is_good(value):
+            return value
+    raise TinyVLLMError(f"{name}: expected {expected}, got {shown(value)}")
+
+
+def shown(value):
+    """A value in the text of an error: one line of 60 characters at most."""
+    try:
+        return first_line(repr(value))[:60]
+    except ValueError:                      # an int of more digits than Python prints
+        return f"a {type(value).__name__}"
+
+
+def is_int(value, least=1, most=math.inf):
+    """Whether the value is a whole number from `least` to `most`."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and least <= value <= most
+
+
+def is_number(value, least, most):
+    """Whether the value is a number from `least` to `most`."""
+    is_real = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    return is_real and least <= float(value) <= most
 
 
 # --------------------------------------------------------------------------------------------------
