@@ -63,7 +63,7 @@ __version__ = "0.1.0"
 
 def check(name, value, is_good, expected):
     """Returns the value. Raises TinyVLLMError if is_good(value) is false or the type wrong."""
-    with contextlib.suppress(TypeError, AttributeError):
+    with contextlib.suppress(TypeError, AttributeError, ValueError):     # the last: an array is no truth value
         if is_good(value):
             return value
     raise TinyVLLMError(f"{name}: expected {expected}, got {value!r:.60}")
@@ -72,6 +72,11 @@ def check(name, value, is_good, expected):
 def is_int(value, least=1, most=math.inf):
     """Whether the value is a whole number from `least` to `most`."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and least <= value <= most
+
+
+def is_number(value, least, most):
+    """Whether the value is a number from `least` to `most`, and no array with a number."""
+    return isinstance(value, (int, float, np.integer, np.floating)) and least <= value <= most
 
 
 def is_sequence(value):
@@ -552,12 +557,13 @@ class SamplingParams:
     def __post_init__(self):
         def want(name, is_good, expected):
             check(name, getattr(self, name), is_good, expected)
-        want("temperature", lambda t: 0 <= t <= np.finfo(np.float32).max, "0 (greedy) or more")
+        want("temperature", lambda t: is_number(t, 0, np.finfo(np.float32).max), "0 (greedy) or more")
         want("top_k", lambda k: is_int(k, -1), "a whole number of 1 or more, or 0 for all")
-        want("top_p", lambda p: 0 < p <= 1, "more than 0 and at most 1")
+        want("top_p", lambda p: is_number(p, 0, 1) and p > 0, "more than 0 and at most 1")
         want("seed", lambda seed: seed is None or is_int(seed, 0, 2**64 - 1),
              "a whole number from 0 to 2^64 - 1")
         want("max_tokens", lambda n: n is None or is_int(n), "a whole number of 1 or more")
+        want("ignore_eos", lambda flag: isinstance(flag, (bool, np.bool_)), "True or False")
         if not isinstance(self.stop_token_ids, (str, bytes)):
             with contextlib.suppress(TypeError):
                 self.stop_token_ids = tuple(self.stop_token_ids)        # a generator serves once
@@ -750,7 +756,7 @@ class Scheduler:
     def is_worth_waiting(self, sequence, num_cached, prefills):
         """Whether half of the tokens to compute, or more, are about to be computed in one of these
         prompts: a step later, their pages can be found."""
-        if not self.allocator.prefix_caching:
+        if not self.allocator.prefix_caching or self.static_batching:   # or wait for the whole batch
             return False
         size = self.allocator.block_size
         tokens = sequence.token_ids
@@ -1299,7 +1305,9 @@ class Engine:
         self.in_flight = deque()            # of Flights, oldest first
         self.aborted = deque()              # outputs of abandoned requests, until a step drops them
         self.observers = []                 # objects with told(event, what), such as views.Recorder
-        self.lock = threading.Lock()        # threads take turns at steps
+        # Threads take turns at steps. An RLock: a thread that was interrupted at the very release can
+        # go on.
+        self.lock = threading.RLock()
         self.is_torn = False                # True between steps: the last step did not come to its end
 
     def tell(self, event, what=None):
@@ -1459,8 +1467,8 @@ class Engine:
 
     def forget(self, sequence):
         """Takes out a sequence whose output is final."""
-        self.sequences.pop(id(sequence.output), None)
         self.notify(sequence)
+        self.sequences.pop(id(sequence.output), None)       # last: rebuild() repeats an interrupted end
 
     def listen(self, output, news):
         """Appends the output to a deque now, after each new token, and at its end."""
@@ -1652,7 +1660,8 @@ class LLM:
 
     def prepare(self, prompt, params):
         """The Sequence of a prompt, whose output has an error if the prompt is unanswerable."""
-        params = replace(params)            # a copy, checked again: the caller may change its own
+        params.__post_init__()              # checked again: the caller may have changed its object,
+        params = replace(params)            # and may do so later: a copy
         output = RequestOutput([], arrival_time=time.perf_counter(),
                                logprobs=None if params.logprobs is None else [])
         try:
@@ -1661,7 +1670,7 @@ class LLM:
             output.finish_reason = "error"
             output.error = str(error)
         num_tokens = len(output.prompt_token_ids)
-        max_len = min(self.max_model_len, num_tokens + (params.max_tokens or self.max_model_len))
+        max_len = min(self.max_model_len, num_tokens + int(params.max_tokens or self.max_model_len))
         return Sequence(params, output, StreamDecoder(self.tokenizer), max_len)
 
     def check_length(self, text):
@@ -1702,6 +1711,7 @@ class LLM:
         """Steps the engine until all outputs are final. Yields each output after its new tokens
         (several, if another caller stepped in between), and once when final. An early end (an
         exception, Ctrl-C, a closed generator) gives the requests up."""
+        outputs = list(outputs)             # a generator serves once
         news = deque()                      # outputs with a new token or an end
         unseen = {}                         # id(output) -> (tokens, characters) yielded, not as final
         try:
