@@ -8,7 +8,6 @@ read, and whose answers are known beforehand. An interrupt may come between any 
 
 TINYVLLM_FUZZ=N in the environment: interrupts at every line instead of some, and N rounds of fuzz.
 """
-import collections
 import contextlib
 import gc
 import itertools
@@ -19,6 +18,7 @@ import random
 import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
@@ -326,8 +326,8 @@ class Scene:
         assert_exact(self.llm, self.prompt, self.params, self.output)
         assert self.text == self.output.text
         assert_settled(self.llm)
-        again = [*self.prompts, [1, 2, 3, 9, 9, 9], self.prompt + [1] * 4, self.prompt + self.output.token_ids]
-        generate_exactly(self.llm, again, self.own_params)
+        longer = [[1, 2, 3, 9, 9, 9], self.prompt + [1] * 4, self.prompt + self.output.token_ids]
+        generate_exactly(self.llm, self.prompts + longer, self.own_params)
         assert_settled(self.llm)
 
 
@@ -350,11 +350,12 @@ def test_something_happens_at_any_line(overlap, length, kind):
 
 
 @pytest.mark.parametrize("overlap", [True, False])
-@pytest.mark.parametrize("interrupts", [["before"], ["after"], ["before", "after"], ["after", "before", "after"]])
+@pytest.mark.parametrize("moments", ["before", "after", "before after", "after before after"])
 @pytest.mark.parametrize("call", ["launch", "get_tokens"])
-def test_interrupts_at_calls_of_the_device(call, interrupts, overlap):
-    """Several in a row, too: while step() recovers from the first, it is interrupted again."""
+def test_interrupts_at_calls_of_the_device(call, moments, overlap):
+    """Several in a row, too: while step() recovers from the first, the second comes."""
     scene = Scene(overlap, 9)
+    interrupts = moments.split()
     model = scene.llm.engine.model
     launch = model.launch
 
@@ -363,7 +364,7 @@ def test_interrupts_at_calls_of_the_device(call, interrupts, overlap):
         return logits, calls(get_tokens, interrupts)
 
     model.launch = calls(launch, interrupts) if call == "launch" else launch_with_bad_wait
-    for _ in range(len(interrupts)):
+    for _ in moments.split():
         with pytest.raises(KeyboardInterrupt):
             scene.llm.generate(scene.prompts, scene.own_params)
     assert not interrupts
@@ -597,8 +598,8 @@ def test_half_a_prompt_is_worth_a_step():
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"overlap": False}, {"static": True}, {"static": True, "max_seqs": 1}, {"chunked": False, "budget": 70},
-    {"num_blocks": 20}, {"num_blocks": 18, "budget": 3}, {"budget": 1}, {"max_seqs": 2}], ids=str)
+    {}, {"overlap": False}, {"static": True}, {"static": True, "max_seqs": 1},
+    {"chunked": False, "budget": 70}, {"num_blocks": 20}, {"num_blocks": 18, "budget": 3}, {"budget": 1}, {"max_seqs": 2}], ids=str)
 def test_a_follower_never_waits_for_ever(options):
     """The leader is chunked, preempted, or cannot take the follower into its batch."""
     llm = fake_llm(**options)
@@ -699,7 +700,8 @@ def test_a_short_prompt_passes_a_long_one():
 
 ODD_OPTIONS = [
     {}, {"budget": 1}, {"budget": 2}, {"budget": 3}, {"budget": 7, "max_seqs": 2}, {"static": True},
-    {"static": True, "budget": 3}, {"chunked": False, "budget": 64}, {"chunked": False, "static": True, "budget": 64},
+    {"static": True, "budget": 3}, {"chunked": False, "budget": 64},
+    {"chunked": False, "static": True, "budget": 64},
     {"num_blocks": 17}, {"num_blocks": 17, "budget": 2}, {"num_blocks": 20, "overlap": False},
     {"num_blocks": 17, "prefix_caching": False}, {"budget": 40, "max_seqs": 40}]
 
@@ -711,7 +713,7 @@ def test_nobody_starves(options):
     rng = random.Random(0)
     params = SamplingParams(max_tokens=20)
     outputs = []
-    stuck = collections.Counter()                           # id of the oldest request -> steps without progress
+    stuck = Counter()                       # id of the oldest request -> steps without progress
     before = None
     for number in range(600):
         if number < 400 and len(llm.engine.sequences) < 12:
@@ -732,3 +734,179 @@ def test_nobody_starves(options):
     for output in outputs:
         assert_exact(llm, output.prompt_token_ids, params, output)
     assert_settled(llm)
+
+
+# --------------------------------------------------------------------------------------------------
+# Fuzz: random engines, callers, aborts and exceptions. Every answer must be exact in the end.
+# --------------------------------------------------------------------------------------------------
+class Caller:
+    """A caller who does as LLM.generate() does, but pauses at each output of run()."""
+
+    def __init__(self, llm, prompts, params):
+        self.llm = llm
+        self.prompts = prompts
+        self.params = params
+        self.outputs = []
+        self.texts = {}                     # id of an output -> the deltas so far
+        self.talk = self.talking()
+        self.me = self                      # see Client
+
+    def talking(self):
+        try:
+            self.outputs = self.llm.submit(self.prompts, self.params)
+            self.texts = {id(output): "" for output in self.outputs}
+            for output in self.llm.run(self.outputs):
+                self.texts[id(output)] += output.delta
+                yield output
+        finally:
+            self.llm.abort(self.outputs)
+
+    def check(self):
+        """All outputs are final and exact, and the deltas were the whole text."""
+        assert len(self.outputs) == len(self.prompts)
+        for prompt, params, output in zip(self.prompts, self.params, self.outputs):
+            assert output.text == self.texts[id(output)]
+            assert_exact(self.llm, prompt, params, output)
+
+
+class Fuzz:
+    """One engine of random sizes, and random events. `counts` counts the kinds of events."""
+
+    def __init__(self, seed, counts):
+        rng = random.Random(seed)
+        self.rng = rng
+        self.counts = counts
+        self.chunked = rng.random() < 0.8
+        block_size = rng.choice([1, 2, 4, 8])
+        num_blocks = rng.randint(48, 160) // block_size
+        budget = rng.choice([1, 2, 3, 7, 16, 64]) if self.chunked else rng.randint(32, 80)
+        self.llm = fake_llm(
+            num_blocks, block_size, budget, rng.choice([1, 2, 5, 40]), overlap=rng.random() < 0.7,
+            prefix_caching=rng.random() < 0.8, chunked=self.chunked, static=rng.random() < 0.15,
+            end_every=rng.choice([0, 10, 40]))
+        self.callers = []
+        self.interrupts = []                # for the next calls of the device
+        model = self.llm.engine.model
+        launch = calls(model.launch, self.interrupts)
+
+        def launch_and_wait(batch):
+            logits, get_tokens = launch(batch)
+            return logits, calls(get_tokens, self.interrupts)
+
+        model.launch = launch_and_wait
+        self.steps_left = 20_000
+        self.step = self.llm.engine.step
+        self.llm.engine.step = self.counted_step
+
+    def counted_step(self):
+        self.steps_left -= 1
+        assert self.steps_left > 0, "callers wait for ever"
+        self.counts["steps"] += 1
+        return self.step()
+
+    def prompt(self):
+        """Many prompts begin alike."""
+        rng = self.rng
+        longest = self.llm.max_model_len - 1
+        beginning = [rng.choice([1, 1, 1, 2])] * rng.randint(1, 30)
+        return (beginning + [rng.randint(1, 3) for _ in range(rng.randint(0, 9))])[:longest]
+
+    def parameters(self):
+        rng = self.rng
+        return SamplingParams(max_tokens=rng.choice([1, 2, 8, 30, None]), temperature=rng.choice([0, 1.0]),
+                              seed=rng.randint(0, 9), ignore_eos=rng.random() < 0.2,
+                              stop_token_ids=[END - 1] if rng.random() < 0.5 else [])
+
+    def arrive(self):
+        count = self.rng.randint(1, 4)
+        prompts = [self.prompt() for _ in range(count)]
+        self.callers.append(Caller(self.llm, prompts, [self.parameters() for _ in range(count)]))
+
+    def refused(self):
+        """A call with one impossible parameter queues nothing."""
+        params = self.parameters()
+        params.max_tokens = -1
+        with pytest.raises(TinyVLLMError):
+            self.llm.submit([[1], [2]], [self.parameters(), params])
+
+    def take(self):
+        caller = self.rng.choice(self.callers)
+        for _ in range(self.rng.randint(1, 8)):
+            if next(caller.talk, None) is None:
+                self.callers.remove(caller)
+                caller.check()
+                break
+
+    def abort(self):
+        self.llm.abort(self.rng.choice(self.callers).outputs[:2])
+
+    def close(self):
+        self.callers.pop(self.rng.randrange(len(self.callers))).talk.close()
+
+    def drop(self):
+        """The garbage collector finds the caller at some time."""
+        self.callers.pop(self.rng.randrange(len(self.callers)))
+
+    def interrupted(self, event):
+        """The event, interrupted at a random line, or at a call of the device, or at both. Whoever
+        was interrupted gives up."""
+        rng = self.rng
+        if rng.random() < 0.5:
+            self.interrupts[:] = rng.choices([None, "before", "after"], [4, 1, 1], k=3)
+        line = int(rng.expovariate(1 / 300)) if rng.random() < 0.8 else 0
+        known = list(self.callers)
+        action = rng.choice([interrupt, interrupt, gc.collect])
+        try:
+            with at_line(line, action) as place:
+                event()
+        except KeyboardInterrupt:
+            self.counts["interrupts"] += 1
+            self.counts["of these at a line"] += bool(place)
+            self.callers = [caller for caller in known if caller.talk.gi_frame]
+        self.interrupts.clear()
+
+    def event(self):
+        rng = self.rng
+        self.counts["events"] += 1
+        events = [self.arrive, self.refused, self.counted_step]
+        weights = [8 if len(self.callers) < 6 else 0, 1, 5]
+        if self.callers:
+            events += [self.take, self.abort, self.close, self.drop]
+            weights += [40, 1, 1, 1]
+        [event] = rng.choices(events, weights)
+        if rng.random() < 0.15:
+            self.interrupted(event)
+        else:
+            event()
+        if not self.llm.engine.is_torn:
+            self.llm.engine.scheduler.check_integrity()
+        assert max(self.llm.engine.model.steps, default=0) <= self.llm.engine.scheduler.max_num_batched_tokens
+
+    def finish(self):
+        """All callers get their answers, and nothing is left."""
+        while self.callers:
+            self.take()
+        gc.collect()
+        assert_settled(self.llm)
+
+
+def test_random_events():
+    """Exceptions and closed streams anywhere: those who go on get exactly their answers."""
+    counts = Counter()
+    gc.collect()
+    gc.freeze()                             # gc.collect() looks at the objects of this test alone
+    gc.disable()                            # and no call is left to chance
+    try:
+        for seed in range(max(ROUNDS, 60)):
+            try:
+                fuzz = Fuzz(seed, counts)
+                for _ in range(150):
+                    fuzz.event()
+                fuzz.finish()
+            except BaseException as error:
+                raise AssertionError(f"seed {seed}") from error
+    finally:
+        gc.enable()
+        gc.unfreeze()
+        print(dict(counts))
+    assert counts["interrupts"] > 100
