@@ -199,21 +199,21 @@ class StandIn:
         # A placeholder ~row stands for a token of the latest step. One of an older step would be
         # wrong here or past the end.
         token_ids = [self.sampled[~token] if token < 0 else token for token in batch.token_ids.tolist()]
-        tables = self.block_tables(batch)
         ends = batch.cu_seqlens.tolist()
         lengths = batch.context_lens.tolist()
-        assert len(set(batch.slot_mapping.tolist())) == len(token_ids) == ends[-1]
-        digests = []
+        tables = self.block_tables(batch)
+        slots = set(batch.slot_mapping.tolist())
+        assert len(slots) == len(token_ids) == ends[-1], "two tokens share a slot"
         for sequence, table in enumerate(tables):
             chunk = range(ends[sequence], ends[sequence + 1])
             self.write(batch, chunk, token_ids, table, lengths[sequence] - len(chunk))
-        for table, length in zip(tables, lengths):
-            digests.append(self.attend(table, length))
-        owners = np.searchsorted(batch.cu_seqlens, batch.last_tokens, "right") - 1
-        assert np.array_equal(batch.cu_seqlens[owners + 1] - 1, batch.last_tokens)
-        assert np.array_equal(batch.context_lens[owners], batch.lengths)
-        self.sampled = [next_token(digests[owner], seed, temperature, self.end_every) for owner, seed, temperature
-                        in zip(owners, batch.seeds.tolist(), batch.temperatures.tolist())]
+        digests = {}                                # index of a sequence's last token -> digest
+        for end, table, length in zip(ends[1:], tables, lengths):
+            digests[end - 1] = self.attend(table, length)
+        self.sampled = []
+        for last, seed, temperature in zip(batch.last_tokens.tolist(), batch.seeds.tolist(),
+                                           batch.temperatures.tolist()):
+            self.sampled.append(next_token(digests[last], seed, temperature, self.end_every))
         self.steps.append(len(token_ids))
         tokens = np.array(self.sampled, np.int32)
         return None, lambda: (tokens, np.zeros(len(tokens), np.float32))

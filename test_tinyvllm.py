@@ -1244,10 +1244,10 @@ MAY_IMPORT = {"tokenizer": set(), "views": set(), "simulator": set(), "reference
 MAY_COME_LATE = {"cupy", "huggingface_hub"}         # in a function: not every run has them or needs them
 MOST_LINES = {"tinyvllm.py": 1750, "device.py": 400, "kernels.cu": 950, "ptx.h": 250, "decode.cu": 850,
               "simulator.h": 480, "simulator.py": 120, "tokenizer.py": 200, "views.py": 450, "bench.py": 500,
-              "reference.py": 150}
+              "reference.py": 260}
 ROOMS = set(MOST_LINES) | {
     "views.html", "test_tinyvllm.py", "test_kernels.py", "test_tokenizer.py", "test_views.py",
-    "test_course.py",
+    "test_course.py", "test_faults.py",
     "run.sh", "README.md", "course", "parrot", "pyproject.toml", "requirements.txt", "LICENSE", ".ci",
     ".gitignore"}
 PATTERNS = ["*.py", "*.cu", "*.h", "*.html", "*.sh", "*.md", "*.toml", "course/*.py", "course/*.md",

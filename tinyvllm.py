@@ -63,7 +63,7 @@ __version__ = "0.1.0"
 
 def check(name, value, is_good, expected):
     """Returns the value. Raises TinyVLLMError if is_good(value) is false or the type wrong."""
-    with contextlib.suppress(TypeError, AttributeError, ValueError):     # the last: an array is no truth value
+    with contextlib.suppress(TypeError, AttributeError, ValueError):     # the last: from an array
         if is_good(value):
             return value
     raise TinyVLLMError(f"{name}: expected {expected}, got {value!r:.60}")
