@@ -221,6 +221,7 @@ class SamplingParams:
         want("seed", lambda seed: seed is None or is_int(seed, 0, 2**64 - 1),
              "a whole number from 0 to 2^64 - 1")
         want("max_tokens", lambda n: n is None or is_int(n), "a whole number of 1 or more")
+        want("ignore_eos", lambda flag: isinstance(flag, (bool, np.bool_)), "True or False")
         if not isinstance(self.stop_token_ids, (str, bytes)):
             with contextlib.suppress(TypeError):
                 self.stop_token_ids = tuple(self.stop_token_ids)        # a generator serves once
@@ -413,7 +414,7 @@ class Scheduler:
     def is_worth_waiting(self, sequence, num_cached, prefills):
         """Whether half of the tokens to compute, or more, are about to be computed in one of these
         prompts: a step later, their pages can be found."""
-        if not self.allocator.prefix_caching:
+        if not self.allocator.prefix_caching or self.static_batching:   # or wait for the whole batch
             return False
         size = self.allocator.block_size
         tokens = sequence.token_ids
@@ -975,7 +976,9 @@ class Engine:
         self.in_flight = deque()            # of Flights, oldest first
         self.aborted = deque()              # outputs of abandoned requests, until a step drops them
         self.observers = []                 # objects with told(event, what), such as views.Recorder
-        self.lock = threading.Lock()        # threads take turns at steps
+        # Threads take turns at steps. An RLock: a thread that was interrupted at the very release can
+        # go on.
+        self.lock = threading.RLock()
         self.is_torn = False                # True between steps: the last step did not come to its end
 
     def tell(self, event, what=None):
@@ -1135,8 +1138,8 @@ class Engine:
 
     def forget(self, sequence):
         """Takes out a sequence whose output is final."""
-        self.sequences.pop(id(sequence.output), None)
         self.notify(sequence)
+        self.sequences.pop(id(sequence.output), None)       # last: rebuild() repeats an interrupted end
 
     def listen(self, output, news):
         """Appends the output to a deque now, after each new token, and at its end."""
@@ -1335,7 +1338,8 @@ class LLM:
 
     def prepare(self, prompt, params):
         """The Sequence of a prompt, whose output has an error if the prompt is unanswerable."""
-        params = replace(params)            # a copy, checked again: the caller may change its own
+        params.__post_init__()              # checked again: the caller may have changed its object,
+        params = replace(params)            # and may do so later: a copy
         output = RequestOutput([], arrival_time=time.perf_counter(),
                                logprobs=None if params.logprobs is None else [])
         try:
@@ -1344,7 +1348,7 @@ class LLM:
             output.finish_reason = "error"
             output.error = str(error)
         num_tokens = len(output.prompt_token_ids)
-        max_len = min(self.max_model_len, num_tokens + (params.max_tokens or self.max_model_len))
+        max_len = min(self.max_model_len, num_tokens + int(params.max_tokens or self.max_model_len))
         return Sequence(params, output, StreamDecoder(self.tokenizer), max_len)
 
     def check_length(self, text):
@@ -1384,6 +1388,7 @@ class LLM:
         """Steps the engine until all outputs are final. Yields each output after its new tokens
         (several, if another caller stepped in between), and once when final. An early end (an
         exception, Ctrl-C, a closed generator) gives the requests up."""
+        outputs = list(outputs)             # a generator serves once
         news = deque()                      # outputs with a new token or an end
         unseen = {}                         # id(output) -> (tokens, characters) yielded, not as final
         try:
