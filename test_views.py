@@ -398,15 +398,17 @@ class RandomRun:
         self.scheduler = Scheduler(BlockAllocator(self.NUM_BLOCKS, 4), 24, 8)
         self.pools = []         # pool_of the allocator, as each step was launched
         device = SimpleNamespace(name="none", is_simulated=False, memory_bandwidth=None)
-        engine = SimpleNamespace(scheduler=self.scheduler, in_flight=[])
-        self.llm = SimpleNamespace(device=device, engine=engine)
+        engine = SimpleNamespace(scheduler=self.scheduler, in_flight=[], sequences={})
+        tokenizer = SimpleNamespace(token_bytes=lambda token: b"a", decode=lambda tokens: "a" * len([*tokens]))
+        self.llm = SimpleNamespace(device=device, engine=engine, tokenizer=tokenizer)
 
-    def end(self, sequence, reason):
+    def end(self, sequence, reason, tell):
         sequence.output.finish_reason = reason
         sequence.output.finish_time = views.time.perf_counter()
         self.scheduler.remove(sequence)
+        tell("ended", sequence)
 
-    def come_or_go(self):
+    def come_or_go(self, tell):
         """Now and then a request arrives, or is given up while it runs or waits."""
         running = self.scheduler.running
         waiting = self.scheduler.waiting
@@ -416,9 +418,9 @@ class RandomRun:
             max_len = len(prompt) + int(self.rng.integers(1, 40))
             waiting.append(Sequence(SamplingParams(), output, None, max_len))
         elif self.rng.random() < 0.05 and running:
-            self.end(running[int(self.rng.integers(len(running)))], "abort")
+            self.end(running[int(self.rng.integers(len(running)))], "abort", tell)
         elif self.rng.random() < 0.05 and waiting:
-            self.end(waiting[-1], "abort")
+            self.end(waiting[-1], "abort", tell)
 
     def step(self, tell):
         """A step as the engine takes it."""
@@ -438,7 +440,7 @@ class RandomRun:
             sequence.token_ids.append(1)
             sequence.output.token_ids.append(1)
             if sequence.is_complete:
-                self.end(sequence, "length")
+                self.end(sequence, "length", tell)
         tell("done", sampled)
 
 
@@ -448,10 +450,10 @@ def test_views_random_events(seed):
     run = RandomRun(seed)
     recorder = views.Recorder(run.llm)
     for _ in range(400):
-        run.come_or_go()
+        run.come_or_go(recorder.told)
         run.step(recorder.told)
     for sequence in [*run.scheduler.running, *run.scheduler.waiting]:
-        run.end(sequence, "abort")
+        run.end(sequence, "abort", recorder.told)
     recorder.close()
     assert_accounts(recorder)
     assert_pools_of_a_full_run(embedded(views.html_trace(recorder, max_requests=1000)), run.pools)
@@ -478,7 +480,7 @@ def forgetting_run(monkeypatch, seed, keep, num_iterations, look):
         look(recorder, run.pools)
 
     for _ in range(num_iterations):
-        run.come_or_go()
+        run.come_or_go(tell)
         run.step(tell)
     return whole, recorder, run.pools
 
