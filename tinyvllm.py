@@ -1463,8 +1463,8 @@ class Engine:
 
     def forget(self, sequence):
         """Takes out a sequence whose output is final."""
-        self.tell("ended", sequence)
-        self.sequences.pop(id(sequence.output), None)
+        if self.sequences.pop(id(sequence.output), None):
+            self.tell("ended", sequence)
         self.notify(sequence)
 
     def listen(self, output, news):

@@ -187,6 +187,7 @@ class Recorder:
         self.old_cached = dict.fromkeys(self.kept, 0)   # page -> number of the request that filled it
         for sequence in llm.engine.sequences.values():
             self.meet(sequence)
+        self.look_at_pages()
 
     @property
     def allocator(self):
@@ -315,6 +316,8 @@ class Recorder:
         self.in_flight = deque()
         self.last_end = now
         self.look_at_tokens(self.live)
+        for sequence in [sequence for sequence in self.live if sequence.output.finish_reason]:
+            self.end_request(sequence, now)
         for request in self.live.values():
             request.state = "preempted" if request.high_water else "queued"
 
