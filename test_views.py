@@ -401,7 +401,7 @@ class RandomRun:
         self.pools = []         # pool_of the allocator, as each step was launched
         device = SimpleNamespace(name="none", is_simulated=False, memory_bandwidth=None)
         engine = SimpleNamespace(scheduler=self.scheduler, in_flight=[], sequences={})
-        tokenizer = SimpleNamespace(token_bytes=lambda token: b"a", decode=lambda tokens: "a" * len([*tokens]))
+        tokenizer = SimpleNamespace(token_bytes=lambda token: b"a", decode=lambda tokens: "a")
         self.llm = SimpleNamespace(device=device, engine=engine, tokenizer=tokenizer)
 
     def end(self, sequence, reason, tell):

@@ -73,7 +73,7 @@ class Request:
     """A sequence as seen from outside. The segments lie end to end, from the arrival on."""
 
     def __init__(self, number, sequence, arrival_step, start=0.0):
-        """arrival_step: the next step to be planned. start: of the Recorder, which may find the
+        """arrival_step: the next step to be planned. start: when the Recorder joined a run with the
         request at work. How it spent the time before is unknown, and counts as what it does now."""
         self.number = number
         self.sequence = sequence
@@ -169,25 +169,23 @@ class Recorder:
         self.live = {}                      # sequence -> Request
         self.steps = deque()
         self.planned = Step()               # the latest plan
-        self.in_flight = deque(Step() for _ in llm.engine.in_flight)    # steps with unread tokens
-        self.last_end = self.start          # of the latest step whose tokens have arrived
+        self.in_flight = deque()            # steps with unread tokens
+        self.last_end = 0.0                 # of the latest step whose tokens have arrived
         self.events = deque()               # (name, time, step)
         # Pages now
         self.running = []                   # the requests that had pages at the last look
         self.users = {}                     # page -> numbers of the requests that have it
         self.shared = set()                 # pages of several requests
-        self.kept = {page for page in self.allocator.free if page in self.allocator.chains}     # cached
-        self.highest = max(self.kept, default=-1)       # of all pages ever used
+        self.kept = set()                   # cached pages
+        self.highest = -1                   # of all pages ever used
         # Changes of block tables. (step, request number, pages): new pages of the request, just before
         # the step's launch. (step, request number, -1 - n): the request gave all pages back, and the
         # first n stay cached.
         self.changes = deque()
         # The pages before the first of the changes
         self.old_tables = {}                # request number -> pages
-        self.old_cached = dict.fromkeys(self.kept, 0)   # page -> number of the request that filled it
-        for sequence in llm.engine.sequences.values():
-            self.meet(sequence)
-        self.look_at_pages()
+        self.old_cached = {}                # page -> number of the request that filled the page, or 0
+        self.has_joined = False             # the run, which may have begun long before
 
     @property
     def allocator(self):
@@ -206,6 +204,9 @@ class Recorder:
         step = self.num_steps
         if event == "ended":
             self.end_request(what, now)
+        elif event == "schedule" and not self.has_joined:
+            self.join(now)
+        if event == "ended" or not self.has_joined:
             return
         if event == "schedule":
             self.look_at_arrivals()
@@ -229,19 +230,31 @@ class Recorder:
         if self.keep is not None:
             self.forget()
 
+    def join(self, now):
+        """Takes in the state of the engine, just before it plans a step."""
+        self.kept = {page for page in self.allocator.free if page in self.allocator.chains}
+        self.highest = max(self.kept, default=-1)
+        self.old_cached = dict.fromkeys(self.kept, 0)
+        self.in_flight = deque(Step() for _ in self.llm.engine.in_flight)
+        self.last_end = now
+        for sequence in self.llm.engine.sequences.values():
+            self.meet(sequence)
+        self.look_at_pages()
+        self.has_joined = True
+
     def meet(self, sequence):
         """The Request of a sequence; a new sequence gets a number."""
         if sequence not in self.live:
             self.num_requests += 1
-            request = Request(self.num_requests, sequence, self.num_steps, self.start)
+            request = Request(self.num_requests, sequence, self.num_steps, self.last_end)
             self.live[sequence] = request
             self.requests.append(request)
         return self.live[sequence]
 
     def look_at_arrivals(self):
         """Meets the new sequences: the last in the queue."""
-        waiting = reversed(self.scheduler.waiting)
-        for sequence in reversed(list(takewhile(lambda sequence: sequence not in self.live, waiting))):
+        new = takewhile(lambda sequence: sequence not in self.live, reversed(self.scheduler.waiting))
+        for sequence in reversed(list(new)):
             self.meet(sequence)
 
     def look_at_tokens(self, sequences):
@@ -289,12 +302,10 @@ class Recorder:
 
     def take(self, request):
         """The request's table has grown."""
-        table = request.sequence.block_table
-        new = list(table[request.num_pages:])
-        num_pages = len(table)
+        request.table = request.sequence.block_table
+        new = list(request.table[request.num_pages:])
         self.highest = max(self.highest, *new)
-        request.table = table
-        request.num_pages = num_pages
+        request.num_pages += len(new)
         self.changes.append((self.num_steps, request.number, new))
         self.kept.difference_update(new)
         for page in new:
@@ -308,12 +319,9 @@ class Recorder:
         for request in self.running:
             self.give_back(request)
         # In the changes, request 0 takes the cached pages and loses them.
-        self.changes.append((self.num_steps, 0, list(self.kept)))
-        self.changes.append((self.num_steps, 0, -1))
-        self.users = {}
-        self.shared = set()
-        self.kept = set()
-        self.in_flight = deque()
+        self.changes += (self.num_steps, 0, list(self.kept)), (self.num_steps, 0, -1)
+        for pages_or_steps in self.users, self.shared, self.kept, self.in_flight:
+            pages_or_steps.clear()
         self.last_end = now
         self.look_at_tokens(self.live)
         for sequence in [sequence for sequence in self.live if sequence.output.finish_reason]:
