@@ -744,6 +744,10 @@ def interrupt(process, resize):
     process.send_signal(signal.SIGINT)
 
 
+def terminate(process, resize):
+    process.send_signal(signal.SIGTERM)
+
+
 def shrink_for_a_moment(process, resize):
     resize(59, 24)
     time.sleep(0.3)
@@ -752,20 +756,21 @@ def shrink_for_a_moment(process, resize):
 
 @pytest.mark.parametrize("lines, act, size", [
     (15, None, "80 columns and 15 lines"), (24, shrink_for_a_moment, "59 columns and 24 lines"),
-    (24, interrupt, "")], ids=["too small", "too small for a moment", "Ctrl-C"])
+    (24, interrupt, ""), (24, terminate, "")],
+    ids=["too small", "too small for a moment", "Ctrl-C", "SIGTERM"])
 def test_views_watch_in_trouble(lines, act, size):
     """Too small a terminal gets one line and the answer. A small moment interrupts the view, and
     Ctrl-C leaves a restored terminal."""
     code, sent = on_terminal(80, lines, "--watch", "Recite Ozymandias.", act=act)
     view, _, after = sent.rpartition(LEAVE)
-    assert "\x1b" not in after and "Traceback" not in sent and code == (130 if act == interrupt else 0)
+    assert "\x1b" not in after and "Traceback" not in sent and code == {interrupt: 130, terminate: 143}.get(act, 0)
     why = f"the terminal has {size}, 60 and 16 are needed"
     if act == shrink_for_a_moment:
         _, *views_after = view.split(why[:59])
         assert "--watch" not in after and "pages in use" in views_after[-1]
     elif size:
         assert f"tiny-vLLM: --watch is off: {why}\n" in after
-    assert (view == "") == (lines == 15) and (recitation("Recite Ozymandias.") in after) == (act != interrupt)
+    assert (view == "") == (lines == 15) and (recitation("Recite Ozymandias.") in after) == (code == 0)
 
 
 def test_views_watch_loses_its_terminal(tmp_path):
@@ -813,15 +818,15 @@ def test_views_watch_many_pages_and_a_wild_text():
     assert views.tail("ab\x1b[2Jc\n", 4) == "2Jc " and views.tail("古池や", 5) == "池や"
 
 
-@pytest.mark.parametrize("name", ["run.json", "run.html"])
-def test_views_interrupted_run(tmp_path, name):
-    """After Ctrl-C the file is there and valid. The request's track ends with the run."""
+@pytest.mark.parametrize("name, number", [("run.json", signal.SIGINT), ("run.html", signal.SIGTERM)])
+def test_views_interrupted_run(tmp_path, name, number):
+    """After Ctrl-C or SIGTERM the file is there and valid. The request's track ends with the run."""
     process = start("--trace", str(tmp_path / name), "--stats", "Recite The Raven.")
     process.stdout.read1(100)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=30)
     text = (tmp_path / name).read_text("utf-8")
-    assert process.returncode == 130 and "Traceback" not in err.decode() and "decode" in err.decode()
+    assert process.returncode == 128 + number and "Traceback" not in err.decode() and "decode" in err.decode()
     if name == "run.json":
         names = {event["name"] for event in json.loads(text)["traceEvents"]}
         assert {"prefill", "decode", "launch", "read"} <= names

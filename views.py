@@ -20,6 +20,7 @@ import os
 import signal
 import statistics
 import sys
+import threading
 import time
 import unicodedata
 from collections import deque
@@ -456,8 +457,10 @@ def looking_inside(llm, args):
 
 @contextlib.contextmanager
 def uninterrupted():
-    """Ctrl-C and SIGTERM are ignored while the block runs."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Ctrl-C and its like are ignored while the block runs. Only the main thread can be interrupted."""
+    is_main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if is_main else ()
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     try:
         yield
     finally:
