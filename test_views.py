@@ -936,7 +936,7 @@ def interrupted_run(llm, at):
 def test_views_interrupted_anywhere():
     llm = LLM(PARROT, num_blocks=4, max_num_batched_tokens=8, block_size=8)
     num_calls = interrupted_run(llm, None)
-    for at in range(1, num_calls, num_calls // 12):
+    for at in range(1, num_calls, num_calls // 7):
         interrupted_run(llm, at)
 
 

@@ -36,7 +36,7 @@ PARTS = {       # of a request's time
     "preempted": "waiting again, after its pages were taken",
     "recomputed": "steps that computed tokens again, after their pages were taken"}
 MAX_STEPS = 20_000              # of a page, lest it have tens of MB, and of a Recorder that forgets
-MIN_PAGES = 64                  # pages that a view shows, used or not
+MIN_PAGES = 64                  # a view shows this number of pages at least, used or not
 PAGE = Path(__file__).with_name("views.html")
 
 
@@ -46,9 +46,9 @@ PAGE = Path(__file__).with_name("views.html")
 # All times are in seconds of time.perf_counter(). Requests are numbered from 1, steps from 0. Each
 # view writes a request's number as letters.
 #
-# A signal can interrupt told() after any call. So of each change, the assignments that belong
-# together stand before a call, with no call between them. After an interruption the engine tells
-# "rebuilt", or the run is closed. Both begin from the segments and the changes.
+# A signal can interrupt told() after any call. Assignments that belong together therefore have no
+# call between them. After an interruption the engine tells "rebuilt", or the run is closed; both
+# start from the segments and the changes.
 # ==================================================================================================
 def name_of(number):
     """A request's name: A to Z, then AA, AB, ..."""
@@ -190,12 +190,12 @@ class Recorder:
 
     @property
     def allocator(self):
-        """Now: an interrupted step leaves the scheduler with a new allocator."""
+        """The allocator of now: an interrupted step leaves the scheduler with another."""
         return self.scheduler.allocator
 
     @property
     def num_shown(self):
-        """The first pages, up to the highest ever used: the pages that views show."""
+        """The number of pages that views show: up to the highest ever used."""
         return min(self.allocator.num_blocks, max(self.highest + 1, MIN_PAGES))
 
     def told(self, event, what):
@@ -253,7 +253,7 @@ class Recorder:
         return self.live[sequence]
 
     def look_at_arrivals(self):
-        """Meets the new sequences: the last in the queue."""
+        """Meets the new sequences, which are the last in the queue."""
         new = takewhile(lambda sequence: sequence not in self.live, reversed(self.scheduler.waiting))
         for sequence in reversed(list(new)):
             self.meet(sequence)
@@ -367,8 +367,8 @@ class Recorder:
         self.last_end = step.end
 
     def end_request(self, sequence, now):
-        """A request has ended: in a step whose tokens nobody wants any more; just after a step,
-        which includes handing out the token; or in a wait."""
+        """Ends the account of a request: within an abandoned step, after a step (which includes
+        handing out the token), or in a wait."""
         request = self.meet(sequence)
         end = request.output.finish_time or now
         in_flight = [(kind, step.number, start, count) for step in self.in_flight
@@ -469,7 +469,7 @@ def uninterrupted():
 
 
 def write_trace(recorder, path):
-    """Without a trace, for the disk is full, the run still has its answers and statistics."""
+    """Writes the page or the Chrome trace. A full disk costs the trace, not the statistics."""
     text = html_trace(recorder) if path.endswith(".html") else json.dumps(chrome_trace(recorder))
     try:
         Path(path).write_text(text, "utf-8")
@@ -627,10 +627,10 @@ class Watch:
             for stream, redirect in ((sys.stdout, contextlib.redirect_stdout),
                                      (sys.stderr, contextlib.redirect_stderr)):
                 if stream.isatty():
-                    text = io.StringIO()
-                    undo.callback(lambda *held: print(held[0].getvalue(), end="", file=held[1], flush=True),
-                                  text, stream)
-                    undo.enter_context(redirect(text))
+                    held = io.StringIO()
+                    undo.callback(lambda stream=stream, held=held:
+                                  print(held.getvalue(), end="", file=stream, flush=True))
+                    undo.enter_context(redirect(held))
             undo.callback(self.write, CLOSE)
             self.write(OPEN)
             self.engine.observers.append(self)
