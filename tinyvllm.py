@@ -982,9 +982,13 @@ class Engine:
         self.is_torn = False                # True between steps: the last step did not come to its end
 
     def tell(self, event, what=None):
-        """Tells the observers of a beginning or an end."""
-        for observer in self.observers:
-            observer.told(event, what)
+        """Tells the observers of a beginning or an end. The run goes on without a failing observer."""
+        for observer in list(self.observers):
+            try:
+                observer.told(event, what)
+            except Exception as error:
+                self.observers.remove(observer)
+                print(f"tiny-vLLM: {type(observer).__name__} is off: {error!r:.200}", file=sys.stderr)
 
     def add(self, sequences):
         """Queues new sequences, all or none."""
@@ -1139,6 +1143,7 @@ class Engine:
     def forget(self, sequence):
         """Takes out a sequence whose output is final."""
         self.notify(sequence)
+        self.tell("ended", sequence)
         self.sequences.pop(id(sequence.output), None)       # last: rebuild() repeats an interrupted end
 
     def listen(self, output, news):
@@ -1596,7 +1601,7 @@ def main(argv=None):
         raise TinyVLLMError("--system needs a chat format that is known, and this model has none: use --raw "
                             "and write the system prompt into the prompt")
     has_view = args.watch or args.trace or args.stats
-    with views.looking_inside(llm, args) if has_view else contextlib.nullcontext():
+    with views.looking_inside(llm, args) if has_view else contextlib.nullcontext() as recorder:
         outputs = answer(llm, texts, args, params)
     cut = [output for output in outputs if output.finish_reason == "length"
            and len(output.prompt_token_ids) + len(output.token_ids) == llm.max_model_len
@@ -1606,7 +1611,7 @@ def main(argv=None):
               f"prompt and answer: {as_flags(llm.advice)}", file=sys.stderr)
     if not all(output.error for output in outputs):
         print(f"tiny-vLLM: {statistics(llm, outputs)}", file=sys.stderr)
-    return 2 if any(output.error for output in outputs) else 0
+    return 2 if any(output.error for output in outputs) or (recorder and recorder.has_failed) else 0
 
 
 def as_flags(message):
