@@ -395,7 +395,13 @@ struct Producer : Role {
         ++units;
     }
     // Until the consumers have given the next stage back. (In the first round of the ring: at once.)
-    __device__ void wait_for_stage() { wait(&shared.empty[filled % STAGES], filled / STAGES + 1); }
+    // Hazard: a lane that fills the stage lets the other warps go on. These soon end the next phase of
+    // each mbarrier that the producer has just waited for, and a lane that looks only then, at a parity,
+    // waits for ever. So no lane goes on before all have looked.
+    __device__ void wait_for_stage() {
+        wait(&shared.empty[filled % STAGES], filled / STAGES + 1);
+        __syncwarp();
+    }
     __device__ void wait_for_room() {     // until one more piece may be on its way
         const unsigned before = filled - BEHIND;
         u64* empty = &shared.empty[before % STAGES];

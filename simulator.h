@@ -181,6 +181,9 @@ static thread_local Block* block;   // of this core
 static char last_error[500];        // the first error of the launch that failed last
 static uint64_t shuffle_seed = atoll(getenv("SIMULATOR_SHUFFLE") ?: "0");    // 0: threads run in order
 
+inline uint64_t next_random() { return block->random = block->random * 6364136223846793005 + 1; }
+inline bool happens_to_be_late() { return shuffle_seed && next_random() >> 61 == 0; }    // one time in eight
+
 // Lets other threads run, until one of them makes the running thread runnable again.
 inline void suspend(bool for_good = false) {
     block->warp().runnable &= ~block->bit();
@@ -221,10 +224,7 @@ inline void run_warp(Block& b, Block::Warp& warp) {
 
 // Called when no thread can run: lets waiting threads go on. False if all threads have returned.
 inline bool open_barrier(Block& b) {
-    if (shuffle_seed) {
-        b.random = b.random * 6364136223846793005 + 1;
-        b.order = b.random >> 54;    // 10 bits
-    }
+    if (shuffle_seed) b.order = next_random() >> 54;    // 10 bits
     // First, threads that wait in relax(): another thread block may have written the awaited word.
     unsigned live = 0;
     for (auto& warp : b.warps) live |= warp.runnable = std::exchange(warp.relaxing, 0);
@@ -405,14 +405,26 @@ inline void mma_m16n8k16_bf16(
         float* d, const unsigned (&a)[4], const unsigned* b, const float*, SIMULATOR_LINE) {
     struct { float* d; const unsigned *a, *b; } mine = {d, a, b};    // c is d
     simulator::collective(~0u, mine, line, [](int lane, auto of_lane) {
-        for (int i = 0; i < 64; i++) {
-            int e = i / 16;
-            int k = i % 16;
-            int owner = k % 8 / 2;    // t of the lanes that have column k of A and row k of B
-            float x = simulator::half(of_lane(lane / 4 * 4 + owner).a[e / 2 + k / 8 * 2], k);
-            float y = simulator::half(of_lane((lane % 4 * 2 + e % 2) * 4 + owner).b[k / 8], k);
-            of_lane(lane).d[e] += x * y;
+        if (lane) return 0;
+        float x[16][16];
+        float y[16][8];
+        float z[16][8];
+        for (int l = 0; l < 32; l++) {    // fragments to matrices, as in ptx.h
+            auto& mine = of_lane(l);
+            int g = l / 4;
+            int t = l % 4;
+            for (int i = 0; i < 8; i++)
+                x[g + i / 2 % 2 * 8][2 * t + i / 4 * 8 + i % 2] = simulator::half(mine.a[i / 2], i);
+            for (int i = 0; i < 4; i++) {
+                y[2 * t + i / 2 * 8 + i % 2][g] = simulator::half(mine.b[i / 2], i);
+                z[g + i / 2 * 8][2 * t + i % 2] = mine.d[i];
+            }
         }
+        for (int row = 0; row < 16; row++)
+            for (int k = 0; k < 16; k++)
+                for (int n = 0; n < 8; n++) z[row][n] += x[row][k] * y[k][n];
+        for (int l = 0; l < 32; l++)
+            for (int i = 0; i < 4; i++) of_lane(l).d[i] = z[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2];
         return 0;
     });
 }
@@ -493,7 +505,10 @@ inline void mbarrier_expect(u64* b, int bytes) { mbarrier_arrive(b, 1, bytes); }
 inline bool mbarrier_passed(u64* b, unsigned parity) {
     return reinterpret_cast<Mbarrier*>(b)->phase != parity;
 }
-inline bool mbarrier_passed_soon(u64* b, unsigned parity) { return mbarrier_passed(b, parity); }
+// When shuffled, a thread is late at times: it looks again when all others have gone as far as they can.
+inline bool mbarrier_passed_soon(u64* b, unsigned parity) {
+    return !simulator::happens_to_be_late() && mbarrier_passed(b, parity);
+}
 inline void bulk_copy(void* shared, const void* global, int bytes, u64* b, SIMULATOR_LINE) {
     if ((uintptr_t(shared) | uintptr_t(global) | bytes) % 16)
         simulator::fail(line, "bulk copies go by 16 bytes");

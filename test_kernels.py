@@ -5,6 +5,7 @@ A twin is the kernel's equation in NumPy and float64, with no thought of speed.
 Letters as in kernels.cu: T tokens, S sequences, H query heads, K key-value heads, h head_dim,
 V vocabulary, B tokens a page, N pages.
 """
+import itertools
 import json
 import math
 import os
@@ -12,16 +13,20 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 
-from device import KERNELS, CpuDevice, compile_kernels, paste
+import simulator
+from device import KERNELS, CpuDevice, compile_kernels, open_device, paste
 from reference import RNG, ROOT
 from simulator import LaunchError
 from test_tinyvllm import DEVICE, ON_GPU
+from tinyvllm import (Batch, DummyCheckpoint, EngineArgs, Model, ModelConfig, RequestOutput, SamplingParams,
+                      Sequence, StepBuffer, cdiv, load_weights)
 
 # --------------------------------------------------------------------------------------------------
 # Kernels
@@ -602,6 +607,91 @@ def test_sample_large_vocabulary():
     assert token[0] == np.argmax(np.float64(logits[0]))
     assert_drawn(token[1], logits[1], 0.7, 40, 1.0, seed=2, position=5)
     assert_drawn(token[2], logits[2], 1.0, 0, 0.9, seed=3, position=6)
+
+
+# decode: a whole step of a few sequences, against forward(), which calls the kernels above
+DECODE_SHAPES = list(itertools.product((8, 16, 32, 64, 128), (64, 128), (512, 1024, 1536, 2048, 3072, 4096)))
+# Every fifth: a minute on two cores, for each of the values. With TINYVLLM_TEST_ALL=1: all.
+CHOSEN_SHAPES = range(0, len(DECODE_SHAPES), 1 if os.environ.get("TINYVLLM_TEST_ALL") else 5)
+
+
+def decode_config(number):
+    """(ModelConfig, block_size) of DECODE_SHAPES[number]. The other sizes are drawn."""
+    block_size, h, hidden_size = DECODE_SHAPES[number]
+    rng = RNG(number)
+    ffn_sizes = [F for F in (512, 1536, 3072, 6144, 10240) if F * hidden_size <= 10240 * 512]
+    heads = int(rng.choice([512, 1024, 1536])) // h
+    group = int(rng.choice([G for G in range(1, 9) if heads % G == 0]))
+    return ModelConfig(
+        hidden_size=hidden_size, intermediate_size=int(rng.choice(ffn_sizes)), num_attention_heads=heads,
+        num_key_value_heads=heads // group, head_dim=h, num_hidden_layers=1 + number % 2, vocab_size=64,
+        max_position_embeddings=1024, rms_norm_eps=1e-5, rope_theta=1e4, rope_scaling=None,
+        tie_word_embeddings=True, eos_token_ids=frozenset()), block_size
+
+
+def decode_batch(contexts, block_size, rng):
+    """[(sequence, 1)] for sequences that bring the last token of their contexts, with shuffled pages."""
+    counts = [-(-context // block_size) for context in contexts]
+    pages = rng.permutation(sum(counts)).tolist()
+    scheduled = []
+    for context, count in zip(contexts, counts):
+        output = RequestOutput(rng.integers(0, 64, context).tolist())
+        sequence = Sequence(SamplingParams(), output, None, context + 1)
+        sequence.num_computed_tokens = context - 1
+        sequence.block_table.extend(pages.pop() for _ in range(count))
+        scheduled.append((sequence, 1))
+    return scheduled
+
+
+def check_decode(number):
+    """decode() of a shape gives the logits, keys and values of forward(). Returns the batches' sizes."""
+    config, B = decode_config(number)
+    device = open_device("auto" if ON_GPU else "cpu")
+    device.runs_decode = True
+    weights = load_weights(DummyCheckpoint(device), config, device)
+    N = cdiv(700, B) + cdiv(290, B) + 6
+    model = Model(config, weights, device, N, 1024, StepBuffer(device, 16, 16, 512), EngineArgs(block_size=B))
+    if not ON_GPU:
+        model.kernels.module.shuffle(number + 1)
+    batches = [(700,), (B, 290, 3 * B + 1), (1, 5, 2, 33, 3)][:model.decode_batch // 2]
+    for contexts in batches:
+        rng = RNG(number)
+        batch = Batch.build(decode_batch(contexts, B, rng), B, *model.tiling)
+        pages, offsets = np.divmod(batch.slot_mapping, B)
+        batch = batch.padded(model.graph_size(batch))
+        scale = 100 / math.sqrt(config.hidden_size)     # few keys get most of the weight
+        old = randn(rng, *model.kv_cache.shape, scale=scale)
+        old[:, :, pages, :, offsets] = NAN              # nobody may read the new token's slot too early
+        results = []
+        for run in model.forward, model.decode:
+            model.kv_cache[...] = device.to_device(old)
+            logits = device.fetch(run(model.buffer.upload(batch)))()
+            cache = device.fetch(model.kv_cache)()
+            new = cache[:, :, pages, :, offsets].reshape(len(contexts), -1)         # [S, 2 L K h]
+            cache[:, :, pages, :, offsets] = NAN
+            assert cache.tobytes() == old.tobytes(), "written outside of the slots"
+            results.append((np.float64(logits), np.float64(new)))
+        for want, got in zip(*results):
+            error = np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)
+            assert error.max() < 0.03, (DECODE_SHAPES[number], contexts, error)
+    return [len(contexts) for contexts in batches]
+
+
+@pytest.mark.skipif(ON_GPU and not DEVICE.runs_decode, reason="this GPU cannot run decode.cu")
+def test_decode_takes_every_shape(monkeypatch):
+    """Every page, head and hidden size, with contexts of several stages and several splits.
+
+    Alone for pages of 128 keys of 128 numbers and more than four queries a kv head, shared memory has
+    no room: such a model runs without decode.cu.
+    """
+    monkeypatch.setattr(simulator, "FLAGS", ["-O1" if flag == "-O3" else flag for flag in simulator.FLAGS])
+    with ThreadPoolExecutor(1 if ON_GPU else os.cpu_count()) as pool:
+        sizes = dict(zip(CHOSEN_SHAPES, pool.map(check_decode, CHOSEN_SHAPES)))
+    for number, batch_sizes in sizes.items():
+        config, block_size = decode_config(number)
+        group = config.num_attention_heads // config.num_key_value_heads
+        has_room = block_size * config.head_dim < 128 * 128 or group <= 4
+        assert batch_sizes == ([1, 3, 5][:2 if config.intermediate_size > 8192 else 3] if has_room else [])
 
 
 def sanitizer_environment():
