@@ -284,6 +284,7 @@ def measure_decode(llm, row, card, steps=64):
     seconds = (time.perf_counter() - start) / steps
     running = len(llm.engine.scheduler.running)
     llm.abort(outputs)
+    llm.engine.step()                   # ends the aborted requests
     need("batch", len(outputs), running)
     _, best = seconds_at_best(llm.config, card, [(prompt, 2) for prompt, _ in row.requests])
     return {"value": 1e3 * seconds, "unit": "ms", "best": 1e3 * best, "share": best / seconds,
@@ -378,6 +379,7 @@ def measure_stall(llm, row, card):
             llm.engine.step()                   # brings every running request a token
             times.append(time.perf_counter())
         llm.abort(running)
+        llm.engine.step()                   # ends the aborted requests
     return {"value": 1e3 * float(np.percentile(np.diff(times), 99)), "unit": "ms",
             "long_prompt_first_token_ms": 1e3 * (long.first_token_time - long.arrival_time)}
 

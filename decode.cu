@@ -95,7 +95,7 @@ constexpr int OTHER_REGISTERS = (DECODE_THREADS * REGISTERS - 32 * CONSUMERS * C
 
 constexpr int SEGMENTS = 4;          // of a piece; with the partners: the 8 columns of an mma
 constexpr int MOST_SEQUENCES = 8;    // times SEGMENTS: a pair of sums for each lane of the reducer
-constexpr int PENDING = 8;           // units from producer to reducer; more than stages: the ring is the limit
+constexpr int PENDING = 8;           // units from producer to reducer: more than the ring has stages
 
 // Pieces on their way into the ring: as few as keep the memory busy, since the consumers' reads of
 // words queue up behind the pieces. Even fewer while consumers wait for words. A consumer counts as

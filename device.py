@@ -11,10 +11,13 @@ CudaDevice and CpuDevice have the same members. Above this module nothing depend
     kernels.rms_norm((T,), out, ...)    starts T thread blocks. compile_kernels reads the number of
                                         threads and the arguments' types from the source text alone
 """
+import contextlib
 import ctypes
+import math
 import os
 import re
 import sys
+import tempfile
 import weakref
 from pathlib import Path
 
@@ -35,6 +38,33 @@ def first_line(error, word=""):
     """The first line of an error's text with `word`, else the first line."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return next((line for line in lines if word in line), lines[0]).strip()
+
+
+def check(name, value, is_good, expected):
+    """Returns the value. Raises TinyVLLMError if is_good(value) is false or the type wrong."""
+    with contextlib.suppress(TypeError, AttributeError, ValueError, OverflowError):
+        if is_good(value):
+            return value
+    raise TinyVLLMError(f"{name}: expected {expected}, got {shown(value)}")
+
+
+def shown(value):
+    """A value in the text of an error: one line of 60 characters at most."""
+    try:
+        return first_line(repr(value))[:60]
+    except ValueError:                      # an int of more digits than Python prints
+        return f"a {type(value).__name__}"
+
+
+def is_int(value, least=1, most=math.inf):
+    """Whether the value is a whole number from `least` to `most`."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and least <= value <= most
+
+
+def is_number(value, least, most):
+    """Whether the value is a number from `least` to `most`."""
+    is_real = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    return is_real and least <= float(value) <= most
 
 
 # --------------------------------------------------------------------------------------------------
@@ -173,7 +203,8 @@ def open_cublas(cupy):
     library = ctypes.CDLL(path)
     handle = ctypes.c_void_p()
     status = library.cublasCreate_v2(ctypes.byref(handle))
-    assert status == 0, f"cublasCreate answers {status}"
+    if status != 0:
+        raise cupy.cuda.cublas.CUBLASError(status)
     number, pointer = ctypes.c_int, ctypes.c_void_p
     library.cublasSetStream_v2.argtypes = [pointer, pointer]
     library.cublasGemmEx.argtypes = [
@@ -181,6 +212,17 @@ def open_cublas(cupy):
         pointer, number, number, pointer, number, number,           # a, its type and stride; the same of b
         pointer, pointer, number, number, number, number]           # beta; c, type, stride; sums, algorithm
     return library.cublasGemmEx, library.cublasSetStream_v2, handle
+
+
+def check_cupy_cache():
+    """Raises TinyVLLMError if CuPy cannot store compiled kernels. Some versions fail at the import."""
+    folder = os.environ.get("CUPY_CACHE_DIR") or os.path.expanduser("~/.cupy/kernel_cache")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise TinyVLLMError(f"CuPy's cache of kernels: expected a folder with room that you may write, got "
+                            f"{folder} ({error.strerror}): set CUPY_CACHE_DIR to another") from None
 
 
 class CudaDevice:
@@ -201,6 +243,7 @@ class CudaDevice:
             raise TinyVLLMError("expected a GPU of compute capability 8.0 or newer, for bfloat16 (RTX 30 "
                                 f"series, A100, ...), got {self.name} with {major}.{minor}: use --device cpu "
                                 "or another GPU")
+        check_cupy_cache()
         self.gemm, self.set_stream, self.cublas = open_cublas(cupy)
         self.graph_pool = cupy.cuda.MemoryPool()
         self.graph_stream = cupy.cuda.Stream()
@@ -240,9 +283,12 @@ class CudaDevice:
         return np.frombuffer(self.xp.cuda.alloc_pinned_memory(num_bytes), np.uint8, num_bytes)
 
     def copy(self, target, source):
-        """Starts a copy of pinned memory to an array of the device. Until the copy is done, the
-        source must not change."""
+        """Starts a copy of pinned memory to an array of the device. Returns wait(): until the copy is
+        done, the source must not change."""
+        event = self.xp.cuda.Event(disable_timing=True)
         target.data.copy_from_host_async(source.ctypes.data, source.nbytes)
+        event.record()
+        return event.synchronize
 
     def fetch(self, array):
         """Starts a copy to the host. Returns wait(), which waits and returns a NumPy array."""
@@ -270,7 +316,8 @@ class CudaDevice:
             self.cublas, CUBLAS_OP_T, CUBLAS_OP_N, rows, T, columns, ONE,
             w.data.ptr, CUDA_R_16BF, columns, x.data.ptr, CUDA_R_16BF, columns,
             beta, out.data.ptr, CUDA_R_16BF, rows, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT)
-        assert status == 0, f"cublasGemmEx answers {status} to a product of {x.shape} and {w.shape}"
+        if status != 0:                             # after an error of a kernel, for one
+            raise self.xp.cuda.cublas.CUBLASError(status)
         return out
 
     def record(self, function):
@@ -288,8 +335,10 @@ class CudaDevice:
         with self.xp.cuda.using_allocator(self.graph_pool.malloc), self.graph_stream as stream:
             first = function()                      # compiles, loads and allocates everything
             stream.begin_capture()
-            result = function()
-            graph = stream.end_capture()
+            try:
+                result = function()
+            finally:                                # also after Ctrl-C, or the stream would stay in capture
+                graph = stream.end_capture()
             stream.synchronize()
 
         def replay():
@@ -309,7 +358,7 @@ class CpuDevice:
     def __init__(self):
         if not simulator.find_compiler():
             raise TinyVLLMError("expected an NVIDIA GPU or a C++ compiler, found none: install g++ (apt "
-                                "install g++), or run where there is a GPU")
+                                "install g++), check $CXX if it is set, or run where there is a GPU")
         self.xp = np
         self.name = f"simulated GPU on {os.cpu_count()} CPU cores"
         self.multiprocessors = 1 if simulator.is_sanitizing() else 2        # thread blocks that run at once
@@ -341,6 +390,7 @@ class CpuDevice:
 
     def copy(self, target, source):
         target[:] = source
+        return lambda: None
 
     def fetch(self, array):
         host = np.array(array)                      # a launch returns when the kernel is done
@@ -363,12 +413,16 @@ class CpuDevice:
 
 def open_device(name="auto"):
     """name: "cuda", "cpu", or "auto": a GPU if there is one."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise TinyVLLMError(f"device: expected auto, cpu or cuda, got {name!r:.60}")
     if name == "cpu":
         return CpuDevice()
     try:
         import cupy
         cupy.cuda.runtime.getDeviceCount()          # raises without a driver or a GPU
     except Exception as error:                      # CuPy raises many kinds; an import can fail half-way
+        if isinstance(error, OSError):
+            check_cupy_cache()
         problem = f"no NVIDIA GPU can be used ({first_line(error)})"
         if name == "cuda":
             raise TinyVLLMError(f"{problem}: check nvidia-smi and `pip install cupy-cuda12x`, or use "

@@ -1,4 +1,5 @@
-"""What the tests share: a Llama in NumPy, from the equations, and models with random weights.
+"""What the tests share: a Llama in NumPy, from the equations, models with random weights, and a
+stand-in for a model, without kernels.
 
 Nothing here comes from the engine: an error there cannot hide behind the same error here.
 
@@ -8,6 +9,7 @@ F ffn size, V vocabulary.
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from ml_dtypes import bfloat16
@@ -138,3 +140,116 @@ def write_model(folder, config=(), weights=(), files=("model.safetensors",), siz
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(PARROT / name, folder)
     return folder
+
+
+# --------------------------------------------------------------------------------------------------
+# A stand-in for the model, without kernels
+#
+# The engine runs over the stand-in at thousands of steps a second. A slot of the cache holds a
+# digest: one number for a whole text, up to the slot's token. The next token is a function of the
+# digest. So every answer is known beforehand, and whatever is wrong, a page, a position, a token
+# or a moment, either breaks the chain of digests that attention reads, or changes the answer.
+# --------------------------------------------------------------------------------------------------
+END = 2047                              # the stand-in's eos token
+
+
+def extended(digest, token):
+    """The digest of a text with one more token. The empty text has the digest 0."""
+    return hash((digest, token))
+
+
+def next_token(digest, seed, temperature, end_every):
+    """The token after a text. One in `end_every` is END, none if `end_every` is 0."""
+    draw = hash((digest, seed if temperature > 0 else 0, -5))
+    return END if end_every and draw % end_every == 0 else draw // 64 % 2000
+
+
+def expected(prompt, params, max_model_len, end_every=0):
+    """(token ids, finish reason): the right answer to a request."""
+    digest = 0
+    for token in prompt:
+        digest = extended(digest, token)
+    ends = set(params.stop_token_ids) | (set() if params.ignore_eos else {END})
+    room = max_model_len - len(prompt)
+    limit = room if params.max_tokens is None else min(room, params.max_tokens)
+    answer = []
+    while len(answer) < limit:
+        answer.append(next_token(digest, params.seed, params.temperature, end_every))
+        if answer[-1] in ends:
+            return answer, "stop"
+        digest = extended(digest, answer[-1])
+    return answer, "length"
+
+
+class StandIn:
+    """Takes the place of tinyvllm.Model: launch() reads a Batch as kernels would, and checks all."""
+    tiling = (2, 128)
+
+    def __init__(self, config, num_slots, block_size, end_every=0):
+        self.config = config
+        self.block_size = block_size
+        self.end_every = end_every
+        self.device = SimpleNamespace(name="stand-in", memory_bandwidth=None)
+        self.cache = [(None, None)] * num_slots     # (digest of the text before the token, with the token)
+        self.sampled = []                           # tokens of the latest step, as in StepBuffer
+        self.steps = []                             # the number of tokens of each step
+
+    def launch(self, batch):
+        """Runs a step at once. Returns (no logits, get_tokens)."""
+        # A placeholder ~row stands for a token of the latest step. One of an older step would be
+        # wrong here or past the end.
+        token_ids = [self.sampled[~token] if token < 0 else token for token in batch.token_ids.tolist()]
+        ends = batch.cu_seqlens.tolist()
+        lengths = batch.context_lens.tolist()
+        tables = self.block_tables(batch)
+        slots = set(batch.slot_mapping.tolist())
+        assert len(slots) == len(token_ids) == ends[-1], "two tokens share a slot"
+        for sequence, table in enumerate(tables):
+            chunk = range(ends[sequence], ends[sequence + 1])
+            self.write(batch, chunk, token_ids, table, lengths[sequence] - len(chunk))
+        digests = {}                                # index of a sequence's last token -> digest
+        for end, table, length in zip(ends[1:], tables, lengths):
+            digests[end - 1] = self.attend(table, length)
+        self.sampled = []
+        for last, seed, temperature in zip(batch.last_tokens.tolist(), batch.seeds.tolist(),
+                                           batch.temperatures.tolist()):
+            self.sampled.append(next_token(digests[last], seed, temperature, self.end_every))
+        self.steps.append(len(token_ids))
+        tokens = np.array(self.sampled, np.int32)
+        return None, lambda: (tokens, np.zeros(len(tokens), np.float32))
+
+    def block_tables(self, batch):
+        """The block table of each sequence, long enough for its context."""
+        ends = batch.cu_blocks.tolist()
+        pages = batch.block_tables.tolist()
+        tables = [pages[start:end] for start, end in zip(ends, ends[1:])]
+        assert ends[-1] == len(pages)
+        assert all(len(table) * self.block_size >= length
+                   for table, length in zip(tables, batch.context_lens.tolist()))
+        return tables
+
+    def slots(self, table, start, end):
+        """The slots of a sequence's tokens from `start` to `end`."""
+        size = self.block_size
+        return [table[position // size] * size + position % size for position in range(start, end)]
+
+    def write(self, batch, chunk, token_ids, table, start):
+        """Writes the keys of a sequence's chunk: the tokens from position `start` on."""
+        end = start + len(chunk)
+        slots = self.slots(table, start, end)
+        assert batch.positions[chunk.start:chunk.stop].tolist() == list(range(start, end))
+        assert batch.slot_mapping[chunk.start:chunk.stop].tolist() == slots
+        digest = self.cache[self.slots(table, start - 1, start)[0]][1] if start else 0
+        assert digest is not None, "the text before was never computed"
+        for slot, token in zip(slots, token_ids[chunk.start:chunk.stop]):
+            before, digest = digest, extended(digest, token)
+            self.cache[slot] = (before, digest)
+
+    def attend(self, table, length):
+        """Reads all keys of a context. They must be the digests of one text, token by token."""
+        digest = 0
+        for position, slot in enumerate(self.slots(table, 0, length)):
+            before, with_token = self.cache[slot]
+            assert before == digest, f"the key at position {position} of {length} is of another text"
+            digest = with_token
+        return digest

@@ -10,10 +10,12 @@ files behind simulator.h into a shared library and calls the kernels in the libr
 The kernels are the very same as on a GPU, but slow. With TINYVLLM_SANITIZE=1 in the environment
 AddressSanitizer checks every access to memory.
 """
+import contextlib
 import ctypes
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -36,8 +38,10 @@ class LaunchError(Exception):
 
 
 def find_compiler():
-    """The path of a C++ compiler: $CXX, g++ or clang++. None if there is none."""
-    return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    """The command of a C++ compiler, a list: $CXX, else g++ or clang++. None if there is none."""
+    wanted = os.environ.get("CXX", "").split()
+    commands = [wanted] if wanted else [["g++"], ["clang++"]]
+    return next((command for command in commands if shutil.which(command[0])), None)
 
 
 def is_sanitizing():
@@ -61,7 +65,11 @@ class RawModule:
         flags = [*FLAGS, *sanitizer_flags, *options]
         exports = "".join(f"SIMULATOR_EXPORT({name})\n" for name in kernel_names)
         source = HEADER.read_text() + code + "\n" + exports
-        self.library = ctypes.CDLL(str(compile_library(compiler, flags, source)))
+        try:
+            self.library = ctypes.CDLL(str(compile_library(compiler, flags, source)))
+        except (OSError, RuntimeError) as error:        # RuntimeError: there is no home
+            raise CompileError(f"{error}: expected {compiler[0]} to be a C++ compiler (see $CXX), and room "
+                               "in a folder that you may write, $XDG_CACHE_HOME or ~/.cache") from None
         self.library.simulator_error.restype = ctypes.c_char_p
 
     def get_function(self, name):
@@ -98,18 +106,42 @@ class Function:
 def compile_library(compiler, flags, source):
     """The path of the shared library that the source makes with these flags on this machine."""
     # -march=native means another thing on another machine: the compiler says which.
-    machine = subprocess.run([compiler, "-march=native", "-E", "-v", "-"], input="", capture_output=True,
-                             text=True).stderr
+    machine, _ = run_compiler([*compiler, "-march=native", "-E", "-v", "-"], "")
     content = "\0".join([source, machine, *flags])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinyvllm"
     library = cache / (hashlib.sha256(content.encode()).hexdigest()[:32] + ".so")
-    if not library.exists():
+    if not is_whole(library):
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
-            made = f"{folder}/kernels.so"
-            result = subprocess.run([compiler, *flags, "-x", "c++", "-", "-o", made], input=source,
-                                    capture_output=True, text=True)
-            if result.returncode:
-                raise CompileError(result.stderr or "the compiler gives no reason")
+            made = Path(folder, "kernels.so")
+            command = [*compiler, *flags, "-x", "c++", "-", "-o", str(made)]
+            errors, code = run_compiler(command, source, folder)
+            if code:
+                raise CompileError(errors or "the compiler gives no reason")
+            data = made.read_bytes()
+            made.write_bytes(data + hashlib.sha256(data).digest())
             os.replace(made, library)           # in one go: another process sees the whole file or none
     return library
+
+
+def is_whole(library):
+    """Whether the library is there, with the digest of its content as its last bytes. Half a
+    library (a full disk, a copy that was cut) would end the process without a word, by SIGBUS."""
+    data = library.read_bytes() if library.exists() else b""
+    return data[-32:] == hashlib.sha256(data[:-32]).digest()
+
+
+def run_compiler(command, source, folder=None):
+    """(the compiler's stderr, its exit code). folder: for temporary files. An exception, such as
+    Ctrl-C, also ends the compiler's own child processes."""
+    environment = dict(os.environ, TMPDIR=folder) if folder else None
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                          encoding="utf-8", errors="replace", env=environment,
+                          start_new_session=True) as process:
+        try:
+            _, errors = process.communicate(source)
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return errors, process.returncode

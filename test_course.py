@@ -304,7 +304,7 @@ def wrong_shape(pages):
         next_page = [*CHAPTERS, "../README.md"][i + 1]
         if headings != expected:
             wrong.append(f"{name}: {headings}")
-        if not re.match(rf"# {i}\. .+\n\n\*.+\?.*\*\n", re.sub(r"<!--.*?-->", "", text)):
+        if not re.match(rf"# {i}\. .+\n\n\*[^*]+\?[^*]*\*\n", re.sub(r"<!--.*?-->", "", text)):
             wrong.append(f"{name}: begins with {text[:60]!r}")
         if not re.search(r"!\[|^\| --- ", text, re.M):
             wrong.append(f"{name} has no picture")

@@ -67,7 +67,7 @@ def compiled(model):
 
 
 def launch(model, name, grid, *args):
-    """Runs a kernel on NumPy arrays. Afterwards they hold what the kernel wrote."""
+    """Runs a kernel on NumPy arrays. Afterwards the arrays hold the kernel's results."""
     def is_small(a):                # a huge array is not copied: most of its pages were never touched
         return isinstance(a, np.ndarray) and a.nbytes < 1 << 30
 
@@ -106,7 +106,7 @@ def close(got, want, tolerance=2.0 ** -8, floor=1e-3):
 # Compilation
 @pytest.mark.parametrize("model, rows", [(MODELS[0], 128), (MODELS[4], 64)], ids=["head 64", "head 256"])
 def test_exported_constants(model, rows):
-    """kernels.NAME is what the code itself takes NAME for: a kernel writes all of them down."""
+    """kernels.NAME equals NAME in the compiled code: a kernel writes down every constant."""
     names = re.findall(r"^EXPORT\((\w+),", KERNELS.read_text(), re.M)
     writes = "".join(f"out[{i}] = {name}; " for i, name in enumerate(names))
     code = f'extern "C" __global__ __launch_bounds__(1) void constants(int* out) {{ {writes}}}\n'
@@ -212,12 +212,9 @@ extern "C" __global__ __launch_bounds__(256) void two(float* out, const float* x
 """
 
 
-def test_two_reductions_in_a_row(tmp_path):
+def test_two_reductions_in_a_row():
     """A slow warp still reads the first reduction's partial results: the second must not write."""
-    source = KERNELS.read_text()
-    helpers = source[:source.index("// gather_rows: ")]
-    (tmp_path / "two.cu").write_text(helpers + TWO_REDUCTIONS)
-    kernels = compile_kernels(DEVICE, BASE, paste(tmp_path / "two.cu"))
+    kernels = compile_kernels(DEVICE, BASE, paste(KERNELS) + TWO_REDUCTIONS)
     x = DEVICE.to_device(np.repeat(floats([1, 3]), 256))
     out = DEVICE.empty(512, np.float32)
     kernels.two((1,), out, x)
@@ -604,7 +601,7 @@ def test_sample_draws_the_distribution(by):
 
 
 def test_noise_is_exact_in_the_tail():
-    """100,000 tokens at exp(-25) share 1e-6 of the mass; noise of 24 bits gives them far more."""
+    """100,000 tokens at exp(-25) share 1e-6 of the mass; noise of 24 bits gives them more."""
     tokens = np.arange(1, 100_001)
     first = np.zeros(1, int)
     wins = sum(noise_twin(seed, 0, tokens).max() - 25 > noise_twin(seed, 0, first)[0] for seed in range(500))
@@ -805,8 +802,8 @@ def test_max_logprobs():
 def sanitizer_environment():
     """The environment of a process whose kernels AddressSanitizer checks.
 
-    The sanitizer must be loaded before the process's first malloc. NumPy's arrays then have guarded
-    bytes around them too, and end exactly where their data end.
+    The sanitizer must be loaded before the process's first malloc. NumPy's arrays are guarded
+    too, from exactly where the data end.
     """
     libraries = [subprocess.check_output(["g++", f"-print-file-name=lib{name}.so"], text=True).strip()
                  for name in ("asan", "stdc++")]
@@ -826,7 +823,7 @@ def test_kernels_again(mode):
 
 
 # --------------------------------------------------------------------------------------------------
-# Simulator: it computes what a GPU computes, and finds the mistakes that it promises to find
+# Simulator: the results of a GPU, and errors for the mistakes that simulator.h promises to find
 # --------------------------------------------------------------------------------------------------
 TEST_KERNELS = r"""
 EXPORT(THREADS, 256);
@@ -979,7 +976,7 @@ def test_shuffling_finds_a_missing_barrier_or_initialisation(kernels):
     x = np.ones((1, 256), np.float32)
     out = np.zeros(1, np.float32)
     wrong = 0
-    for seed in range(1, 21):       # the same data each time: what the last launch left must not help
+    for seed in range(1, 21):       # the same data each time: leftovers of the last launch must not help
         kernels.module.shuffle(seed)
         kernels.row_sum((1,), out, x, 256, 0)
         wrong += out[0] != 256

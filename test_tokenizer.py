@@ -5,8 +5,10 @@ Llama 2 and SmolLM2.
 """
 import json
 import random
+import weakref
 from datetime import date
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import tokenizers
@@ -89,7 +91,7 @@ def chatml():
 def build(tmp_path_factory):
     """build(hf, chat_template, ...) writes a model folder.
 
-    Its `.ours` is our tokenizer of that folder, `.hf` the oracle.
+    `.ours` is our tokenizer of the folder, `.hf` the oracle.
     """
     def build(hf, chat_template=None, **config):
         folder = tmp_path_factory.mktemp("model")
@@ -347,7 +349,7 @@ def test_where_the_template_stands(build, models_of):
     assert Tokenizer(model.folder).chat(HI) == models_of["llama3.1"].ours.chat(HI)
 
 
-# What the models' templates do, in our own words. Transformers too runs a template by Jinja.
+# What the models' templates do, in our own words. Transformers runs a template by Jinja too.
 HEADER = "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
 LLAMA3_0_JINJA = (
     "{{ bos_token }}{% for m in messages %}" + HEADER + "{% endfor %}{% if add_generation_prompt %}"
@@ -411,11 +413,32 @@ def test_bad_text_and_messages(models_of):
     for text in ("half an emoji: \ud83e", None, 5):
         with says("expected a str"):
             ours.encode(text)
-    with says("at least one"):
-        ours.chat([])
+    for nothing in [], (message for message in ()), None, 5:
+        with says("at least one"):
+            ours.chat(nothing)
+    assert ours.chat(message for message in HI) == ours.chat(HI)
     tool = {"role": "tool", "content": "x"}
     for message in tool, user(None), {"role": "user"}, "Hi":
         with says("expected messages with a role", "got "):
             ours.chat([message])
     with says("send raw text"):
         models_of["llama2"].ours.chat(HI)
+
+
+def test_a_panic_of_the_package_is_an_error_of_the_text(models_of, monkeypatch):
+    ours = models_of["llama3.2"].ours
+    with says("expected a text that the tokenizer can split", "10000002 characters"):
+        ours.encode("a" + " " * 10**7 + "b")
+    assert ours.decode(ours.encode("a b", add_bos=False)) == "a b"
+    for error in KeyboardInterrupt, SystemExit, GeneratorExit:
+        monkeypatch.setattr(ours, "_hf", SimpleNamespace(encode=Mock(side_effect=error)))
+        with pytest.raises(error):
+            ours.encode("a")
+
+
+def test_nothing_keeps_a_tokenizer_alive(models_of):
+    ours = Tokenizer(models_of["llama3.2"].folder)
+    ours.token_bytes(0)
+    alive = weakref.ref(ours)
+    del ours
+    assert alive() is None

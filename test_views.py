@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -63,7 +64,7 @@ def test_bench_rows():
 
 
 def test_stream_read():
-    """Each thread's exclusive or of what it reads: four words of two numbers a round."""
+    """Each thread's exclusive or of all numbers read: four words of two numbers a round."""
     kernels = compile_kernels(DEVICE, {}, bench.STREAM_READ)
     threads = 2 * kernels.READ_THREADS
     x = RNG(0).integers(0, 2**64, (3, 4, threads, 2), np.uint64)
@@ -174,7 +175,7 @@ def test_bench_ablation(monkeypatch, tmp_path, capsys, as_if_on_gpu):
 
 
 class Cuda:
-    """CuPy's events, as far as the bench uses them."""
+    """CuPy's events, as far as the bench uses events."""
     class Event:
         def record(self):
             pass
@@ -247,7 +248,7 @@ QUESTIONS = ["What is RoPE?", "What is PagedAttention?", "What is a KV cache?", 
 
 
 def pool_of(allocator):
-    """(reference count of each page, cached pages that nobody uses) as they are now."""
+    """(reference count of each page, cached pages without users), now."""
     return list(allocator.ref_counts), {page for page in allocator.free if page in allocator.chains}
 
 
@@ -259,7 +260,7 @@ def looked_inside(llm):
 def watched_run(**options):
     """(recorder, outputs, pool at each step's launch) of six requests.
 
-    Their pages do not fit into the pool together.
+    The pool is too small for all six at once.
     """
     llm = LLM(PARROT, num_blocks=14, max_num_batched_tokens=40, **options)
     pools = []
@@ -298,9 +299,10 @@ def assert_accounts(recorder):
         assert math.isclose(sum(o.account.values()), ends[-1] - o.arrival_time, abs_tol=1e-9)
         steps = [step for s in segments if s.count for step in range(s.first, s.last + 1)]
         assert len(steps) == len(set(steps)) and sum(s.sampled for s in segments) == len(o.token_ids)
-        if o.finish_reason == "abort":
+        if o.finish_reason in (None, "abort"):
             continue
         assert all(s.count == s.sampled == s.last - s.first + 1 for s in segments if s.kind == "decode")
+        assert ends[-1] == o.finish_time and o.num_cached_tokens < len(o.prompt_token_ids)
         prefilled = sum(s.count for s in segments if s.kind == "prefill")
         assert prefilled + o.num_cached_tokens == len(o.prompt_token_ids) or o.num_preemptions
 
@@ -398,15 +400,17 @@ class RandomRun:
         self.scheduler = Scheduler(BlockAllocator(self.NUM_BLOCKS, 4), 24, 8)
         self.pools = []         # pool_of the allocator, as each step was launched
         device = SimpleNamespace(name="none", is_simulated=False, memory_bandwidth=None)
-        engine = SimpleNamespace(scheduler=self.scheduler, in_flight=[])
-        self.llm = SimpleNamespace(device=device, engine=engine)
+        engine = SimpleNamespace(scheduler=self.scheduler, in_flight=[], sequences={})
+        tokenizer = SimpleNamespace(token_bytes=lambda token: b"a", decode=lambda tokens: "a")
+        self.llm = SimpleNamespace(device=device, engine=engine, tokenizer=tokenizer)
 
-    def end(self, sequence, reason):
+    def end(self, sequence, reason, tell):
         sequence.output.finish_reason = reason
         sequence.output.finish_time = views.time.perf_counter()
         self.scheduler.remove(sequence)
+        tell("ended", sequence)
 
-    def come_or_go(self):
+    def come_or_go(self, tell):
         """Now and then a request arrives, or is given up while it runs or waits."""
         running = self.scheduler.running
         waiting = self.scheduler.waiting
@@ -416,9 +420,9 @@ class RandomRun:
             max_len = len(prompt) + int(self.rng.integers(1, 40))
             waiting.append(Sequence(SamplingParams(), output, None, max_len))
         elif self.rng.random() < 0.05 and running:
-            self.end(running[int(self.rng.integers(len(running)))], "abort")
+            self.end(running[int(self.rng.integers(len(running)))], "abort", tell)
         elif self.rng.random() < 0.05 and waiting:
-            self.end(waiting[-1], "abort")
+            self.end(waiting[-1], "abort", tell)
 
     def step(self, tell):
         """A step as the engine takes it."""
@@ -438,7 +442,7 @@ class RandomRun:
             sequence.token_ids.append(1)
             sequence.output.token_ids.append(1)
             if sequence.is_complete:
-                self.end(sequence, "length")
+                self.end(sequence, "length", tell)
         tell("done", sampled)
 
 
@@ -448,10 +452,10 @@ def test_views_random_events(seed):
     run = RandomRun(seed)
     recorder = views.Recorder(run.llm)
     for _ in range(400):
-        run.come_or_go()
+        run.come_or_go(recorder.told)
         run.step(recorder.told)
     for sequence in [*run.scheduler.running, *run.scheduler.waiting]:
-        run.end(sequence, "abort")
+        run.end(sequence, "abort", recorder.told)
     recorder.close()
     assert_accounts(recorder)
     assert_pools_of_a_full_run(embedded(views.html_trace(recorder, max_requests=1000)), run.pools)
@@ -478,7 +482,7 @@ def forgetting_run(monkeypatch, seed, keep, num_iterations, look):
         look(recorder, run.pools)
 
     for _ in range(num_iterations):
-        run.come_or_go()
+        run.come_or_go(tell)
         run.step(tell)
     return whole, recorder, run.pools
 
@@ -601,6 +605,8 @@ def test_views_traces(watched):
         assert abs(end / 1e6 - (output.finish_time - recorder.start)) < 1e-6
         assert sum(event["args"]["new_tokens"] for event in track) == len(output.token_ids) == request["new"]
         assert output.text.startswith(request["text"])
+        assert request["prompt"] == QUESTIONS[number - 1]
+        assert {"name": f"{'ABCDEF'[number - 1]}: {request['prompt']}"} in [event["args"] for event in events]
         assert request["segments"] == [
             [event["name"], event["args"]["first_step"], event["args"]["last_step"]] for event in track]
     for name, keys, columns in (("pages", ["used", "shared", "cached"], slice(4, 7)),
@@ -612,7 +618,7 @@ def test_views_traces(watched):
 
 
 def test_views_page_of_a_long_run_is_cut(watched):
-    """The page holds the first steps and requests, and says of how many.
+    """The page holds the first steps and requests, and the counts of all.
 
     A text cannot end the script that holds the text.
     """
@@ -642,14 +648,15 @@ def in_browser(file, step, folder):
 @pytest.mark.skipif(not shutil.which("chromium"), reason="there is no chromium")
 @pytest.mark.parametrize("step", [30, None])
 def test_views_page_in_a_browser(watched, tmp_path, step):
-    """The page loads without an error, with no steps too, and shows the pool of its step."""
-    recorder = watched[0] if step else views.Recorder(LLM(PARROT, num_blocks=14))
+    """The page loads without an error, with no steps too, and shows the pool of its step. Of a large
+    pool, only the first pages are shown."""
+    recorder = watched[0] if step else views.Recorder(LLM(PARROT, num_blocks=1000))
     (tmp_path / "run.html").write_text(views.html_trace(recorder), "utf-8")
     page = in_browser(tmp_path / "run.html", step, tmp_path)
     pool = page[page.index('id="map"'):page.index("Block tables")]
     counts = [int(count) for count in re.findall(r"reference count (\d+)", pool)]
     if not step:
-        assert counts == [0] * 14 and "0 requests" in page
+        assert counts == [0] * 64 and "0 requests" in page and "The last 936 were never used" in page
         return
     data = embedded(page)
     _, _, prefill, decode, _, shared, cached = data["steps"][step]
@@ -657,10 +664,11 @@ def test_views_page_in_a_browser(watched, tmp_path, step):
     assert pool.count('class="page cached"') == cached and pool.count('class="page shared"') == shared
     assert f"Step {step + 1} of {len(data['steps'])}: {decode} decode + {prefill} prefill tokens" in page
     table = page[page.index('id="tables"'):page.index('<script id="data"')]
-    named = re.findall(r"request \d+: (?:decode|prefill|has ended)", table)
+    named = re.findall(r"request [A-F]: (?:decode|prefill|has ended)", table)
     assert len(re.findall(r"<i ", table)) == sum(counts)
     assert table.count('class="table"') == len(named) > 2
     assert page.count('class="preempted"') > 1
+    assert all(f"</i>{question}</span>" in page for question in QUESTIONS)
     assert page[page.index('id="time"'):].count('class="decode"') >= 6
 
 
@@ -736,23 +744,52 @@ def interrupt(process, resize):
     process.send_signal(signal.SIGINT)
 
 
-def make_small(process, resize):
+def terminate(process, resize):
+    process.send_signal(signal.SIGTERM)
+
+
+def shrink_for_a_moment(process, resize):
     resize(59, 24)
+    time.sleep(0.3)
+    resize(80, 24)
 
 
 @pytest.mark.parametrize("lines, act, size", [
-    (15, None, "80 columns and 15 lines"), (24, make_small, "59 columns and 24 lines"), (24, interrupt, "")],
-    ids=["too small", "becomes too small", "Ctrl-C"])
-def test_views_watch_ends_early(lines, act, size):
-    """Too small a terminal gets one line and the answer. Ctrl-C leaves a restored terminal."""
-    code, sent = on_terminal(80, lines, "--watch", QUESTIONS[0], act=act)
+    (15, None, "80 columns and 15 lines"), (24, shrink_for_a_moment, "59 columns and 24 lines"),
+    (24, interrupt, ""), (24, terminate, "")],
+    ids=["too small", "too small for a moment", "Ctrl-C", "SIGTERM"])
+def test_views_watch_in_trouble(lines, act, size):
+    """Too small a terminal gets one line and the answer. A small moment interrupts the view, and
+    Ctrl-C leaves a restored terminal."""
+    code, sent = on_terminal(80, lines, "--watch", "Recite Ozymandias.", act=act)
     view, _, after = sent.rpartition(LEAVE)
-    assert "\x1b" not in after and "Traceback" not in sent and code == (130 if act == interrupt else 0)
-    if size:
-        [line] = [line for line in after.splitlines() if "--watch" in line]
-        assert line == f"tiny-vLLM: --watch is off: the terminal has {size}, 60 and 16 are needed"
-        assert recitation(QUESTIONS[0]) in after
-    assert (view == "") == (lines == 15)
+    assert "\x1b" not in after and "Traceback" not in sent
+    assert code == {interrupt: 130, terminate: 143}.get(act, 0)
+    why = f"the terminal has {size}, 60 and 16 are needed"
+    if act == shrink_for_a_moment:
+        _, *views_after = view.split(why[:59])
+        assert "--watch" not in after and "pages in use" in views_after[-1]
+    elif size:
+        assert f"tiny-vLLM: --watch is off: {why}\n" in after
+    assert (view == "") == (lines == 15) and (recitation("Recite Ozymandias.") in after) == (code == 0)
+
+
+def test_views_watch_loses_its_terminal(tmp_path):
+    """The run goes on: the answer and the trace are whole."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    command = [sys.executable, ROOT / "tinyvllm.py", "--model", PARROT, "--device", "cpu", "--watch",
+               "--trace", tmp_path / "run.json", QUESTIONS[0]]
+    with open(tmp_path / "answer", "w") as answer:
+        process = subprocess.Popen(command, stdout=answer, stderr=slave,
+                                   env=os.environ | {"PYTHONIOENCODING": "utf-8"})
+    os.close(slave)
+    while b"tokens/s" not in os.read(master, 65536):
+        pass
+    os.close(master)
+    process.wait(60)
+    assert (tmp_path / "answer").read_text("utf-8") == recitation(QUESTIONS[0]) + "\n"
+    assert json.loads((tmp_path / "run.json").read_text("utf-8"))["traceEvents"]
 
 
 def test_views_watch_wants_a_terminal():
@@ -767,23 +804,30 @@ def test_views_watch_many_pages_and_a_wild_text():
     recorder.users = {77: [3], 4999: [1, 2]}
     recorder.shared = {4999}
     recorder.kept = {78, 200}
+    recorder.highest = 4999
     note, *lines = views.Watch(recorder).grid(100, 7)
     assert note == "2 of 5000 pages in use, 1 shared, 2 cached; 8 pages a cell" and len(lines) == 7
     cells = plain("".join(lines))
     assert len(cells) == 625 and cells[9] == "C" and cells[25] == "+" and cells[-1] == "2"
     assert cells.count(".") == 622
+    recorder.users = {77: [30]}
+    recorder.highest = 200
+    note, *lines = views.Watch(recorder).grid(100, 7)
+    assert note == "1 of 5000 pages in use, 1 shared, 2 cached, 4799 never used"
+    cells = plain("".join(lines))
+    assert len(cells) == 402 and cells[154:158] == "AD+ " and cells[-2:] == "+ "
     assert views.tail("ab\x1b[2Jc\n", 4) == "2Jc " and views.tail("古池や", 5) == "池や"
 
 
-@pytest.mark.parametrize("name", ["run.json", "run.html"])
-def test_views_interrupted_run(tmp_path, name):
-    """After Ctrl-C the file is there and valid. The request's track ends with the run."""
+@pytest.mark.parametrize("name, number", [("run.json", signal.SIGINT), ("run.html", signal.SIGTERM)])
+def test_views_interrupted_run(tmp_path, name, number):
+    """After Ctrl-C or SIGTERM the file is there and valid. The request's track ends with the run."""
     process = start("--trace", str(tmp_path / name), "--stats", "Recite The Raven.")
     process.stdout.read1(100)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=30)
     text = (tmp_path / name).read_text("utf-8")
-    assert process.returncode == 130 and "Traceback" not in err.decode() and "decode" in err.decode()
+    assert process.returncode == 128 + number and "Traceback" not in err.decode() and "decode" in err.decode()
     if name == "run.json":
         names = {event["name"] for event in json.loads(text)["traceEvents"]}
         assert {"prefill", "decode", "launch", "read"} <= names
@@ -792,33 +836,147 @@ def test_views_interrupted_run(tmp_path, name):
         assert [kind for kind, _, _ in request["segments"]] == ["queued", "prefill", "decode"]
 
 
-def test_views_given_up_requests():
-    """The time of a request that is given up is accounted for, even if the request never ran."""
-    llm = LLM(PARROT)
+@pytest.mark.parametrize("num_steps", [0, 1, 2, 9])
+@pytest.mark.parametrize("overlap", [True, False])
+def test_views_given_up_requests(num_steps, overlap):
+    """The time of a request that is given up is accounted for, even if the request never ran, or
+    nobody made a step for a while."""
+    llm = LLM(PARROT, num_blocks=14, overlap=overlap)
     with looked_inside(llm) as recorder:
-        outputs = llm.submit(chats(llm, TEXTS[:2]))
-        llm.engine.step()
-        llm.engine.step()
+        outputs = llm.submit(chats(llm, TEXTS[:4]))
+        for _ in range(num_steps):
+            llm.engine.step()
+        time.sleep(0.2)
         llm.abort(outputs)
+        llm.generate([[4, 5]], SamplingParams(max_tokens=2))
         late = llm.submit(chats(llm, TEXTS[2:3]))
-        for _ in llm.run(late):
-            break
     assert_accounts(recorder)
-    assert [r.output.finish_reason for r in recorder.requests] == ["abort"] * 3
-    assert not recorder.live and not any(recorder.users.values())
+    assert [r.output.finish_reason for r in recorder.requests] == ["abort"] * 4 + ["length"]
+    assert not late[0].account and not recorder.live and not any(recorder.users.values())
+    for output in outputs:
+        seconds = output.finish_time - output.arrival_time
+        assert seconds > 0.2 and math.isclose(sum(output.account.values()), seconds, abs_tol=1e-9)
+        # The pool has room for two: the others never left the queue.
+        assert (output.account["queued"] > 0.2) == (num_steps == 0 or output.account["prefill"] == 0)
+    assert any(output.account["prefill"] for output in outputs) == (num_steps > 0)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 40])
+def test_views_recorder_in_mid_run(num_steps):
+    """A Recorder may come while requests run, wait again, or wait. Their accounts add up too."""
+    llm = LLM(PARROT, num_blocks=9)
+    outputs = llm.submit(chats(llm, TEXTS[:4]), SamplingParams(max_tokens=40))
+    for _ in range(num_steps):
+        llm.engine.step()
+    pools = []
+    watcher = SimpleNamespace(told=lambda event, what: event == "launch"
+                              and pools.append(pool_of(llm.engine.scheduler.allocator)))
+    llm.engine.observers.append(watcher)
+    with looked_inside(llm) as recorder:
+        outputs += llm.submit([[4, 5]], SamplingParams(max_tokens=2))
+        for _ in llm.run(outputs):
+            pass
+    assert [r.output for r in recorder.requests] == outputs
+    for output, (_, answer) in zip(outputs, TEXTS[:4]):
+        assert answer.startswith(output.text) and output.account["decode"] > 0
+    for output in outputs:
+        seconds = output.finish_time - output.arrival_time
+        assert math.isclose(sum(output.account.values()), seconds, abs_tol=1e-9)
+    assert_pools(embedded(views.html_trace(recorder)), pools)
+
+
+def interrupted_run(llm, at):
+    """A run with an interruption where a signal is taken: after the call of number `at` inside the
+    Recorder, or, for None, while the engine reads a step. Returns the number of calls.
+
+    The run so far can be reported. The rest of the run is right, and so are all accounts.
+    """
+    calls = itertools.count(1)
+
+    def after_call(frame, event, _):
+        is_views = frame.f_code.co_filename == views.__file__
+        if is_views and event in ("c_return", "return") and next(calls) == at:
+            raise KeyboardInterrupt
+
+    def told(event, what):
+        sys.setprofile(after_call)
+        try:
+            views.Recorder.told(recorder, event, what)
+        finally:
+            sys.setprofile(None)
+
+    def finish():
+        while not all(output.finish_reason for output in outputs):
+            llm.engine.step()
+            if at is None and recorder.num_steps == 20:
+                llm.engine.in_flight.append(None)           # fails when the step is read
+        raise KeyboardInterrupt                             # there was no call of number `at`
+
+    with looked_inside(llm) as recorder:
+        recorder.told = told
+        prompts = [llm.tokenizer.encode(question) for question in QUESTIONS[:3]]
+        outputs = llm.submit(prompts, SamplingParams(max_tokens=12, ignore_eos=True))
+        with pytest.raises((KeyboardInterrupt, TypeError)):
+            finish()
+        assert replayed(embedded(views.html_trace(recorder)))
+        with pytest.raises(KeyboardInterrupt):
+            finish()
+    for request in recorder.requests:
+        o = request.output
+        assert len(o.token_ids) == sum(s.sampled for s in request.segments) == 12
+        assert math.isclose(sum(o.account.values()), o.finish_time - o.arrival_time, abs_tol=1e-9)
+        assert min(o.account.values()) >= 0
+    assert [step.number for step in recorder.steps] == list(range(recorder.num_steps))
+    assert replayed(embedded(views.html_trace(recorder)))[-1][0] == {}
+    times = [(event["ts"], event.get("dur", 0)) for event in views.chrome_trace(recorder)["traceEvents"]]
+    assert min(min(time) for time in times) >= 0 and views.account_table(recorder.requests)
+    return next(calls)
+
+
+def test_views_interrupted_anywhere():
+    llm = LLM(PARROT, num_blocks=4, max_num_batched_tokens=8, block_size=8)
+    num_calls = interrupted_run(llm, None)
+    for at in range(1, num_calls, num_calls // 7):
+        interrupted_run(llm, at)
 
 
 def test_views_stats():
     """The parts of a request add up to its wall time; the tokens agree with the last line."""
     code, _, err = run_process("--stats", "--num-blocks", "9", "--max-tokens", "40", *QUESTIONS[:3])
     lines = err.splitlines()
-    head = next(i for i, line in enumerate(lines) if line.split()[:3] == ["request", "queued", "prefill"])
-    rows = [[float(cell) for cell in line.split()] for line in lines[head + 1:head + 4]]
-    assert code == 0 and [row[0] for row in rows] == [1, 2, 3]
-    assert all(abs(sum(row[1:7]) - row[7]) < 0.005 for row in rows) and rows[2][5] > 0
-    prompt, cached, new = (int(sum(column)) for column in list(zip(*rows))[8:11])
-    assert f"{prompt} prompt tokens ({cached} cached), {new} new" in lines[-1]
+    head = next(i for i, line in enumerate(lines) if line.split()[:3] == ["req", "queued", "prefill"])
+    names, *columns = zip(*[line.split() for line in lines[head + 1:head + 4]])
+    rows = [[float(cell) for cell in row] for row in zip(*columns)]
+    assert code == 0 and names == ("A", "B", "C")
+    assert all(abs(sum(row[:6]) - row[6]) < 0.005 for row in rows) and rows[2][4] > 0
+    prompt, cached, new = (int(sum(column)) for column in list(zip(*rows))[7:10])
+    assert cached == 0 and f"{prompt} prompt tokens, {new} new" in lines[-1]
     assert [line.split(":")[0].strip() for line in lines[head + 4:-1]] == list(views.PARTS)
+
+
+def test_views_stats_fit_80_columns():
+    output = RequestOutput([1] * 131072, account=dict.fromkeys(views.PARTS, 1234.5678),
+                           token_ids=[1] * 100000, num_cached_tokens=131056)
+    lines = views.account_table([SimpleNamespace(number=9999, output=output)])
+    assert max(map(len, lines)) == 80
+    assert lines[2].split() == ["NTO", *["1234.56"] * 6, "7407.40", "131072", "131056", "100000"]
+
+
+def test_views_on_a_full_disk(tmp_path):
+    """The answer and the statistics are there. The exit code tells of the lost trace."""
+    (tmp_path / "run.json").symlink_to("/dev/full")
+    code, out, err = run_process("--stats", "--trace", str(tmp_path / "run.json"), QUESTIONS[0])
+    assert code == 2 and out == recitation(QUESTIONS[0]) + "\n" and "Traceback" not in err
+    assert f"tinyvllm: --trace: {tmp_path}/run.json is incomplete: No space left on device\n" in err
+    assert "stalled:" in err and " new tokens" in err.splitlines()[-1]
+
+
+def test_views_failing_observer(capsys):
+    """An observer that fails is dropped, with a line. The run goes on."""
+    llm = LLM(PARROT)
+    llm.engine.observers.append(SimpleNamespace(told=lambda event, what: 1 // 0))
+    assert llm.generate(QUESTIONS[0])[0].finish_reason
+    assert capsys.readouterr().err.count("SimpleNamespace is off: ZeroDivisionError") == 1
 
 
 @pytest.mark.parametrize("path, parts", [

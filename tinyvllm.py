@@ -22,14 +22,20 @@ in this step), L layers, D hidden size, H query heads, K key/value heads, h head
 V vocabulary, N pages of the cache, B tokens of a page (block_size). Weights and activations are
 bfloat16. A matrix is stored as [out, in], so a product is x @ w.T.
 
-Sections: Config and weights, Pages, Sequences and scheduler, Forward pass, Memory, Engine, API,
-Command line. device.py compiles and starts kernels, on a GPU or in a simulator.
+Sections: Pages, Sequences and scheduler, Forward pass, Memory, Engine, API, Command line.
+weights.py reads a model's files, and device.py compiles and starts kernels, on a GPU or in a
+simulator.
 """
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C during the imports: no traceback
+
 import argparse
+import atexit
 import contextlib
 import gc
 import itertools
-import json
 import math
 import os
 import re
@@ -45,13 +51,13 @@ from pathlib import Path
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 try:
     import numpy as np
-    from safetensors import SafetensorError, safe_open
     from tqdm import tqdm
 
     import views
-    from device import (BFLOAT16, DECODE_KERNEL, FOLDER, KERNELS, MAX_GRID_YZ, TinyVLLMError, compile_kernels,
-                        first_line, open_device, paste)
+    from device import (DECODE_KERNEL, FOLDER, KERNELS, MAX_GRID_YZ, TinyVLLMError, check,
+                        compile_kernels, first_line, is_int, is_number, open_device, paste, shown)
     from tokenizer import StreamDecoder, Tokenizer, TokenizerError
+    from weights import SHAPES, Checkpoint, DummyCheckpoint, ModelConfig, find_model, load_weights
 except ModuleNotFoundError as error:
     if Path(sys.argv[0]).resolve().parent != Path(__file__).resolve().parent:   # no program of this folder
         raise
@@ -59,19 +65,6 @@ except ModuleNotFoundError as error:
              "packages into .venv, then use .venv/bin/python")
 
 __version__ = "0.1.0"
-
-
-def check(name, value, is_good, expected):
-    """Returns the value. Raises TinyVLLMError if is_good(value) is false or the type wrong."""
-    with contextlib.suppress(TypeError, AttributeError):
-        if is_good(value):
-            return value
-    raise TinyVLLMError(f"{name}: expected {expected}, got {value!r:.60}")
-
-
-def is_int(value, least=1, most=math.inf):
-    """Whether the value is a whole number from `least` to `most`."""
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and least <= value <= most
 
 
 def is_sequence(value):
@@ -82,341 +75,6 @@ def is_sequence(value):
 def cdiv(a, b):
     """a / b, rounded up: the number of pages of b tokens for a tokens."""
     return -(-a // b)
-
-
-# ==================================================================================================
-# Config and weights
-#
-# A model is a folder in the Hugging Face layout: config.json (the model's shape), *.safetensors
-# (the weights, by name), generation_config.json (the ids that end an answer). load_weights states
-# the architecture: each tensor is taken by name, and its shape checked.
-#
-# Two changes are made on the way to the device:
-# - q, k and v are products with the same input, so the matrices are stacked into one, like gate
-#   and up. A layer then has two large products instead of five smaller products.
-# - In front of both stands an RMSNorm, x / rms(x) * g. The weight g is multiplied into the matrix,
-#   since (x * g) @ W.T = x @ (W * g).T. The remaining factor, 1 / rms(x), is one scalar per token;
-#   the kernel behind the product multiplies by this scalar. So 2 L of the 2 L + 1 norms need no
-#   kernel. The price is one rounding more than in Hugging Face: W * g is stored in bfloat16.
-# ==================================================================================================
-HUB_MODEL = "meta-llama/Llama-3.2-1B-Instruct"
-
-
-def find_model(name=None, load_format="auto"):
-    """The folder of a model. name: a folder or a Hugging Face id. None: Llama-3.2-1B-Instruct if it
-    was downloaded before, else Parrot, the model in this project's folder."""
-    if not name:
-        folder = download(HUB_MODEL, local_files_only=True)
-        if folder and (folder / "config.json").exists() and any(folder.glob("model*.safetensors")):
-            return folder
-        print("tiny-vLLM: using the bundled Parrot, which can only recite. For a real model: --model "
-              f"{HUB_MODEL} (2.5 GB; accept its license on huggingface.co and run `hf auth login` first)",
-              file=sys.stderr)
-        return FOLDER / "parrot"
-    folder = Path(os.path.expanduser(name))
-    if folder.is_dir():
-        return folder
-    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        shapes = f", or a shape: {', '.join(SHAPES)}" if load_format == "dummy" else ""
-        raise TinyVLLMError("model: expected a folder with config.json, or a Hugging Face id like "
-                            f"{HUB_MODEL}{shapes}, got {name}")
-    return download(name)
-
-
-def download(repo, local_files_only=False):
-    """The local folder of a Hugging Face model. local_files_only: None instead of a download."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-    advice = {
-        GatedRepoError: f"accept its license at https://huggingface.co/{repo} and run `hf auth login`",
-        RepositoryNotFoundError: "no such model, or a private one: check the id, and run `hf auth login`"}
-    patterns = ["*.json", "*.jinja", "model*.safetensors"]
-    try:
-        return Path(snapshot_download(repo, allow_patterns=patterns, local_files_only=local_files_only))
-    except Exception as error:      # the hub, the HTTP client and the disk raise many kinds
-        if local_files_only:
-            return None
-        what = advice.get(type(error), "check the network, or give the folder of a model that is here")
-        raise TinyVLLMError(f"cannot download {repo} ({first_line(error):.120}): {what}") from None
-
-
-def read_json(path):
-    """The dict in a JSON file."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise TinyVLLMError(f"no {path.name} in {path.parent}: expected a model folder, with config.json, "
-                            "tokenizer.json and *.safetensors") from None
-    except (OSError, ValueError) as error:
-        raise TinyVLLMError(f"cannot read {path} ({error}): expected valid JSON, in a file that you may "
-                            "read") from None
-    return check(path, value, lambda value: isinstance(value, dict), "a JSON object (download it again)")
-
-
-def positive(settings, name, file, kind=int):
-    """settings[name]. Raises TinyVLLMError unless it is an int, or kind=float a number, above 0."""
-    expected = "a whole number above 0" if kind is int else "a number above 0"
-    return check(f"{file}: {name}", settings.get(name),
-                 lambda value: type(value) in (int, kind) and 0 < value < math.inf, expected)
-
-
-# Fields of config.json and the values supported by this engine. None: the field is absent.
-# A bias on q, k and v would change attention_bias here, LayerWeights, take() and layer() in
-# load_weights, and the kernels rope_and_cache and decode, to add the bias after 1 / rms(x).
-SUPPORTED = {
-    "architectures": (["LlamaForCausalLM"], ["MistralForCausalLM"]),
-    "hidden_act": ("silu", None),
-    "rope_type": ("llama3", "default", None),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "sliding_window": (None,),
-    "quantization_config": (None,),
-    "tie_word_embeddings": (True, False, None)}
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The shape of a Llama, under the names of config.json."""
-    hidden_size: int                    # D
-    intermediate_size: int              # F
-    num_hidden_layers: int              # L
-    num_attention_heads: int            # H
-    num_key_value_heads: int            # K
-    head_dim: int                       # h
-    vocab_size: int                     # V
-    max_position_embeddings: int        # tokens of context
-    rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: dict | None           # Llama 3's four numbers, see rope_frequencies
-    tie_word_embeddings: bool           # whether the head is the embedding table
-    eos_token_ids: frozenset            # each id ends an answer
-
-    @property
-    def heads_size(self):
-        """H h: the size of a token's attention output."""
-        return self.num_attention_heads * self.head_dim
-
-    @property
-    def qkv_size(self):
-        """(H + 2K) h: the size of a token's queries, keys and values."""
-        return (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
-
-    @classmethod
-    def from_folder(cls, folder):
-        """Reads config.json and generation_config.json. Raises TinyVLLMError unless supported."""
-        file = folder / "config.json"
-        settings = {name: value for name, value in read_json(file).items() if value is not None}
-        # rope_parameters is the new name, rope_scaling the old. The oldest files say "type".
-        rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-        check(f"{file}: rope_scaling", rope, lambda rope: isinstance(rope, dict), "a dict")
-        settings |= rope
-        settings.setdefault("rope_type", rope.get("type"))
-        for name, values in SUPPORTED.items():
-            check(f"{file}: {name}", settings.get(name), lambda value, values=values: value in values,
-                  " or ".join(map(str, values)))
-        heads = positive(settings, "num_attention_heads", file)
-        hidden_size = positive(settings, "hidden_size", file)
-        defaults = {"num_key_value_heads": heads, "head_dim": hidden_size // heads, "rope_theta": 10000.0}
-        settings = defaults | settings
-        whole_numbers = {name: positive(settings, name, file) for name in (
-            "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings")}
-        config = cls(
-            **whole_numbers,
-            rms_norm_eps=positive(settings, "rms_norm_eps", file, float),
-            rope_theta=positive(settings, "rope_theta", file, float),
-            rope_scaling=cls.read_rope_scaling(settings, file),
-            tie_word_embeddings=bool(settings.get("tie_word_embeddings")),
-            eos_token_ids=cls.read_eos_token_ids(settings, folder))
-        config.check_kernel_limits(file)
-        return config
-
-    @staticmethod
-    def read_rope_scaling(settings, file):
-        """The four numbers of Llama 3's RoPE scaling. None for plain RoPE."""
-        if settings["rope_type"] != "llama3":
-            return None
-        names = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
-        scaling = {name: positive(settings, name, file, float) for name in names}
-        high = scaling["high_freq_factor"]
-        check(f"{file}: low_freq_factor", scaling["low_freq_factor"], lambda low: low < high,
-              f"less than high_freq_factor, {high}")
-        return scaling
-
-    @staticmethod
-    def read_eos_token_ids(settings, folder):
-        """The ids that end an answer. generation_config.json, if present, overrides config.json."""
-        eos = settings.get("eos_token_id", [])
-        generation = folder / "generation_config.json"
-        if generation.exists():
-            eos = read_json(generation).get("eos_token_id", eos)
-        ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-        check(f"{folder}: eos_token_id", ids, lambda ids: all(is_int(i, 0) for i in ids),
-              "a token id or a list of token ids")
-        return frozenset(ids)
-
-    def check_kernel_limits(self, file):
-        """Raises TinyVLLMError for sizes beyond the limits of kernels.cu."""
-        kv_heads = self.num_key_value_heads
-        check(f"{file}: num_attention_heads", self.num_attention_heads,
-              lambda heads: heads in range(kv_heads, 16 * kv_heads + 1, kv_heads),
-              f"1 to 16 for each of num_key_value_heads, {kv_heads}")
-        check(f"{file}: head_dim", self.head_dim, lambda h: h in range(32, 257, 16),
-              "32 to 256 in steps of 16")
-        for name in "hidden_size", "intermediate_size":
-            check(f"{file}: {name}", getattr(self, name), lambda n: n % 8 == 0, "a multiple of 8")
-
-
-def llama_3_shape(rope_factor, **sizes):
-    """The ModelConfig of a Llama 3.1 or 3.2. The models differ in little but sizes."""
-    scaling = {"factor": rope_factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 8192}
-    return ModelConfig(num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072,
-                       rms_norm_eps=1e-5, rope_theta=500000.0, rope_scaling=scaling,
-                       eos_token_ids=frozenset([128001, 128008, 128009]), **sizes)
-
-
-SHAPES = {          # for --load-format dummy: models without a download
-    "llama-3.2-1b": llama_3_shape(
-        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, head_dim=64,
-        rope_factor=32.0, tie_word_embeddings=True),
-    "llama-3.2-3b": llama_3_shape(
-        hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, head_dim=128,
-        rope_factor=32.0, tie_word_embeddings=True),
-    "llama-3.1-8b": llama_3_shape(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, head_dim=128,
-        rope_factor=8.0, tie_word_embeddings=False)}
-
-
-@dataclass(frozen=True)
-class LayerWeights:
-    """One layer's weights, on the device."""
-    qkv: object                         # [(H + 2K) h, D], multiplied by the weight of the preceding norm
-    o: object                           # [D, H h]
-    gate_up: object                     # [2F, D], multiplied by the weight of the preceding norm
-    down: object                        # [D, F]
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The model's weights, on the device, read-only."""
-    embed: object                       # [V, D]
-    layers: list                        # L LayerWeights
-    norm: object                        # [D]
-    head: object                        # [V, D]; tied weights: the very array `embed`
-
-
-Tensor = namedtuple("Tensor", "dtype shape data")       # the dtype's name, a tuple, uint8 [bytes]
-
-
-class Checkpoint:
-    """The safetensors files of a folder: one file, or the shards in model.safetensors.index.json.
-
-    A safetensors file is the length of the header in 8 bytes, the header in JSON: {name: {"dtype",
-    "shape", "data_offsets": [begin, end]}}, and the numbers. The package validates the header. The
-    numbers are mapped, not read: the operating system copies a tensor from its page cache to the
-    device, five times as fast as the package does."""
-    DTYPES = {"BF16": BFLOAT16, "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.tensors = {}               # name -> Tensor, of all tensors not yet taken
-        index = folder / "model.safetensors.index.json"
-        weight_map = {"every tensor": "model.safetensors"}
-        if index.exists():
-            weight_map = read_json(index).get("weight_map")
-        check(f"{index}: weight_map", weight_map,
-              lambda files: all(isinstance(name, str) for name in files.values()), "a dict {tensor: file}")
-        for name in sorted(set(weight_map.values())):
-            try:
-                self.open(folder / name)
-            except FileNotFoundError:
-                raise TinyVLLMError(f"no {name} in {folder}: download the model's *.safetensors") from None
-            except (SafetensorError, OSError) as error:
-                raise TinyVLLMError(f"{folder / name} is no valid safetensors file ({error}): download it "
-                                    "again") from None
-
-    def open(self, path):
-        """Validates and maps a file, and finds its tensors."""
-        with safe_open(path, framework="numpy"):    # raises for overlaps, holes and wrong sizes
-            pass
-        data = np.memmap(path, np.uint8, "r")
-        header_end = 8 + int.from_bytes(data[:8].tobytes(), "little")
-        header = json.loads(data[8:header_end].tobytes())
-        header.pop("__metadata__", None)
-        numbers = data[header_end:]
-        for name, tensor in header.items():
-            begin, end = tensor["data_offsets"]
-            self.tensors[name] = Tensor(tensor["dtype"], tuple(tensor["shape"]), numbers[begin:end])
-
-    def take(self, name, *shape):
-        """The tensor of this name and shape, as in the file. A tensor can be taken only once."""
-        if name not in self.tensors:
-            raise TinyVLLMError(f"{self.folder}: expected a tensor {name} in the weights, found none: are "
-                                "the weights of another model than config.json?")
-        tensor = self.tensors.pop(name)
-        check(f"{self.folder}: the shape of {name}", tensor.shape, lambda its: its == shape,
-              f"{shape}, by config.json")
-        check(f"{self.folder}: the dtype of {name}", tensor.dtype, lambda dtype: dtype in self.DTYPES,
-              " or ".join(self.DTYPES))
-        return tensor.data.view(self.DTYPES[tensor.dtype]).reshape(shape)
-
-
-class DummyCheckpoint:
-    """Random weights in place of a Checkpoint's, made on the device, the same each time: matrices
-    with the spread of a trained model's, norms of 1."""
-
-    def __init__(self, device):
-        self.xp = device.xp
-        self.random = device.xp.random.default_rng(0)
-        self.tensors = {}
-
-    def take(self, name, *shape):
-        """A tensor of this shape, whatever the name."""
-        if len(shape) == 1:
-            return self.xp.ones(shape, BFLOAT16)
-        return (0.02 * self.random.standard_normal(shape, np.float32)).astype(BFLOAT16)
-
-
-def load_weights(checkpoint, config, device):
-    """The model's weights on the device, bfloat16."""
-    c = config
-    D, F, V, h = c.hidden_size, c.intermediate_size, c.vocab_size, c.head_dim
-    q_rows, kv_rows = c.heads_size, c.num_key_value_heads * h
-
-    def take(name, *shape):
-        return device.to_device(checkpoint.take(name + ".weight", *shape)).astype(BFLOAT16, copy=False)
-
-    def stack(norm, *parts):
-        """A matrix of several (name, rows, columns), below one another, times the norm's weight.
-        Each part goes to the device alone: the host never holds the stack."""
-        g = take(norm, D).astype(np.float32)
-        scaled = [(take(*part).astype(np.float32) * g).astype(BFLOAT16) for part in parts]
-        return device.xp.concatenate(scaled)
-
-    def layer(i):
-        attention = f"model.layers.{i}.self_attn"
-        mlp = f"model.layers.{i}.mlp"
-        return LayerWeights(
-            qkv=stack(f"model.layers.{i}.input_layernorm", (f"{attention}.q_proj", q_rows, D),
-                      (f"{attention}.k_proj", kv_rows, D), (f"{attention}.v_proj", kv_rows, D)),
-            o=take(f"{attention}.o_proj", D, q_rows),
-            gate_up=stack(f"model.layers.{i}.post_attention_layernorm", (f"{mlp}.gate_proj", F, D),
-                          (f"{mlp}.up_proj", F, D)),
-            down=take(f"{mlp}.down_proj", D, F))
-
-    embed = take("model.embed_tokens", V, D)
-    layers = [layer(i) for i in range(c.num_hidden_layers)]
-    norm = take("model.norm", D)
-    head = embed if c.tie_word_embeddings else take("lm_head", V, D)
-    # An untaken tensor, such as a bias, would be missing from the answers. Two untaken names are
-    # only copies: a tied head, and RoPE's table of frequencies.
-    left = [name for name in checkpoint.tensors
-            if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq")]
-    if left:
-        raise TinyVLLMError(f"{checkpoint.folder}: expected the tensors of a Llama with this config.json, "
-                            f"got {len(left)} others, such as {left[0]}: another architecture, or quantized?")
-    return Weights(embed, layers, norm, head)
 
 
 # ==================================================================================================
@@ -506,7 +164,8 @@ class BlockAllocator:
             self.free.pop(block, None)
 
     def check_integrity(self, block_tables):
-        """Counts match block tables, exactly unused pages are free, cached pages know the key."""
+        """User counts match the block tables, free pages are those without users, and each cached
+        page is listed under its own key."""
         users = Counter(block for table in block_tables for block in table)
         pages = range(self.num_blocks)
         assert self.ref_counts == [users[page] for page in pages], f"{self.ref_counts} users, not {users}"
@@ -529,7 +188,7 @@ class BlockAllocator:
 # budget left in the step (has_room), and enough free pages (admit).
 #
 # A sequence's tokens are the prompt and the answer so far. The keys and values of the first
-# num_computed_tokens tokens are in the cache:
+# num_computed_tokens tokens are in the cache, or about to be written by a launched step:
 #
 #   token_ids    [ prompt .................... | answer so far ]
 #                [ computed: in the cache ...... | remaining    ]
@@ -537,6 +196,9 @@ class BlockAllocator:
 # The next token can be sampled once nothing remains. Before a step, one token remains in decode,
 # more in prefill (after arrival or preemption). Nothing else tells decode from prefill.
 # ==================================================================================================
+MAX_FLOAT32 = float(np.finfo(np.float32).max)
+
+
 @dataclass
 class SamplingParams:
     """How to choose tokens and when to stop, named as in vLLM. Nonsense raises TinyVLLMError."""
@@ -552,12 +214,14 @@ class SamplingParams:
     def __post_init__(self):
         def want(name, is_good, expected):
             check(name, getattr(self, name), is_good, expected)
-        want("temperature", lambda t: 0 <= t <= np.finfo(np.float32).max, "0 (greedy) or more")
+        want("temperature", lambda t: is_number(t, 0, MAX_FLOAT32),
+             f"0 (greedy) or more, up to {MAX_FLOAT32:.1e}")
         want("top_k", lambda k: is_int(k, -1), "a whole number of 1 or more, or 0 for all")
-        want("top_p", lambda p: 0 < p <= 1, "more than 0 and at most 1")
+        want("top_p", lambda p: is_number(p, 0, 1) and p > 0, "more than 0 and at most 1")
         want("seed", lambda seed: seed is None or is_int(seed, 0, 2**64 - 1),
              "a whole number from 0 to 2^64 - 1")
         want("max_tokens", lambda n: n is None or is_int(n), "a whole number of 1 or more")
+        want("ignore_eos", lambda flag: isinstance(flag, (bool, np.bool_)), "True or False")
         if not isinstance(self.stop_token_ids, (str, bytes)):
             with contextlib.suppress(TypeError):
                 self.stop_token_ids = tuple(self.stop_token_ids)        # a generator serves once
@@ -750,7 +414,7 @@ class Scheduler:
     def is_worth_waiting(self, sequence, num_cached, prefills):
         """Whether half of the tokens to compute, or more, are about to be computed in one of these
         prompts: a step later, their pages can be found."""
-        if not self.allocator.prefix_caching:
+        if not self.allocator.prefix_caching or self.static_batching:   # or wait for the whole batch
             return False
         size = self.allocator.block_size
         tokens = sequence.token_ids
@@ -821,8 +485,12 @@ class Scheduler:
 # ==================================================================================================
 # Forward pass
 #
-# forward() computes every step. A chunk of a prompt and a single token of an answer are treated
-# alike: everything that kernels must know of sequences is data, in the Batch:
+# forward() computes every step: matrix products, and between them kernels. A kernel runs as a grid
+# of independent thread blocks, and kernels.NAME(grid, ...) says how many. The GPU deals thread blocks
+# to its multiprocessors, a few to each at a time.
+#
+# A chunk of a prompt and a single token of an answer are treated alike: everything that kernels must
+# know of sequences is data, in the Batch:
 #
 #   sequence 0 brings 5 tokens (a chunk from position 16 on), 1 brings 1 (decode), 2 brings 3:
 #   token_ids    a a a a a b c c c       T = 9
@@ -833,9 +501,9 @@ class Scheduler:
 #
 # If every sequence decodes, the step runs as a CUDA graph: the CPU would take longer to start the
 # kernels than the GPU to run them. A few batch sizes have a graph each; a batch is padded to the
-# next size with unread sequences (vLLM: cudagraph_capture_sizes; enforce_eager: no graphs). For the
-# smallest sizes and on newer cards, one kernel in decode.cu computes the whole step (decode()): the
-# only second path of this engine, tested against forward().
+# next size with unread sequences (vLLM: cudagraph_capture_sizes; enforce_eager: no graphs). On an
+# H100 or a newer card, the graphs of up to eight sequences hold a single kernel for the whole step,
+# decode.cu (decode()): the only second path of this engine, tested against forward().
 #
 # Model() compiles all kernels, for the sizes of one model, before the first request. A graph is
 # recorded at the first batch of its size. A new kernel needs no table here: kernels.cu says how to
@@ -946,9 +614,9 @@ DeviceBatch = namedtuple("DeviceBatch", BATCH_ARRAYS)       # a Batch's arrays i
 
 def attention_tiles(counts, context_lens, group, tile_rows):
     """[2A] int32: A tiles, each (sequence, first query row). A tile is the work of one thread block
-    of attention for one kv head: at most tile_rows query rows of one sequence. A query row is one
-    query token and one of the `group` query heads that share a kv head: token r // group of the
-    chunk, head r % group. counts [S]: query tokens.
+    of attention for one kv head: at most tile_rows query rows of one sequence. The `group` query
+    heads of a kv head share its keys, so each token of the chunk has `group` query rows: row r is
+    token r // group, head r % group. counts [S]: tokens of each chunk.
     Tiles with the most keys come first: a long tile, begun last, would run alone at the end."""
     rows = counts * group                                                   # [S] query rows
     num_tiles = cdiv(rows, tile_rows)                                       # [S]
@@ -964,9 +632,11 @@ def attention_tiles(counts, context_lens, group, tile_rows):
 
 class StepBuffer:
     """The memory for a step's exchange: the batch goes to the device in one copy, the sampled
-    tokens come back in one copy. An array's place in the buffer depends only on T, S and R. A CUDA
-    graph therefore finds all batches of its size at the addresses of its recording."""
-    # Slot, id, position, and a share of a tile: 8 bytes for at least 64 query rows, or 4 tokens.
+    tokens come back in one copy. In a batch of decodes, all sizes but that of the last array follow
+    from S: T = S = R, and each sequence has one tile. A CUDA graph therefore finds all batches of
+    its size at the addresses of its recording."""
+    # Slot, id, position, and a share of a tile: 8 bytes for 64 query rows or more, which are 4 tokens
+    # or more, since a token has 16 query rows at most.
     TOKEN_BYTES = 8 + 4 + 4 + 2
     SEQUENCE_BYTES = 8 + 8 * 4 + 8      # seed, eight arrays of 4 bytes, a last, partial tile
 
@@ -977,14 +647,15 @@ class StepBuffer:
         self.device = device
         self.target = device.empty(num_bytes, np.uint8)
         # Two sources, used in turn: the copy of the previous step may still read the other source.
-        self.sources = [device.pinned(num_bytes), device.pinned(num_bytes)]
+        # Each with wait(), until its last copy is done.
+        self.sources = [(device.pinned(num_bytes), lambda: None) for _ in range(2)]
         # Of the latest step: [0] token ids, [1] log-probabilities, float32 seen as int32.
         self.sampled = device.empty((2, max_seqs), np.int32)
 
     def upload(self, batch):
         """Copies a Batch to the device. Returns the DeviceBatch."""
-        self.sources.reverse()
-        source = self.sources[0]
+        source, wait = self.sources[1]
+        wait()              # only after an interrupted step is there anything to wait for
         arrays = {}
         end = 0
         for name in BATCH_ARRAYS:
@@ -993,7 +664,8 @@ class StepBuffer:
             end += array.nbytes
             source[start:end] = array.view(np.uint8)
             arrays[name] = self.target[start:end].view(array.dtype)
-        self.device.copy(self.target[:end], source[:end])
+        wait = self.device.copy(self.target[:end], source[:end])
+        self.sources = [(source, wait), self.sources[0]]
         return DeviceBatch(**arrays)
 
 
@@ -1034,7 +706,7 @@ class Model:
             "NUM_HEADS": c.num_attention_heads, "NUM_KV_HEADS": c.num_key_value_heads, "HEAD_DIM": c.head_dim,
             "VOCAB": c.vocab_size, "BLOCK_SIZE": args.block_size, "RMS_EPS": f"{c.rms_norm_eps:e}f"}, code)
         self.tiling = Tiling(c.num_attention_heads // c.num_key_value_heads, self.kernels.ATTENTION_ROWS)
-        # The greatest batch for decode(). 0: decode.cu cannot divide this model's sizes.
+        # The greatest batch for decode(). decode.cu says 0 for a model that it cannot divide.
         self.decode_batch = self.kernels.DECODE_BATCH if has_decode_kernel else 0
         matrices = [matrix for layer in weights.layers      # in the order of the forward pass
                     for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down)]
@@ -1057,13 +729,13 @@ class Model:
     def launch(self, batch):
         """Starts a step and does not wait. Returns the logits [R, V], valid until the next step,
         and get_tokens(), a function that waits and returns the sampled tokens, int32 [R], and their
-        log-probabilities, float32 [R]. All three can have more than R rows, for the padding."""
+        log-probabilities, float32 [R]. All three can have more rows: those after R mean nothing."""
         size = self.graph_size(batch)
         b = self.buffer.upload(batch if size is None else batch.padded(size))
         if size is None:
             logits = self.forward(b)
         elif size in self.graphs:
-            logits = self.graphs[size]()
+            logits = self.graphs[size]()                        # reads what upload() has just written
         else:
             run = self.decode if size <= self.decode_batch else self.forward
             logits, self.graphs[size] = self.device.record(lambda: run(b))
@@ -1223,9 +895,10 @@ def kv_cache_blocks(config, memory, args):
 
 
 def plan_pool(config, device, args):
-    """(num_blocks, max_model_len): the pages of the KV cache, and the limit of prompt and answer in
-    tokens. A sequence that fits the pool alone (and, without chunked prefill, a step) can always
-    finish, if the rest is preempted: max_model_len is the only limit for requests."""
+    """(num_blocks, max_model_len, advice): the pages of the KV cache, the limit of prompt and answer
+    in tokens, and how to raise the limit. A sequence that fits the pool alone (and, without chunked
+    prefill, a step) can always finish, if the rest is preempted: max_model_len is the only limit
+    for requests."""
     limit = args.max_model_len or config.max_position_embeddings
     check("max_model_len", limit, lambda n: n <= config.max_position_embeddings,
           f"at most the model's {config.max_position_embeddings}")
@@ -1234,20 +907,23 @@ def plan_pool(config, device, args):
               f"at most max_num_batched_tokens, {args.max_num_batched_tokens}, without chunked prefill")
     fitting = kv_cache_blocks(config, device.memory(), args)
     pages = cdiv(limit, args.block_size)
-    num_blocks = args.num_blocks or min(fitting, args.max_num_seqs * pages)     # more are never used
+    num_blocks = args.num_blocks or min(fitting, args.max_num_seqs * pages)     # enough for all at once
     if num_blocks > fitting:
         raise TinyVLLMError(f"num_blocks: expected at most {fitting}, which memory holds, got {num_blocks}")
     if args.max_model_len and num_blocks < pages:
         raise TinyVLLMError(f"num_blocks: expected {pages} or more, to hold max_model_len, got {num_blocks}")
-    max_model_len = min(limit, num_blocks * args.block_size)
-    holder = "memory"
-    if not args.enable_chunked_prefill and args.max_num_batched_tokens < max_model_len:
-        max_model_len = args.max_num_batched_tokens
-        holder = "a step without chunked prefill"
-    if max_model_len < limit:
-        print(f"tiny-vLLM: {holder} holds a context of {max_model_len} tokens, the model could have {limit}",
+    pool = "num_blocks" if args.num_blocks else "gpu_memory_utilization"
+    whole_prompts = math.inf if args.enable_chunked_prefill else args.max_num_batched_tokens
+    limits = {"": config.max_position_embeddings, "max_model_len": limit, pool: num_blocks * args.block_size,
+              "max_num_batched_tokens, or leave --no-chunked-prefill out": whole_prompts}
+    option = min(limits, key=limits.get)                # the narrowest
+    advice = f"the model's limit is {config.max_position_embeddings}"
+    if option:
+        advice = f"raise {option}; {advice}"
+    if limits[option] < limit:
+        print(f"tiny-vLLM: prompt and answer can have {limits[option]} tokens together: {advice}",
               file=sys.stderr)
-    return num_blocks, max_model_len
+    return num_blocks, limits[option], advice
 
 
 # ==================================================================================================
@@ -1259,12 +935,13 @@ def plan_pool(config, device, args):
 # to hand out tokens. Without overlap, the GPU would idle a third of the time. So step n + 1 is
 # launched before the tokens of step n are read (vLLM: async scheduling):
 #
-#            launch 1   launch 2        read 1   launch 3        read 2   ...
-#   GPU                 | step 1 ............... | step 2 ............... | step 3
+#   CPU   launch 1  launch 2  wait .......... read 1  launch 3  wait ..... read 2  launch 4
+#   GPU             | step 1 ............... | step 2 .................... | step 3 ........
 #
 # To plan step n + 1 the CPU needs the number of step n's new tokens, not the ids. Until an id is
 # known, the sequence holds a placeholder: ~row, a negative number. The row is the sequence's index
-# among the sampled sequences of step n. On the GPU, gather_rows reads the id from sampled[0][row].
+# among the sampled sequences of step n. On the GPU, gather_rows (or decode.cu) reads the id from
+# sampled[0][row]. Only the last token of a sequence can be a placeholder.
 #
 # The CPU notices the end of an answer one step late. Step n + 1 then computes a token too many, and
 # finish() drops the token. Its key and value may go to a page that already has a new owner. Steps
@@ -1314,13 +991,19 @@ class Engine:
         self.in_flight = deque()            # of Flights, oldest first
         self.aborted = deque()              # outputs of abandoned requests, until a step drops them
         self.observers = []                 # objects with told(event, what), such as views.Recorder
-        self.lock = threading.Lock()        # threads take turns at steps
+        # Threads take turns at steps. An RLock: a thread that was interrupted at the very release can
+        # go on.
+        self.lock = threading.RLock()
         self.is_torn = False                # True between steps: the last step did not come to its end
 
     def tell(self, event, what=None):
-        """Tells the observers of a beginning or an end."""
-        for observer in self.observers:
-            observer.told(event, what)
+        """Tells the observers of a beginning or an end. The run goes on without a failing observer."""
+        for observer in list(self.observers):
+            try:
+                observer.told(event, what)
+            except Exception as error:
+                self.observers.remove(observer)
+                print(f"tiny-vLLM: {type(observer).__name__} is off: {error!r:.200}", file=sys.stderr)
 
     def add(self, sequences):
         """Queues new sequences, all or none."""
@@ -1472,8 +1155,9 @@ class Engine:
 
     def forget(self, sequence):
         """Takes out a sequence whose output is final."""
-        self.sequences.pop(id(sequence.output), None)
         self.notify(sequence)
+        self.tell("ended", sequence)
+        self.sequences.pop(id(sequence.output), None)       # last: rebuild() repeats an interrupted end
 
     def listen(self, output, news):
         """Appends the output to a deque now, after each new token, and at its end."""
@@ -1507,8 +1191,9 @@ def option(default, text, flag=None, **arguments):
 
 @dataclass(frozen=True)
 class EngineArgs:
-    """The engine's options: keyword arguments of LLM(), command-line options of every program. A
-    new option is a field here, a check in __post_init__, and a use; no other line changes."""
+    """The engine's options: keyword arguments of LLM(), command-line options of every program. The
+    text of a bool says what its flag does: the opposite of the default. A new option is a field
+    here, a check in __post_init__ (a bool needs none), and a use, mostly through LLM.__init__."""
     model: str | None = option(
         None, "a folder or a Hugging Face id (default: $TINYVLLM_MODEL, else Llama-3.2-1B-Instruct if it was "
         "downloaded before, else the bundled Parrot)")
@@ -1541,10 +1226,16 @@ class EngineArgs:
     def __post_init__(self):
         def want(name, is_good, expected):
             check(name, getattr(self, name), is_good, expected)
+        want("model", lambda name: name is None or (isinstance(name, (str, os.PathLike)) and str(name)),
+             "a folder or a Hugging Face id")
         want("device", lambda name: name in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
         want("load_format", lambda name: name in ("auto", "dummy"), "auto or dummy")
-        want("gpu_memory_utilization", lambda share: 0 < share <= 1, "more than 0 and at most 1")
-        want("block_size", lambda n: n in (8, 16, 32, 64, 128), "8, 16, 32, 64 or 128")
+        want("gpu_memory_utilization", lambda share: is_number(share, 0, 1) and share > 0,
+             "more than 0 and at most 1")
+        want("block_size", lambda n: is_int(n) and n in (8, 16, 32, 64, 128), "8, 16, 32, 64 or 128")
+        for f in fields(self):
+            if isinstance(f.default, bool):
+                want(f.name, lambda value: isinstance(value, bool), "True or False")
         for name in "max_model_len", "num_blocks":
             want(name, lambda n: n is None or is_int(n), "a whole number of 1 or more")
         want("max_logprobs", lambda n: is_int(n, -1), "a whole number of 0 or more, or -1 for no limit")
@@ -1591,7 +1282,7 @@ class LLM:
         self.tokenizer = Tokenizer(folder)
         self.device = open_device(args.device)
         self.max_logprobs = args.max_logprobs
-        num_blocks, self.max_model_len = plan_pool(self.config, self.device, args)
+        num_blocks, self.max_model_len, self.advice = plan_pool(self.config, self.device, args)
         checkpoint = DummyCheckpoint(self.device) if args.load_format == "dummy" else Checkpoint(folder)
         weights = load_weights(checkpoint, self.config, self.device)
         max_tokens = max(args.max_num_batched_tokens, *GRAPH_SIZES)
@@ -1660,7 +1351,8 @@ class LLM:
 
     def prepare(self, prompt, params):
         """The Sequence of a prompt, whose output has an error if the prompt is unanswerable."""
-        params = replace(params)            # a copy, checked again: the caller may change its own
+        params.__post_init__()              # checked again: the caller may have changed its object,
+        params = replace(params)            # and may do so later: a copy
         check("logprobs", params.logprobs, lambda n: self.max_logprobs == -1 or (n or 0) <= self.max_logprobs,
               f"at most max_logprobs, {self.max_logprobs}")
         output = RequestOutput([], arrival_time=time.perf_counter(),
@@ -1671,7 +1363,7 @@ class LLM:
             output.finish_reason = "error"
             output.error = str(error)
         num_tokens = len(output.prompt_token_ids)
-        max_len = min(self.max_model_len, num_tokens + (params.max_tokens or self.max_model_len))
+        max_len = min(self.max_model_len, num_tokens + int(params.max_tokens or self.max_model_len))
         return Sequence(params, output, StreamDecoder(self.tokenizer), max_len)
 
     def check_length(self, text):
@@ -1680,22 +1372,21 @@ class LLM:
         longest = self.tokenizer.longest_token
         if len(text) > self.max_model_len * longest:
             raise TinyVLLMError(f"the prompt: expected {self.max_model_len} tokens or less, of {longest} "
-                                f"characters or less, got {len(text)} characters (see max_model_len)")
+                                f"characters or less, got {len(text)} characters ({self.advice})")
 
     def encode_prompt(self, prompt):
         """The token ids of a prompt. Raises TinyVLLMError for an unanswerable prompt."""
         check("the prompt", prompt, is_sequence, "a text or a list of token ids")
         if isinstance(prompt, str):
             self.check_length(prompt)
-            prompt = self.tokenizer.encode(prompt)
+            prompt = self.tokenizer.encode(prompt) if prompt else []
         ids = list(prompt)
         if not ids:
             raise TinyVLLMError("the prompt: expected at least one token, got none")
         if len(ids) >= self.max_model_len:
             raise TinyVLLMError(
                 f"the prompt: expected less than {self.max_model_len} tokens, to leave room for one more, "
-                f"got {len(ids)} (the model's limit is {self.config.max_position_embeddings}; see "
-                "max_model_len, gpu_memory_utilization, --no-chunked-prefill)")
+                f"got {len(ids)} ({self.advice})")
         vocab_size = self.config.vocab_size
         try:
             tokens = np.frombuffer(int_array("i", ids), np.int32)       # a prompt of 16,384 ids in 0.3 ms
@@ -1705,13 +1396,14 @@ class LLM:
         if not are_known:
             wrong = next(i for i in ids if not (isinstance(i, (int, np.integer)) and 0 <= i < vocab_size))
             raise TinyVLLMError(f"the prompt: expected token ids from 0 to {vocab_size - 1}, got "
-                                f"{wrong!r:.60}")
+                                f"{shown(wrong)}")
         return ids
 
     def run(self, outputs):
         """Steps the engine until all outputs are final. Yields each output after its new tokens
         (several, if another caller stepped in between), and once when final. An early end (an
         exception, Ctrl-C, a closed generator) gives the requests up."""
+        outputs = list(outputs)             # a generator serves once
         news = deque()                      # outputs with a new token or an end
         unseen = {}                         # id(output) -> (tokens, characters) yielded, not as final
         try:
@@ -1773,9 +1465,10 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def check_writable(name, path):
     """Raises TinyVLLMError before a run, not after, for an unwritable path. Leaves no file."""
+    path = os.path.realpath(path)
     is_new = not os.path.exists(path)
-    try:
-        open(path, "a").close()
+    try:            # not to wait for a FIFO's reader: O_NONBLOCK
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, 0o666))
     except OSError as error:
         raise TinyVLLMError(f"{name}: expected a file that you may write, got {path} "
                             f"({error.strerror})") from None
@@ -1808,7 +1501,9 @@ def parse_arguments(argv):
     add("--stats", action="store_true", help="a table of where each request's time went, on stderr")
     add("--version", action="version", version=f"tiny-vLLM {__version__}")
     args = parser.parse_args(argv)
-    if args.trace:
+    if args.raw and args.system is not None:
+        parser.error("--raw takes no --system: write the system prompt into the prompt")
+    if args.trace is not None:
         check("--trace", args.trace, lambda path: path.endswith((".json", ".html")),
               "a file that ends in .json or .html")
         check_writable("--trace", args.trace)
@@ -1828,10 +1523,10 @@ def prompt_ids(llm, text, args):
     """Token ids of a prompt in the model's chat format, or raw."""
     if not text.strip():
         raise TinyVLLMError("the prompt is empty: expected some text")
-    llm.check_length(text)
+    llm.check_length(text + (args.system or ""))
     if args.raw or not llm.tokenizer.has_chat_template:
         return llm.tokenizer.encode(text)
-    system = [{"role": "system", "content": args.system}] if args.system else []
+    system = [] if args.system is None else [{"role": "system", "content": args.system}]
     return llm.tokenizer.chat([*system, {"role": "user", "content": text}])
 
 
@@ -1848,18 +1543,32 @@ def answer(llm, texts, args, params):
     outputs = [submit(text) for text in texts]
     is_alone = len(texts) == 1
     finished = llm.finished(outputs, bar=not sys.stdout.isatty())
-    for text, output in zip(texts, outputs):
-        if output.error:
+
+    def show(text, output):
+        if is_alone and not output.error:
+            print(flush=True)
+        elif output.error:
             prompt = "" if is_alone else f"{text[:60]!r}: "
             print(f"tinyvllm: {prompt}{as_flags(output.error)}", file=sys.stderr)
-        elif is_alone:
-            for _ in llm.run(outputs):
-                print(output.delta, end="", flush=True)
-            print(flush=True)
         else:
+            print(f"> {text}\n{output.text}\n", flush=True)
+
+    unshown = deque(zip(texts, outputs))
+    try:
+        while unshown:
+            text, output = unshown[0]
+            if is_alone:
+                for _ in llm.run(outputs):
+                    print(output.delta, end="", flush=True)
             while not output.finish_reason:
                 next(finished)
-            print(f"> {text}\n{output.text}\n", flush=True)
+            show(text, output)
+            unshown.popleft()
+    except BaseException:       # Ctrl-C, an error of the device: no answer that is done gets lost
+        for text, output in unshown:
+            if output.finish_reason in ("stop", "length") and not is_alone:
+                show(text, output)
+        raise
     return outputs
 
 
@@ -1891,21 +1600,28 @@ def main(argv=None):
     texts = []
     for prompt in args.prompts:
         if prompt == "-":
-            texts += [line for line in sys.stdin.read().splitlines() if line.strip()]
+            lines = sys.stdin.read().split("\n")        # splitlines() would also split at U+2028, for one
+            texts += [line.removesuffix("\r") for line in lines if line.strip()]
         else:
             texts.append(prompt)
     if not texts:
         raise TinyVLLMError("there is no prompt: expected at least one line of text on stdin")
     llm = open_llm(EngineArgs.from_namespace(args))
-    if args.system and not args.raw and not llm.tokenizer.has_chat_template:
+    if args.system is not None and not llm.tokenizer.has_chat_template:
         raise TinyVLLMError("--system needs a chat format that is known, and this model has none: use --raw "
                             "and write the system prompt into the prompt")
     has_view = args.watch or args.trace or args.stats
-    with views.looking_inside(llm, args) if has_view else contextlib.nullcontext():
+    with views.looking_inside(llm, args) if has_view else contextlib.nullcontext() as recorder:
         outputs = answer(llm, texts, args, params)
+    cut = [output for output in outputs if output.finish_reason == "length"
+           and len(output.prompt_token_ids) + len(output.token_ids) == llm.max_model_len
+           and len(output.token_ids) != args.max_tokens]
+    if cut:
+        print(f"tiny-vLLM: cut short: {len(cut)} of {len(outputs)} answers, at {llm.max_model_len} tokens of "
+              f"prompt and answer: {as_flags(llm.advice)}", file=sys.stderr)
     if not all(output.error for output in outputs):
         print(f"tiny-vLLM: {statistics(llm, outputs)}", file=sys.stderr)
-    return 2 if any(output.error for output in outputs) else 0
+    return 2 if any(output.error for output in outputs) or (recorder and recorder.has_failed) else 0
 
 
 def as_flags(message):
@@ -1917,35 +1633,83 @@ def as_flags(message):
                   lambda name: "--" + name[0].replace("_", "-"), message)
 
 
+@contextlib.contextmanager
+def caught_signals():
+    """Makes SIGTERM and SIGHUP what Ctrl-C is: a KeyboardInterrupt. For a second after the exception
+    further signals are ignored, so that a second Ctrl-C does not break off what the first began."""
+    last = -math.inf
+
+    def stop(number, frame):
+        nonlocal last
+        now = time.monotonic()
+        if now - last > 1:
+            last = now
+            raise KeyboardInterrupt(number)
+
+    is_main = threading.current_thread() is threading.main_thread()     # only there Python handles signals
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if is_main else ()
+    # What the parent ignores (nohup, a background job) stays ignored.
+    handlers = {number: signal.signal(number, stop) for number in numbers
+                if signal.getsignal(number) != signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+            atexit.register(signal.signal, number, signal.SIG_IGN)      # nothing disturbs Python's own end
+
+
+def outcome(main, argv):
+    """Runs main(argv). Returns the exit code, and a line for stderr or None."""
+    try:
+        try:
+            code = main(argv)
+        except SystemExit as done:              # --help
+            code = done.code
+        sys.stdout.flush()
+        return code, None
+    except KeyboardInterrupt as error:
+        number = error.args[0] if error.args else signal.SIGINT
+        return 128 + number, ""
+    except BrokenPipeError:                     # the reader of our output has seen enough: | head
+        return 0, None
+    except MemoryError as error:
+        return 2, (f"tinyvllm: out of memory ({first_line(error)}): lower --gpu-memory-utilization or "
+                   "--max-model-len")
+    except OSError as error:                    # the disk is full, the cache folder is not ours, ...
+        return 2, f"tinyvllm: {error}"
+    except (TinyVLLMError, TokenizerError) as error:
+        return 2, f"tinyvllm: {as_flags(str(error))}"
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in ("cupy", "cupy_backends", "simulator"):
+            raise
+        sys.unraisablehook = lambda _: None     # CuPy's objects cannot be freed on a GPU that has failed
+        return 2, f"tinyvllm: the GPU has failed ({first_line(error)}): start the program anew"
+
+
 def run_program(main, argv=None):
-    """Runs main(argv) and exits with main's exit code, 2 for a user's mistake, 130 for Ctrl-C."""
+    """Runs main(argv) and exits with main's exit code, 2 for a user's mistake, 128 and the number
+    of a signal: 130 for Ctrl-C, 143 for SIGTERM."""
+    # A stream that was closed (>&-): else the next file opened would get its number, and its text.
+    for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
     # Characters beyond stdout's encoding become "?". Bytes of stdin that are no text are kept for
-    # the tokenizer, to refuse the prompt.
+    # the tokenizer, to refuse the prompt. newline: a line of stdin ends with \n, not with \r.
     for stream, errors in (sys.stdout, "replace"), (sys.stdin, "surrogateescape"):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors=errors)
-    try:
-        sys.exit(main(argv))
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        sys.exit(130)
-    except MemoryError as error:
-        print(f"tinyvllm: out of memory ({first_line(error)}): lower --gpu-memory-utilization or "
-              "--max-model-len", file=sys.stderr)
-    except BrokenPipeError:                     # the reader of our output has seen enough: | head
-        discard_stdout()
-        sys.exit(0)
-    except OSError as error:                    # the disk is full, the cache folder is not ours, ...
-        print(f"tinyvllm: {error}", file=sys.stderr)
-        discard_stdout()
-    except (TinyVLLMError, TokenizerError) as error:
-        print(f"tinyvllm: {as_flags(str(error))}", file=sys.stderr)
-    sys.exit(2)
-
-
-def discard_stdout():
-    """Leaves nothing for Python to flush at exit: the flush would fail again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            stream.reconfigure(errors=errors, newline="\n")
+    with caught_signals():
+        code, line = outcome(main, argv)
+        with contextlib.suppress(OSError):
+            if line is not None:
+                print(*line.splitlines(), file=sys.stderr)      # one line, whatever a path holds
+        for stream in sys.stdout, sys.stderr:
+            try:
+                stream.flush()
+            except OSError:                     # Python's own flush at exit would fail again
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ The `tokenizers` package splits and merges as the model's tokenizer.json says. T
 import codecs
 import json
 import re
+from collections.abc import Iterable
 from datetime import date
-from functools import lru_cache
 from pathlib import Path
 
 import tokenizers
@@ -26,6 +26,12 @@ CHATML = ("<|im_start|>", "<|im_end|>")
 
 class TokenizerError(Exception):
     """A user's mistake, in one line: expected X, got Y, do Z."""
+
+
+def check_regular(file):
+    """Raises OSError for a folder, a FIFO or a device: to read such a file might never end."""
+    if file.exists() and not file.is_file():
+        raise OSError("expected a regular file, got a folder, a FIFO or a device")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -48,6 +54,7 @@ class Tokenizer:
     def __init__(self, folder):
         file = Path(folder) / "tokenizer.json"
         try:
+            check_regular(file)
             self._hf = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the package raises no narrower kind: missing, cut off, too new
             raise TokenizerError(f"expected a readable {file}, got: {error}. Pass a model's folder, "
@@ -58,8 +65,11 @@ class Tokenizer:
         added_tokens = self._hf.get_added_tokens_decoder()
         self._added_text = {i: "" if token.special else token.content for i, token in added_tokens.items()}
         vocabulary = self._hf.get_vocab(with_added_tokens=True)
+        if not self._hf.get_vocab(with_added_tokens=False):
+            raise TokenizerError(f"expected a vocabulary in {file}, got none: download the file again")
         self.vocab_size = 1 + max(vocabulary.values())  # the embedding may have more rows
         self.longest_token = max(map(len, vocabulary))  # characters
+        self._bytes = {}  # token id -> its bytes, once asked for
         decoder = json.loads(self._hf.decoder.__getstate__()) if self._hf.decoder else {"type": "none"}
         steps = {step["type"]: step for step in decoder.get("decoders", [decoder])}
         if not {"ByteLevel", "Metaspace", "ByteFallback"} & set(steps):
@@ -76,23 +86,26 @@ class Tokenizer:
         file = folder / "tokenizer_config.json"
         template_file = folder / "chat_template.jinja"
         try:
+            check_regular(file)
+            check_regular(template_file)
             config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
             template = config.get("chat_template") or ""
             if template_file.is_file():
                 template = template_file.read_text("utf-8")
             if isinstance(template, list):  # several templates, each with a name
                 template = next((entry["template"] for entry in template if entry["name"] == "default"), "")
-            if not isinstance(template, str):
-                raise TypeError(f"the chat_template {template!r:.40}")
-        except (ValueError, TypeError, AttributeError, KeyError) as error:  # no JSON, or JSON of another form
+            bos = config.get("bos_token") or ""
+            self._bos_token = bos["content"] if isinstance(bos, dict) else bos
+            if not isinstance(template, str) or not isinstance(self._bos_token, str):
+                raise TypeError(f"the chat_template {template!r:.40}, the bos_token {bos!r:.40}")
+        except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+            # Unreadable, no JSON, or JSON of another form.
             raise TokenizerError(f"expected valid JSON in {file} and a text in {template_file.name}, "
                                  f"got: {error}. Download the file again") from error
         self._template = template
         self._layout = next((layout for layout in (LLAMA_3, CHATML) if layout[0] in template
                              and None not in map(self.token_id, layout)), None)
         self.has_chat_template = self._layout is not None  # a base model has none: send raw text
-        bos = config.get("bos_token") or ""
-        self._bos_token = bos["content"] if isinstance(bos, dict) else bos
 
     def token_id(self, name: str) -> int | None:
         """The id of the token written `name`, None if there is no such token."""
@@ -104,10 +117,19 @@ class Tokenizer:
             return self._hf.encode(text, add_special_tokens=add_bos).ids
         except TypeError as error:  # no str, or half of a surrogate pair (JSON's "\ud83e")
             raise TokenizerError(f"expected a str of valid Unicode, got {text!a:.80}") from error
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:  # Rust's PanicException: the regex gives up on a long run of spaces
+            raise TokenizerError("expected a text that the tokenizer can split, got one of "
+                                 f"{len(text)} characters ({error}): shorten it") from error
 
-    @lru_cache(maxsize=None)
     def token_bytes(self, token_id: int) -> bytes:
         """A token's bytes; none for special tokens and ids past the vocabulary (padded logits)."""
+        if token_id not in self._bytes:
+            self._bytes[token_id] = self._make_bytes(token_id)
+        return self._bytes[token_id]
+
+    def _make_bytes(self, token_id: int) -> bytes:
         if token_id in self._added_text:
             return self._added_text[token_id].encode()
         token = self._hf.id_to_token(token_id) or ""
@@ -133,6 +155,7 @@ class Tokenizer:
         `today`: the date for Llama 3.1's system prompt; default: the date of the chat template."""
         if not self.has_chat_template:
             raise TokenizerError("expected a Llama 3 or ChatML chat template, got none: send raw text")
+        messages = list(messages) if isinstance(messages, Iterable) else []  # a generator serves once
         if not messages:
             raise TokenizerError("expected at least one message, got none")
         for message in messages:

@@ -17,32 +17,45 @@ import io
 import json
 import math
 import os
+import signal
 import statistics
 import sys
+import threading
 import time
 import unicodedata
 from collections import deque
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import groupby, islice, pairwise, takewhile
 from pathlib import Path
 
 PARTS = {       # of a request's time
     "queued": "waiting for pages and for a place in a step",
     "prefill": "steps that computed a piece of its prompt",
     "decode": "steps that computed one token of its answer",
-    "stalled": "time that other requests' prefill added to its decode steps, "
-               "beyond its median step without prefill",
+    "stalled": "decode beyond its median step, in steps with others' prefill",
     "preempted": "waiting again, after its pages were taken",
     "recomputed": "steps that computed tokens again, after their pages were taken"}
 MAX_STEPS = 20_000              # of a page, lest it have tens of MB, and of a Recorder that forgets
+MIN_PAGES = 64                  # a view shows this number of pages at least, used or not
 PAGE = Path(__file__).with_name("views.html")
 
 
 # ==================================================================================================
 # The facts
 #
-# All times are in seconds of time.perf_counter(). Requests are numbered from 1, steps from 0.
+# All times are in seconds of time.perf_counter(). Requests are numbered from 1, steps from 0. Each
+# view writes a request's number as letters.
+#
+# A signal can interrupt told() after any call. Assignments that belong together therefore have no
+# call between them. After an interruption the engine tells "rebuilt", or the run is closed; both
+# start from the segments and the changes.
 # ==================================================================================================
+def name_of(number):
+    """A request's name: A to Z, then AA, AB, ..."""
+    letter = chr(ord("A") + (number - 1) % 26)
+    return name_of((number - 1) // 26) + letter if number > 26 else letter
+
+
 @dataclass
 class Segment:
     """How a request spent the steps `first` to `last`. Decode steps in a row are one segment; a
@@ -58,22 +71,36 @@ class Segment:
 
 
 class Request:
-    """A sequence as seen from outside. The segments lie end to end, from the arrival to `since`."""
+    """A sequence as seen from outside. The segments lie end to end, from the arrival on."""
 
-    def __init__(self, number, sequence, arrival_step):
-        """arrival_step: the next step to be planned."""
+    def __init__(self, number, sequence, arrival_step, start=0.0):
+        """arrival_step: the next step to be planned. start: when the Recorder joined a run with the
+        request at work. How it spent the time before is unknown, and counts as what it does now."""
         self.number = number
         self.sequence = sequence
         self.output = sequence.output
         self.arrival_step = arrival_step
         self.state = "queued"                   # a key of PARTS, or "done"
-        self.since = self.output.arrival_time
         self.segments = []
         self.table = sequence.block_table       # the very array: a new one means that the pages went
         self.num_pages = 0                      # pages of the table that the Recorder has seen
+        self.num_tokens = len(self.output.token_ids)    # tokens of the answer that it has seen
         self.high_water = 0                     # tokens that were computed at least once
         self.alone = []                         # seconds of decode steps without others' prefill
         self.beside = []                        # seconds of decode steps with others' prefill
+        if sequence.block_table:
+            self.high_water = sequence.num_computed_tokens
+            self.state = self.kind_of(self.high_water)
+        elif self.output.num_preemptions:
+            self.high_water = len(sequence.token_ids)
+            self.state = "preempted"
+        if self.high_water:
+            self.spend(self.state, 0, -1, start)
+
+    @property
+    def since(self):
+        """The time of the request is booked up to here."""
+        return self.segments[-1].end if self.segments else self.output.arrival_time
 
     def kind_of(self, start):
         """The kind of a step that begins with the token at position `start`."""
@@ -90,7 +117,6 @@ class Request:
             before.count += count
         else:
             self.segments.append(Segment(kind, first, last, self.since, until, start, count))
-        self.since = until
 
     def wait(self, step, until):
         """The request was in no step since the latest segment and before `step`."""
@@ -113,28 +139,26 @@ class Request:
 @dataclass
 class Step:
     """The plan of a step, and the pool at that moment."""
-    number: int = -1
-    planned: float = 0.0
+    number: int = -1            # of a step launched before the Recorder came
     scheduled: tuple = ()       # of (request, kind, start, count), until the tokens arrive
     decode: int = 0             # tokens
     prefill: int = 0            # tokens, recomputed tokens too
     used: int = 0               # pages that requests have
     shared: int = 0             # pages that several requests have
     cached: int = 0             # pages without a request whose tokens can still be found
-    launched: float = 0.0       # when the launch had returned
-    begin: float = 0.0
-    end: float = 0.0            # when the step's tokens arrived
+    begin: float = 0.0          # the time of the plan, and of the step once its tokens have arrived
+    end: float = 0.0            # the end of the launch, later of the step
 
 
 class Recorder:
-    """An observer of the engine that keeps the facts. To be added while no request runs."""
+    """An observer of the engine that keeps the facts."""
 
     def __init__(self, llm, keep=None):
         """keep: how many of the finished requests to remember; None: all. See forget()."""
         self.llm = llm
         self.keep = keep
+        self.has_failed = False             # the trace could not be written
         self.scheduler = llm.engine.scheduler
-        self.allocator = self.scheduler.allocator
         self.start = time.perf_counter()
         # Counts of the whole run, with forgotten requests and steps
         self.num_requests = 0
@@ -146,40 +170,59 @@ class Recorder:
         self.live = {}                      # sequence -> Request
         self.steps = deque()
         self.planned = Step()               # the latest plan
-        # Steps whose tokens are not read. At first: steps of requests that have ended, if any.
-        self.in_flight = deque(Step() for _ in llm.engine.in_flight)
+        self.in_flight = deque()            # steps with unread tokens
         self.last_end = 0.0                 # of the latest step whose tokens have arrived
         self.events = deque()               # (name, time, step)
         # Pages now
+        self.running = []                   # the requests that had pages at the last look
         self.users = {}                     # page -> numbers of the requests that have it
         self.shared = set()                 # pages of several requests
         self.kept = set()                   # cached pages
+        self.highest = -1                   # of all pages ever used
         # Changes of block tables. (step, request number, pages): new pages of the request, just before
         # the step's launch. (step, request number, -1 - n): the request gave all pages back, and the
         # first n stay cached.
         self.changes = deque()
         # The pages before the first of the changes
         self.old_tables = {}                # request number -> pages
-        self.old_cached = {}                # page -> number of the request that filled the page
+        self.old_cached = {}                # page -> number of the request that filled the page, or 0
+        self.has_joined = False             # the run, which may have begun long before
+
+    @property
+    def allocator(self):
+        """The allocator of now: an interrupted step leaves the scheduler with another."""
+        return self.scheduler.allocator
+
+    @property
+    def num_shown(self):
+        """The number of pages that views show: up to the highest ever used."""
+        return min(self.allocator.num_blocks, max(self.highest + 1, MIN_PAGES))
 
     def told(self, event, what):
         """From Engine.tell. schedule, launch, wait and read begin an activity; launched and done
         end an activity."""
         now = time.perf_counter()
         step = self.num_steps
+        if event == "ended":
+            self.end_request(what, now)
+        elif event == "schedule" and not self.has_joined:
+            self.join(now)
+        if event == "ended" or not self.has_joined:
+            return
         if event == "schedule":
             self.look_at_arrivals()
         elif event == "launch":
-            self.look_at_pages(now)
+            self.look_at_pages()
             self.plan(what, now)
         elif event == "launched":
-            self.planned.launched = now
+            self.planned.end = now
+            self.num_steps += 1
             self.steps.append(self.planned)
             self.in_flight.append(self.planned)
-            self.num_steps += 1
         elif event == "done":
             self.look_at_tokens(what)
-            self.look_at_pages(now)
+        elif event == "rebuilt":
+            self.begin_again(now)
         elif self.in_flight:                # wait, read
             step = self.in_flight[0].number
             if event == "read":
@@ -188,64 +231,82 @@ class Recorder:
         if self.keep is not None:
             self.forget()
 
+    def join(self, now):
+        """Takes in the state of the engine, just before it plans a step."""
+        self.kept = {page for page in self.allocator.free if page in self.allocator.chains}
+        self.highest = max(self.kept, default=-1)
+        self.old_cached = dict.fromkeys(self.kept, 0)
+        self.in_flight = deque(Step() for _ in self.llm.engine.in_flight)
+        self.last_end = now
+        for sequence in self.llm.engine.sequences.values():
+            self.meet(sequence)
+        self.look_at_pages()
+        self.has_joined = True
+
+    def meet(self, sequence):
+        """The Request of a sequence; a new sequence gets a number."""
+        if sequence not in self.live:
+            self.num_requests += 1
+            request = Request(self.num_requests, sequence, self.num_steps, self.last_end)
+            self.live[sequence] = request
+            self.requests.append(request)
+        return self.live[sequence]
+
     def look_at_arrivals(self):
-        """Gives each new sequence a number."""
-        for sequence in self.scheduler.waiting:
-            if sequence not in self.live:
-                self.num_requests += 1
-                request = Request(self.num_requests, sequence, self.num_steps)
-                self.live[sequence] = request
-                self.requests.append(request)
+        """Meets the new sequences, which are the last in the queue."""
+        new = takewhile(lambda sequence: sequence not in self.live, reversed(self.scheduler.waiting))
+        for sequence in reversed(list(new)):
+            self.meet(sequence)
 
-    def look_at_tokens(self, sampled):
-        """Each of the sampled sequences has a new token."""
-        self.num_tokens += len(sampled)
-        for sequence in sampled:
-            request = self.live[sequence]
-            request.segments[-1].sampled += 1
-            if request.output.finish_reason:
-                self.end_request(request, request.output.finish_time)
+    def look_at_tokens(self, sequences):
+        """Counts new tokens of live sequences."""
+        for sequence in sequences:
+            request = self.live.get(sequence)
+            new = len(sequence.output.token_ids) - request.num_tokens if request else 0
+            if new:
+                request.num_tokens += new
+                self.num_tokens += new
+                request.segments[-1].sampled += new
 
-    def look_at_pages(self, now):
-        """Finds the changes of the block tables since the last look, and the end of requests."""
-        for request in self.live.values():
-            if request.output.finish_reason and request.state != "done":    # given up by the caller
-                self.end_request(request, now)
+    def look_at_pages(self):
+        """Finds the changes of the block tables since the last look."""
+        for request in self.running:
             if request.sequence.block_table is not request.table:
                 self.give_back(request)
         # A second loop: a page that one request gave back may belong to another already.
-        for request in self.live.values():
-            if len(request.table) > request.num_pages:
+        self.running = [self.live[sequence] for sequence in self.scheduler.running]
+        for request in self.running:
+            if len(request.sequence.block_table) > request.num_pages:
                 self.take(request)
-        for request in [request for request in self.live.values() if request.state == "done"]:
-            del self.live[request.sequence]
 
     def give_back(self, request):
         """The request's table is gone: each page in the table has a user less."""
         pages = list(request.table[:request.num_pages])
-        request.table = request.sequence.block_table
-        request.num_pages = 0
         if not pages:
             return
         # The allocator evicts the last pages of a text first: findable pages are at the beginning.
         findable = [page in self.allocator.chains for page in pages] + [False]
         num_cached = findable.index(False)
+        if request.state != "done":
+            request.state = "preempted"
+        request.num_pages = 0
         self.changes.append((self.num_steps, request.number, -1 - num_cached))
         for i, page in enumerate(pages):
-            self.users[page].remove(request.number)
-            if len(self.users[page]) < 2:
+            users = [user for user in self.users.get(page, ()) if user != request.number]
+            self.users[page] = users
+            if len(users) < 2:
                 self.shared.discard(page)
-            if i < num_cached and not self.users[page]:
+            if i < num_cached and not users:
                 self.kept.add(page)
             else:
                 self.kept.discard(page)
-        if request.state != "done":
-            request.state = "preempted"
 
     def take(self, request):
         """The request's table has grown."""
+        request.table = request.sequence.block_table
         new = list(request.table[request.num_pages:])
-        request.num_pages = len(request.table)
+        self.highest = max(self.highest, *new)
+        request.num_pages += len(new)
         self.changes.append((self.num_steps, request.number, new))
         self.kept.difference_update(new)
         for page in new:
@@ -253,6 +314,21 @@ class Recorder:
             users.append(request.number)
             if len(users) > 1:
                 self.shared.add(page)
+
+    def begin_again(self, now):
+        """A step was interrupted: no request has pages, no page is cached, no step is in flight."""
+        for request in self.running:
+            self.give_back(request)
+        # In the changes, request 0 takes the cached pages and loses them.
+        self.changes += (self.num_steps, 0, list(self.kept)), (self.num_steps, 0, -1)
+        for pages_or_steps in self.users, self.shared, self.kept, self.in_flight:
+            pages_or_steps.clear()
+        self.last_end = now
+        self.look_at_tokens(self.live)
+        for sequence in [sequence for sequence in self.live if sequence.output.finish_reason]:
+            self.end_request(sequence, now)
+        for request in self.live.values():
+            request.state = "preempted" if request.high_water else "queued"
 
     def plan(self, scheduled, now):
         """Notes the next step. scheduled: [(sequence, number of its tokens)]."""
@@ -269,12 +345,15 @@ class Recorder:
         used = self.allocator.num_blocks - len(self.allocator.free)
         shared = len(self.shared)
         cached = len(self.kept)
-        self.planned = Step(self.num_steps, now, entries, decode, prefill, used, shared, cached)
+        self.planned = Step(self.num_steps, entries, decode, prefill, used, shared, cached, now)
 
     def account_step(self, step, now):
         """The tokens of a step have arrived: gives the time of the step to the requests in it."""
-        step.begin = max(step.planned, self.last_end)
-        step.end = step.launched if self.llm.device.is_simulated else now
+        if step.number < 0:
+            return
+        step.begin = max(step.begin, self.last_end)
+        if not self.llm.device.is_simulated:
+            step.end = now
         for request, kind, start, count in step.scheduled:
             if request.state == "done":             # since the step before: a surplus token
                 continue
@@ -287,17 +366,25 @@ class Recorder:
         step.scheduled = ()
         self.last_end = step.end
 
-    def end_request(self, request, now):
-        """A request has ended: in a wait, or just after a step, which includes handing out the
-        token."""
-        if request.segments and request.since == self.last_end:
-            request.segments[-1].end = now
-            request.since = now
+    def end_request(self, sequence, now):
+        """Ends the account of a request: within an abandoned step, after a step (which includes
+        handing out the token), or in a wait."""
+        request = self.meet(sequence)
+        end = request.output.finish_time or now
+        in_flight = [(kind, step.number, start, count) for step in self.in_flight
+                     for other, kind, start, count in step.scheduled if other is request]
+        if in_flight and request.output.finish_reason == "abort":
+            kind, step, start, count = in_flight[0]
+            request.spend(kind, step, step, end, start, count)
+        elif request.segments and request.since == self.last_end:
+            request.segments[-1].end = end
         else:
-            request.wait(self.num_steps, now)
+            request.wait(self.num_steps, end)
+        self.look_at_tokens([sequence])
         request.state = "done"
         request.output.account = request.account()
-        self.finished.append(request)
+        self.give_back(request)
+        self.finished.append(self.live.pop(sequence))
 
     def forget(self):
         """Remembers the latest `keep` of the finished requests, and the steps, events and changes
@@ -320,7 +407,7 @@ class Recorder:
             self.old_tables.setdefault(number, []).extend(pages)
             return
         num_cached = -1 - pages
-        for i, page in enumerate(self.old_tables.pop(number)):
+        for i, page in enumerate(self.old_tables.pop(number, ())):
             if i < num_cached:
                 self.old_cached[page] = number
             else:
@@ -342,9 +429,8 @@ class Recorder:
         self.events.append(("close", now, self.num_steps))
         while self.in_flight:
             self.account_step(self.in_flight.popleft(), now)
-        for request in self.live.values():
-            self.end_request(request, now)
-        self.look_at_pages(now)
+        for sequence in list(self.live):
+            self.end_request(sequence, now)
         self.start = min([self.start, *(request.output.arrival_time for request in self.requests)])
 
 
@@ -353,36 +439,68 @@ def looking_inside(llm, args):
     """Observes the engine while the block runs, in the ways that the options ask for. The reports
     follow, also after Ctrl-C."""
     recorder = Recorder(llm)
-    llm.engine.observers.append(recorder)
+    watch = Watch(recorder)
+    observers = llm.engine.observers
+    observers.append(recorder)
     try:
-        with Watch(recorder) if args.watch else contextlib.nullcontext():
+        with watch.on_second_screen() if args.watch else contextlib.nullcontext():
             yield recorder
     finally:
-        llm.engine.observers.remove(recorder)
-        recorder.close()
-        if args.trace:
-            is_page = args.trace.endswith(".html")
-            text = html_trace(recorder) if is_page else json.dumps(chrome_trace(recorder))
-            Path(args.trace).write_text(text, "utf-8")
-        if args.stats:
-            print("\n".join(account_table(recorder.requests)), file=sys.stderr)
+        with uninterrupted():
+            observers[:] = [observer for observer in observers if observer not in (recorder, watch)]
+            recorder.close()
+            if args.trace:
+                write_trace(recorder, args.trace)
+            if args.stats:
+                print("\n".join(account_table(recorder.requests)), file=sys.stderr)
+
+
+@contextlib.contextmanager
+def uninterrupted():
+    """Ctrl-C and its like are ignored while the block runs. Only the main thread can be interrupted."""
+    is_main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if is_main else ()
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def write_trace(recorder, path):
+    """Writes the page or the Chrome trace. A full disk costs the trace, not the statistics."""
+    text = html_trace(recorder) if path.endswith(".html") else json.dumps(chrome_trace(recorder))
+    try:
+        Path(path).write_text(text, "utf-8")
+    except OSError as error:
+        recorder.has_failed = True
+        print(f"tinyvllm: --trace: {path} is incomplete: {error.strerror}", file=sys.stderr)
 
 
 # ==================================================================================================
 # Accounts and traces
 # ==================================================================================================
 def account_table(requests):
-    """Lines: where the time of each request went."""
-    names = ("request", *PARTS, "wall", "prompt", "cached", "answer")
-    lines = ["Where the time went, in seconds that add up to wall, and tokens (cached: found, not computed):",
-             "  ".join(f"{name:>10}" for name in names)]
+    """Lines of at most 80 columns: where the time of each request went."""
+    lines = ["Where the seconds went, all in wall, and tokens (cached: found, not computed):",
+             "req  queued prefill  decode stalled preempt  recomp    wall prompt cached answer"]
     for request in requests:
         output = request.output
         seconds = output.account.values()
+        times = [f" {value:7.3f}"[:8] for value in (*seconds, sum(seconds))]
         tokens = len(output.prompt_token_ids), output.num_cached_tokens, len(output.token_ids)
-        times = [f"{value:.3f}" for value in (*seconds, sum(seconds))]
-        lines.append("  ".join(f"{cell:>10}" for cell in (request.number, *times, *tokens)))
+        counts = [f" {count:6}" for count in tokens]
+        lines.append("".join([f"{name_of(request.number):>3}", *times, *counts]))
     return lines + [f"{part:>10}: {meaning}" for part, meaning in PARTS.items()]
+
+
+def title_of(request, tokenizer):
+    """The beginning of the prompt, but in a chat, of the last message."""
+    parts = groupby(request.output.prompt_token_ids, lambda token: tokenizer.token_bytes(token) == b"")
+    texts = [tokenizer.decode(islice(part, 80)).strip() for is_special, part in parts if not is_special]
+    messages = [text.removeprefix("user\n") for text in texts if text not in ("", "assistant")]
+    return " ".join(messages[-1].split())[:80] if messages else ""
 
 
 def chrome_trace(recorder):
@@ -401,18 +519,19 @@ def chrome_trace(recorder):
 
     add("M", "process_name", 1, 0, zero, {"name": "engine"})
     add("M", "process_name", 2, 0, zero, {"name": "requests"})
-    for (name, begin, step), (_, end, _) in pairwise(recorder.events):
-        if name in ("schedule", "launch", "wait", "read"):
+    for (name, begin, step), (next_name, end, _) in pairwise(recorder.events):
+        if name in ("schedule", "launch", "wait", "read") and next_name != "rebuilt":
             add("X", name, 1, 1, begin, {"step": step}, dur=(end - begin) * 1e6)
     for request in recorder.requests:
-        title = f"{request.number}: {request.output.text[:40]}"
-        add("M", "thread_name", 2, request.number, zero, {"name": title})
+        title = title_of(request, recorder.llm.tokenizer)
+        track = {"name": f"{name_of(request.number)}: {title}"}
+        add("M", "thread_name", 2, request.number, zero, track)
         for s in request.segments:
             args = {"first_step": s.first, "last_step": s.last, "first_token": s.start, "tokens": s.count,
                     "new_tokens": s.sampled}
             add("X", s.kind, 2, request.number, s.begin, args, dur=(s.end - s.begin) * 1e6)
     for s in recorder.steps:
-        count(s.planned, s.used, s.shared, s.cached, s.prefill, s.decode)
+        count(s.begin, s.used, s.shared, s.cached, s.prefill, s.decode)
     end = max([request.since for request in recorder.requests], default=zero)
     count(end, 0, 0, len(recorder.kept), 0, 0)
     return {"traceEvents": trace, "displayTimeUnit": "ms"}
@@ -433,8 +552,9 @@ def html_trace(recorder, max_steps=MAX_STEPS, max_requests=300):
     def describe(request):
         segments = [[s.kind, max(s.first, first) - first, min(s.last, end - 1) - first]
                     for s in request.segments if first <= s.last + 1 and s.first < end]
-        return {"number": request.number, "text": request.output.text[:80], "segments": segments,
-                "new": len(request.output.token_ids)}
+        return {"number": request.number, "prompt": title_of(request, recorder.llm.tokenizer),
+                "text": request.output.text[:80], "new": len(request.output.token_ids),
+                "segments": segments}
 
     def figures(s):
         return [microseconds(s.begin), microseconds(s.end), s.prefill, s.decode, s.used, s.shared, s.cached]
@@ -442,6 +562,7 @@ def html_trace(recorder, max_steps=MAX_STEPS, max_requests=300):
     data = {
         "device": recorder.llm.device.name,
         "num_blocks": recorder.allocator.num_blocks,
+        "num_shown": recorder.num_shown,
         "block_size": recorder.allocator.block_size,
         "budget": recorder.scheduler.max_num_batched_tokens,
         "num_requests": recorder.num_requests,
@@ -468,8 +589,8 @@ CLOSE = "\x1b[?7h\x1b[?25h\x1b[?1049l"      # undoes all three
 
 
 def mark(number, text="", width=1):
-    """Text on the colour of a request; default: the request's letter."""
-    text = text or chr(ord("A") + (number - 1) % 26)
+    """Text on the colour of a request; default: the end of its name."""
+    text = text or name_of(number)[-width:]
     return f"\x1b[30;48;5;{COLOURS[(number - 1) % len(COLOURS)]}m{text:<{width}}\x1b[0m"
 
 
@@ -490,47 +611,46 @@ class Watch:
         self.recorder = recorder
         self.engine = recorder.llm.engine
         self.terminal = sys.stderr
-        self.held = contextlib.ExitStack()
         self.drawn = 0.0
         self.size = None                        # columns and lines of the terminal
         self.history = deque(maxlen=30)         # (time, tokens, bytes and seconds of decode) of frames
 
-    def __enter__(self):
-        if not self.fits():
+    @contextlib.contextmanager
+    def on_second_screen(self):
+        """Draws while the block runs, if there is a terminal, and large enough; else says so."""
+        why = self.too_small() if self.terminal.isatty() else "stderr is no terminal"
+        if why:
+            print(f"tiny-vLLM: --watch is off: {why}", file=sys.stderr)
+            yield
             return
-        self.engine.observers.append(self)
-        self.held.callback(self.engine.observers.remove, self)
-        self.hold_back(sys.stdout, contextlib.redirect_stdout)
-        self.hold_back(sys.stderr, contextlib.redirect_stderr)
-        self.held.callback(self.write, CLOSE)       # undone in reverse: the screen closes first
-        self.write(OPEN)
-
-    def __exit__(self, *error):
-        self.held.close()
-
-    def hold_back(self, stream, redirect):
-        """Collects the text for a terminal until the second screen is closed."""
-        if stream.isatty():
-            text = io.StringIO()
-            self.held.callback(lambda: print(text.getvalue(), end="", file=stream, flush=True))
-            self.held.enter_context(redirect(text))
+        with contextlib.ExitStack() as undo:        # in reverse: the screen closes first
+            for stream, redirect in ((sys.stdout, contextlib.redirect_stdout),
+                                     (sys.stderr, contextlib.redirect_stderr)):
+                if stream.isatty():
+                    held = io.StringIO()
+                    undo.callback(lambda stream=stream, held=held:
+                                  print(held.getvalue(), end="", file=stream, flush=True))
+                    undo.enter_context(redirect(held))
+            undo.callback(self.write, CLOSE)
+            self.write(OPEN)
+            self.engine.observers.append(self)
+            yield
 
     def write(self, text):
-        self.terminal.write(text)
-        self.terminal.flush()
+        """A terminal that has gone away does not end the run."""
+        with contextlib.suppress(OSError):
+            self.terminal.write(text)
+            self.terminal.flush()
 
-    def fits(self):
-        """Whether there is a terminal, and large enough; else says so."""
-        why = "stderr is no terminal"
-        if self.terminal.isatty():
+    def too_small(self):
+        """Measures the terminal. Returns why it is too small, or ""."""
+        with contextlib.suppress(OSError):      # gone away
             self.size = os.get_terminal_size(self.terminal.fileno())
-            columns, lines = self.size
-            if columns >= SMALLEST[0] and lines >= SMALLEST[1]:
-                return True
-            needed = f"{SMALLEST[0]} and {SMALLEST[1]} are needed"
-            why = f"the terminal has {columns} columns and {lines} lines, {needed}"
-        print(f"tiny-vLLM: --watch is off: {why}", file=sys.stderr)
-        return False
+        columns, lines = self.size
+        if columns >= SMALLEST[0] and lines >= SMALLEST[1]:
+            return ""
+        return (f"the terminal has {columns} columns and {lines} lines, {SMALLEST[0]} and {SMALLEST[1]} "
+                "are needed")
 
     def told(self, event, what):
         """Draws when a step has been launched or read."""
@@ -538,16 +658,14 @@ class Watch:
         if event not in ("launched", "done") or now - self.drawn < 1 / FRAMES_A_SECOND:
             return
         self.drawn = now
-        before = self.size
-        if not self.fits():     # any more; the notice appears when the second screen is closed
-            self.held.close()
-            return
         stats = self.engine.stats
         self.history.append((now, self.recorder.num_tokens, stats.decode_bytes, stats.decode_seconds))
+        before = self.size
+        why = self.too_small()
+        frame = [why[:self.size[0]]] if why else self.frame(*self.size)
         clear = "\x1b[2J" if before != self.size else ""
         # \x1b[K clears the rest of a line, \x1b[J the lines below.
-        picture = "\x1b[K\r\n".join(self.frame(*self.size))
-        self.write(clear + "\x1b[H" + picture + "\x1b[K\x1b[J")
+        self.write(clear + "\x1b[H" + "\x1b[K\r\n".join(frame) + "\x1b[K\x1b[J")
 
     def frame(self, columns, lines):
         """The whole picture: lines of text, with colours."""
@@ -562,17 +680,18 @@ class Watch:
         return frame
 
     def row(self, request, columns):
-        """A request: letter, state and tokens, a bar of pages, and the end of the answer."""
+        """A request: name, state and tokens, a bar of pages, and the end of the answer."""
         known = len(request.output.prompt_token_ids) + len(request.output.token_ids)
         state = request.state
         if state in ("prefill", "recomputed"):
             state += f" {request.sequence.num_computed_tokens}/{known}"
-        lead = f" {state:<18}{known:>6} tokens "
+        name = name_of(request.number)
+        lead = f" {state:<{19 - len(name)}}{known:>6} tokens "
         size = columns // 4                     # of the bar; a longer table fills it
         bar = mark(request.number, "|" * min(request.num_pages, size) or " ")
         space = " " * (size - max(request.num_pages, 1))
-        text = tail(request.output.text, columns - len(lead) - size - 4)
-        return f"{mark(request.number)}{lead}{bar}{space} {text}"
+        text = tail(request.output.text, columns - len(name + lead) - size - 3)
+        return f"{mark(request.number, name)}{lead}{bar}{space} {text}"
 
     def head(self, size):
         """The run so far; the latest step as a bar, `size` cells for the budget; an empty line."""
@@ -600,13 +719,16 @@ class Watch:
         """The page pool: a line of figures, then lines of cells. A cell stands for a page, or, in a
         large pool, for several pages."""
         recorder = self.recorder
-        pages = recorder.allocator.num_blocks
+        pages = recorder.num_shown
         wide = 2 if 2 * pages <= width * rows else 1        # columns of a cell
         each = math.ceil(pages / (width * rows))            # pages of a cell
         groups = [range(first, min(first + each, pages)) for first in range(0, pages, each)]
         cells = [self.cell(group, wide) for group in groups]
         used = sum(map(bool, recorder.users.values()))
-        note = f"{used} of {pages} pages in use, {len(recorder.shared)} shared, {len(recorder.kept)} cached"
+        total = recorder.allocator.num_blocks
+        note = f"{used} of {total} pages in use, {len(recorder.shared)} shared, {len(recorder.kept)} cached"
+        if pages < total:
+            note += f", {total - pages} never used"
         if each > 1:
             note += f"; {each} pages a cell"
         across = width // wide

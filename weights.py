@@ -1,0 +1,359 @@
+"""A model's files: config.json, the weights in *.safetensors, and generation_config.json.
+
+A model is a folder in the Hugging Face layout: config.json (the model's shape), *.safetensors (the
+weights, by name), generation_config.json (the tokens that end an answer). load_weights writes down
+the architecture: each tensor is taken by name, and its shape checked.
+
+Two changes are made on the way to the device:
+- q, k and v are products with the same input, so the matrices are stacked into one, like gate and
+  up. A layer then has two large products instead of five smaller products.
+- In front of both stands an RMSNorm, x / rms(x) * g. The weight g is multiplied into the matrix,
+  since (x * g) @ W.T = x @ (W * g).T. The remaining factor, 1 / rms(x), is one scalar per token;
+  the kernel behind the product multiplies by this scalar. So 2 L of the 2 L + 1 norms need no
+  kernel. The roundings differ from Hugging Face: W * g is rounded to bfloat16, once, where Hugging
+  Face rounds x * g.
+
+Letters for sizes are those of tinyvllm.py.
+"""
+import errno
+import json
+import os
+import re
+import sys
+from collections import namedtuple
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from device import BFLOAT16, FOLDER, TinyVLLMError, check, first_line, is_int
+from tokenizer import check_regular
+
+HUB_MODEL = "meta-llama/Llama-3.2-1B-Instruct"
+
+
+def find_model(name=None, load_format="auto"):
+    """The folder of a model. name: a folder or a Hugging Face id. None: Llama-3.2-1B-Instruct if it
+    was downloaded before, else Parrot, the model in this project's folder."""
+    if not name:
+        folder = download(HUB_MODEL, local_files_only=True)
+        if folder and (folder / "config.json").exists() and any(folder.glob("model*.safetensors")):
+            return folder
+        print("tiny-vLLM: using the bundled Parrot, which can only recite. For a real model: --model "
+              f"{HUB_MODEL} (2.5 GB; accept its license on huggingface.co and run `hf auth login` first)",
+              file=sys.stderr)
+        return FOLDER / "parrot"
+    name = str(name)
+    folder = Path(os.path.expanduser(name))
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        shapes = f", or a shape: {', '.join(SHAPES)}" if load_format == "dummy" else ""
+        raise TinyVLLMError("model: expected a folder with config.json, or a Hugging Face id like "
+                            f"{HUB_MODEL}{shapes}, got {name}")
+    return download(name)
+
+
+def download(repo, local_files_only=False):
+    """The local folder of a Hugging Face model. local_files_only: None instead of a download."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    advice = {
+        GatedRepoError: f"accept its license at https://huggingface.co/{repo} and run `hf auth login`",
+        RepositoryNotFoundError: "no such model, or a private one: check the id, and run `hf auth login`"}
+    patterns = ["*.json", "*.jinja", "model*.safetensors"]
+    try:
+        return Path(snapshot_download(repo, allow_patterns=patterns, local_files_only=local_files_only))
+    except Exception as error:      # the hub, the HTTP client and the disk raise many kinds
+        if local_files_only:
+            return None
+        what = advice.get(type(error), "check the network, or give the folder of a model that is here")
+        if isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC):     # the disk's
+            what = "set HF_HOME to a folder with room that you may write"
+        raise TinyVLLMError(f"cannot download {repo} ({first_line(error):.120}): {what}") from None
+
+
+def read_json(path):
+    """The dict in a JSON file."""
+    try:
+        check_regular(path)
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise TinyVLLMError(f"no {path.name} in {path.parent}: expected a model folder, with config.json, "
+                            "tokenizer.json and *.safetensors") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise TinyVLLMError(f"cannot read {path} ({error}): expected valid JSON, in a file that you may "
+                            "read") from None
+    return check(path, value, lambda value: isinstance(value, dict), "a JSON object (download it again)")
+
+
+def positive(settings, name, file, kind=int):
+    """settings[name]. Raises TinyVLLMError unless it is an int, or kind=float a number, above 0."""
+    expected = "a whole number above 0" if kind is int else "a number above 0"
+    return check(f"{file}: {name}", settings.get(name),
+                 lambda value: type(value) in (int, kind) and 0 < float(value) < 2**63, expected)
+
+
+# Fields of config.json and the values supported by this engine. None: the field is absent.
+# A bias on q, k and v would change attention_bias here; LayerWeights; take() and layer() in
+# load_weights; decode_weight_bytes; the kernels rope_and_cache and decode, to add the bias after the
+# factor 1 / rms(x); and their calls in forward() and decode().
+SUPPORTED = {
+    "architectures": (["LlamaForCausalLM"], ["MistralForCausalLM"]),
+    "hidden_act": ("silu", None),
+    "rope_type": ("llama3", "default", None),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "sliding_window": (None,),
+    "quantization_config": (None,),
+    "tie_word_embeddings": (True, False, None)}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a Llama, under the names of config.json."""
+    hidden_size: int                    # D
+    intermediate_size: int              # F
+    num_hidden_layers: int              # L
+    num_attention_heads: int            # H
+    num_key_value_heads: int            # K
+    head_dim: int                       # h
+    vocab_size: int                     # V
+    max_position_embeddings: int        # tokens of context
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: dict | None           # Llama 3's four numbers, see rope_frequencies
+    tie_word_embeddings: bool           # whether the head is the embedding table
+    eos_token_ids: frozenset            # each id ends an answer
+
+    @property
+    def heads_size(self):
+        """H h: the size of a token's attention output."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def qkv_size(self):
+        """(H + 2K) h: the size of a token's queries, keys and values."""
+        return (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
+
+    @classmethod
+    def from_folder(cls, folder):
+        """Reads config.json and generation_config.json. Raises TinyVLLMError unless supported."""
+        file = folder / "config.json"
+        settings = {name: value for name, value in read_json(file).items() if value is not None}
+        # rope_parameters is the new name, rope_scaling the old. The oldest files say "type".
+        rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+        check(f"{file}: rope_scaling", rope, lambda rope: isinstance(rope, dict), "a dict")
+        settings |= rope
+        settings.setdefault("rope_type", rope.get("type"))
+        for name, values in SUPPORTED.items():
+            check(f"{file}: {name}", settings.get(name), lambda value, values=values: value in values,
+                  " or ".join(map(str, values)))
+        heads = positive(settings, "num_attention_heads", file)
+        hidden_size = positive(settings, "hidden_size", file)
+        defaults = {"num_key_value_heads": heads, "head_dim": hidden_size // heads, "rope_theta": 10000.0}
+        settings = defaults | settings
+        whole_numbers = {name: positive(settings, name, file) for name in (
+            "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings")}
+        config = cls(
+            **whole_numbers,
+            rms_norm_eps=positive(settings, "rms_norm_eps", file, float),
+            rope_theta=positive(settings, "rope_theta", file, float),
+            rope_scaling=cls.read_rope_scaling(settings, file),
+            tie_word_embeddings=bool(settings.get("tie_word_embeddings")),
+            eos_token_ids=cls.read_eos_token_ids(settings, folder))
+        config.check_kernel_limits(file)
+        return config
+
+    @staticmethod
+    def read_rope_scaling(settings, file):
+        """The four numbers of Llama 3's RoPE scaling. None for plain RoPE."""
+        if settings["rope_type"] != "llama3":
+            return None
+        names = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
+        scaling = {name: positive(settings, name, file, float) for name in names}
+        high = scaling["high_freq_factor"]
+        check(f"{file}: low_freq_factor", scaling["low_freq_factor"], lambda low: low < high,
+              f"less than high_freq_factor, {high}")
+        return scaling
+
+    @staticmethod
+    def read_eos_token_ids(settings, folder):
+        """The ids that end an answer. generation_config.json, if present, overrides config.json."""
+        eos = settings.get("eos_token_id", [])
+        generation = folder / "generation_config.json"
+        if generation.exists():
+            eos = read_json(generation).get("eos_token_id", eos)
+        ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        check(f"{folder}: eos_token_id", ids, lambda ids: all(is_int(i, 0) for i in ids),
+              "a token id or a list of token ids")
+        return frozenset(ids)
+
+    def check_kernel_limits(self, file):
+        """Raises TinyVLLMError for sizes beyond the limits of kernels.cu."""
+        kv_heads = self.num_key_value_heads
+        check(f"{file}: num_attention_heads", self.num_attention_heads,
+              lambda heads: heads in range(kv_heads, 16 * kv_heads + 1, kv_heads),
+              f"1 to 16 for each of num_key_value_heads, {kv_heads}")
+        check(f"{file}: head_dim", self.head_dim, lambda h: h in range(32, 257, 16),
+              "32 to 256 in steps of 16")
+        for name in "hidden_size", "intermediate_size":
+            check(f"{file}: {name}", getattr(self, name), lambda n: n % 8 == 0, "a multiple of 8")
+
+
+def llama_3_shape(rope_factor, **sizes):
+    """The ModelConfig of a Llama 3.1 or 3.2. The models differ in little but sizes."""
+    scaling = {"factor": rope_factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 8192}
+    return ModelConfig(num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072,
+                       rms_norm_eps=1e-5, rope_theta=500000.0, rope_scaling=scaling,
+                       eos_token_ids=frozenset([128001, 128008, 128009]), **sizes)
+
+
+SHAPES = {          # for --load-format dummy: models without a download
+    "llama-3.2-1b": llama_3_shape(
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, head_dim=64,
+        rope_factor=32.0, tie_word_embeddings=True),
+    "llama-3.2-3b": llama_3_shape(
+        hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, head_dim=128,
+        rope_factor=32.0, tie_word_embeddings=True),
+    "llama-3.1-8b": llama_3_shape(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, head_dim=128,
+        rope_factor=8.0, tie_word_embeddings=False)}
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One layer's weights, on the device."""
+    qkv: object                         # [(H + 2K) h, D], multiplied by the weight of the preceding norm
+    o: object                           # [D, H h]
+    gate_up: object                     # [2F, D], multiplied by the weight of the preceding norm
+    down: object                        # [D, F]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The model's weights, on the device, read-only."""
+    embed: object                       # [V, D]
+    layers: list                        # L LayerWeights
+    norm: object                        # [D]
+    head: object                        # [V, D]; tied weights: the very array `embed`
+
+
+Tensor = namedtuple("Tensor", "dtype shape data")       # the dtype's name, a tuple, uint8 [bytes]
+
+
+class Checkpoint:
+    """The safetensors files of a folder: one file, or the shards in model.safetensors.index.json.
+
+    A safetensors file is the length of the header in 8 bytes, the header in JSON: {name: {"dtype",
+    "shape", "data_offsets": [begin, end]}}, and the numbers. The package validates the header. The
+    numbers are mapped, not read: the operating system copies a tensor from its file cache to the
+    device, five times as fast as the package does."""
+    DTYPES = {"BF16": BFLOAT16, "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.tensors = {}               # name -> Tensor, of all tensors not yet taken
+        index = folder / "model.safetensors.index.json"
+        weight_map = {"every tensor": "model.safetensors"}
+        if index.exists():
+            weight_map = read_json(index).get("weight_map")
+        check(f"{index}: weight_map", weight_map,
+              lambda files: all(name and Path(name).name == name for name in files.values()),
+              "a dict {tensor: file}, of files in the index's own folder")
+        for name in sorted(set(weight_map.values())):
+            try:
+                self.open(folder / name)
+            except FileNotFoundError:
+                raise TinyVLLMError(f"no {name} in {folder}: download the model's *.safetensors") from None
+            except (SafetensorError, OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+                raise TinyVLLMError(f"{folder / name} is no valid safetensors file ({error}): download it "
+                                    "again") from None
+
+    def open(self, path):
+        """Validates and maps a file, and finds its tensors."""
+        check_regular(path)
+        with safe_open(path, framework="numpy"):    # raises for overlaps, holes and wrong sizes
+            pass
+        data = np.memmap(path, np.uint8, "r")
+        header_end = 8 + int.from_bytes(data[:8].tobytes(), "little")
+        header = json.loads(data[8:header_end].tobytes())
+        header.pop("__metadata__", None)
+        numbers = data[header_end:]
+        for name, tensor in header.items():
+            if name in self.tensors:
+                raise TinyVLLMError(f"{self.folder}: expected each tensor in one file, found {name} in two")
+            begin, end = tensor["data_offsets"]
+            self.tensors[name] = Tensor(tensor["dtype"], tuple(tensor["shape"]), numbers[begin:end])
+
+    def take(self, name, *shape):
+        """The tensor of this name and shape, as in the file. A tensor can be taken only once."""
+        if name not in self.tensors:
+            raise TinyVLLMError(f"{self.folder}: expected a tensor {name} in the weights, found none: are "
+                                "the weights of another model than config.json?")
+        tensor = self.tensors.pop(name)
+        check(f"{self.folder}: the shape of {name}", tensor.shape, lambda its: its == shape,
+              f"{shape}, by config.json")
+        check(f"{self.folder}: the dtype of {name}", tensor.dtype, lambda dtype: dtype in self.DTYPES,
+              " or ".join(self.DTYPES))
+        return tensor.data.view(self.DTYPES[tensor.dtype]).reshape(shape)
+
+
+class DummyCheckpoint:
+    """Random weights in place of a Checkpoint's, made on the device, the same each time: matrices
+    with the spread of a trained model's, norms of 1."""
+
+    def __init__(self, device):
+        self.xp = device.xp
+        self.random = device.xp.random.default_rng(0)
+        self.tensors = {}
+
+    def take(self, name, *shape):
+        """A tensor of this shape, whatever the name."""
+        if len(shape) == 1:
+            return self.xp.ones(shape, BFLOAT16)
+        return (0.02 * self.random.standard_normal(shape, np.float32)).astype(BFLOAT16)
+
+
+def load_weights(checkpoint, config, device):
+    """The model's weights on the device, bfloat16."""
+    c = config
+    D, F, V, h = c.hidden_size, c.intermediate_size, c.vocab_size, c.head_dim
+    q_rows, kv_rows = c.heads_size, c.num_key_value_heads * h
+
+    def take(name, *shape):
+        return device.to_device(checkpoint.take(name + ".weight", *shape)).astype(BFLOAT16, copy=False)
+
+    def stack(norm, *parts):
+        """A matrix of several (name, rows, columns), below one another, times the norm's weight.
+        Each part goes to the device alone: the host never holds the stack."""
+        g = take(norm, D).astype(np.float32)
+        scaled = [(take(*part).astype(np.float32) * g).astype(BFLOAT16) for part in parts]
+        return device.xp.concatenate(scaled)
+
+    def layer(i):
+        attention = f"model.layers.{i}.self_attn"
+        mlp = f"model.layers.{i}.mlp"
+        return LayerWeights(
+            qkv=stack(f"model.layers.{i}.input_layernorm", (f"{attention}.q_proj", q_rows, D),
+                      (f"{attention}.k_proj", kv_rows, D), (f"{attention}.v_proj", kv_rows, D)),
+            o=take(f"{attention}.o_proj", D, q_rows),
+            gate_up=stack(f"model.layers.{i}.post_attention_layernorm", (f"{mlp}.gate_proj", F, D),
+                          (f"{mlp}.up_proj", F, D)),
+            down=take(f"{mlp}.down_proj", D, F))
+
+    embed = take("model.embed_tokens", V, D)
+    layers = [layer(i) for i in range(c.num_hidden_layers)]
+    norm = take("model.norm", D)
+    head = embed if c.tie_word_embeddings else take("lm_head", V, D)
+    # An untaken tensor, such as a bias, would be missing from the answers. Two untaken names are
+    # only copies: a tied head, and RoPE's table of frequencies.
+    left = [name for name in checkpoint.tensors
+            if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq")]
+    if left:
+        raise TinyVLLMError(f"{checkpoint.folder}: expected the tensors of a Llama with this config.json, "
+                            f"got {len(left)} others, such as {left[0]}: another architecture, or quantized?")
+    return Weights(embed, layers, norm, head)
