@@ -25,8 +25,9 @@ from device import KERNELS, CpuDevice, compile_kernels, open_device, paste
 from reference import PARROT, RNG, ROOT
 from simulator import LaunchError
 from test_tinyvllm import DEVICE, ON_GPU, run_recorded
-from tinyvllm import (LLM, Batch, DummyCheckpoint, EngineArgs, Model, ModelConfig, RequestOutput,
-                      SamplingParams, Sequence, StepBuffer, TinyVLLMError, cdiv, load_weights)
+from tinyvllm import (LLM, Batch, EngineArgs, Model, RequestOutput, SamplingParams, Sequence, StepBuffer,
+                      TinyVLLMError, cdiv)
+from weights import DummyCheckpoint, ModelConfig, load_weights
 
 # --------------------------------------------------------------------------------------------------
 # Kernels
