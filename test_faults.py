@@ -303,15 +303,15 @@ class Scene:
     generate(), something happens."""
 
     def __init__(self, overlap, length):
-        """length: of the stream's answer, shorter or longer than the third caller's."""
+        """length: of the stream's answer. With 2, the stream ends in the third caller's steps."""
         self.llm = fake_llm(num_blocks=14, overlap=overlap)
+        self.client = self.llm.stream([1, 2, 3, 4], SamplingParams(max_tokens=None))
+        self.given_up = next(self.client)
         self.prompt = [7, 8, 9, 10, 11, 12]
         self.params = SamplingParams(max_tokens=length)
         self.stream = self.llm.stream(self.prompt, self.params)
         self.output = next(self.stream)
         self.text = self.output.delta
-        self.client = self.llm.stream([1, 2, 3, 4], SamplingParams(max_tokens=None))
-        next(self.client)
         self.prompts = [[1, 2, 3], [4, 5]]
         self.own_params = SamplingParams(max_tokens=4)
 
@@ -320,12 +320,13 @@ class Scene:
 
     def check(self):
         """The stream gets its answer, later requests get theirs, and nothing else is left."""
-        self.client.close()
+        self.llm.abort([self.given_up])
         self.llm.engine.steps_left = 300
         self.text += "".join(output.delta for output in self.stream)
         assert_exact(self.llm, self.prompt, self.params, self.output)
         assert self.text == self.output.text
         assert_settled(self.llm)
+        assert self.given_up.finish_reason == "abort"
         longer = [[1, 2, 3, 9, 9, 9], self.prompt + [1] * 4, self.prompt + self.output.token_ids]
         generate_exactly(self.llm, self.prompts + longer, self.own_params)
         assert_settled(self.llm)
@@ -359,7 +360,7 @@ def test_something_happens_at_any_line(kind, overlap, length):
     def begin():
         scene = Scene(overlap, length)
         if kind == "interrupt":
-            scene.client.close()            # the next step has somebody to drop
+            scene.llm.abort([scene.given_up])       # the next step has somebody to drop
         return scene
 
     for number in chosen_lines(begin()):
@@ -367,8 +368,10 @@ def test_something_happens_at_any_line(kind, overlap, length):
         with at_line(number, interrupt if kind == "interrupt" else scene.client.close) as place:
             with contextlib.suppress(KeyboardInterrupt):
                 scene.generate()
+        assert place
+        notes = [id(output) for output in scene.llm.engine.aborted]
         try:
-            assert place
+            assert scene.given_up.finish_reason or id(scene.given_up) in notes, "an abort was lost"
             scene.check()
         except BaseException as error:
             raise AssertionError(f"{kind} at line event {number}: {place}") from error
