@@ -61,6 +61,7 @@ def fake_llm(num_blocks=64, block_size=4, budget=16, max_seqs=8, overlap=True, p
     llm = LLM.__new__(LLM)
     llm.config = CONFIG
     llm.tokenizer = TOKENIZER
+    llm.max_logprobs = 20
     llm.max_model_len = num_blocks * block_size if chunked else min(num_blocks * block_size, budget)
     model = StandIn(CONFIG, num_blocks * block_size, block_size, end_every)
     llm.device = model.device
