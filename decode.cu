@@ -77,6 +77,9 @@
 //   splits: DECODE_SPLITS / S, the most for a context.   Other arrays: see rope_and_cache, paged_attention.
 //   Grid: a thread block for each multiprocessor. All must run at the same time, since they wait for
 //   each other. (decode_shared_bytes leaves no room for two on a multiprocessor.)
+//   Hazard: the launch is not cooperative, so nothing checks that all find room. Kernels of others only
+//   delay a thread block. But two decode kernels at once (two processes under MPS, two streams) can each
+//   hold a part of the multiprocessors, and both wait for ever for thread blocks that never begin.
 // -------------------------------------------------------------------------------------------------
 constexpr int CONSUMERS = 8;    // warps
 constexpr int MERGERS = 2;      // warps
@@ -165,6 +168,9 @@ template <int COUNT> struct Layout {    // of a thread block's shared memory, wi
     // over the consumer's keys; the sum of x^2 over the consumer's columns, [.., sequence and part].
     Pair sums[PENDING][CONSUMERS][MOST_SEQUENCES * SEGMENTS];
     Float8 heads[CONSUMERS][GROUP][HEAD_DIM / 8];
+    // (racecheck may report squares: consumers write them again without a wait. They do so when they have
+    // the x of the next normed product, and x depends, through words, on all that the reducer has computed
+    // with the old squares.)
     float squares[CONSUMERS][2 * MOST_SEQUENCES];
     // mbarriers. Of a stage: a piece has come; all consumers have read the stage.
     u64 full[COUNT][2];
@@ -172,7 +178,9 @@ template <int COUNT> struct Layout {    // of a thread block's shared memory, wi
     // Of a unit: all consumers have written their sums; the reducer has read the sums.
     u64 sums_full[PENDING];
     u64 sums_empty[PENDING];
-    volatile int tickets[PENDING];      // the latest of this thread block, in increasing order
+    // The latest of this thread block, in increasing order. (racecheck may report them: the reducer polls
+    // without an mbarrier. A ticket is one word, and says by itself whether it is new.)
+    volatile int tickets[PENDING];
     int keys[MOST_SEQUENCES];           // the sequences' context lengths
     int attention_units;                // of a layer
     const bf16* weights[4 * NUM_LAYERS + 1];
@@ -586,7 +594,8 @@ template <int MOST> struct Consumer : Role {    // for up to MOST sequences
     // Gives the stage back to the producer, whose next copy overwrites the stage. Hazard: loads from
     // shared memory take a while, and the arrival at the mbarrier could overtake the loads of other
     // lanes. So a vote decides whether lane 0 or lane 1 arrives, and the vote needs `read` of all lanes,
-    // which a lane must compute from everything that the lane has loaded.
+    // which a lane must compute from everything that the lane has loaded. (racecheck may report loads of
+    // other lanes against the copy: by the letter, only __syncwarp() orders memory, a vote does not.)
     __device__ void give_back(unsigned read) {
         if (lane == __any_sync(ALL_LANES, read == 1)) mbarrier_arrive(&shared.empty[stage]);
         if (++stage == STAGES) {

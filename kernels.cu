@@ -11,6 +11,7 @@
 //     silu_mul          the gate of the feed-forward part
 //     rms_norm          the norm before the head (a layer's norms: in rope_and_cache and silu_mul)
 //     sample            logits -> token, on the GPU: 8 bytes a sequence go to the CPU, not V logits
+//     best_logprobs     logits -> the most probable tokens, where a request asks for them
 //
 // Letters are sizes:
 //     T  tokens in this step, a ragged batch:    D  hidden size         F  feed-forward size
@@ -758,7 +759,8 @@ extern "C" __global__ __launch_bounds__(NORM_THREADS) void rms_norm(
 // token's). No order of addition changes an integer sum: threads add as they come, and equal logits
 // give equal bits.
 //   token [R].   logits [R, V].
-//   logprob [R]: log-softmax of the logits as given, before temperature and cuts.
+//   logprob [R]: log-softmax of the logits as given, before temperature and cuts. NaN, with any token,
+//     for a row with a NaN, a +inf, or nothing above -inf.
 //   temperature [R].   top_k [R]: off if <= 0 or >= V.   top_p [R]: off if >= 1.
 //   seed [R].   position [R]: of the new token in its text.
 //   Grid (R): a thread block owns one row, a thread every 1,024th group of eight logits.
@@ -900,16 +902,19 @@ __device__ inline int lowest_kept(
     return lowest;
 }
 
-extern "C" __global__ __launch_bounds__(SAMPLE_THREADS, 2) void sample(
-        int* token, float* logprob, const bf16* logits, const float* temperature, const int* top_k,
-        const float* top_p, const u64* seed, const int* position) {
-    __shared__ Scratch scratch;
-    const int s = blockIdx.x;
-    const bf16* row = logits + (size_t)s * VOCAB;
+// The softmax of a row: exp(logit - greatest) / denominator.
+struct Softmax {
+    float highest;        // the greatest logit that this thread has seen, and its token;
+    int at;               // -inf, and any token, if none is above -inf
+    u64 best;             // the greatest logit of the row, as a candidate
+    float greatest;       // ... as a number: the zero point of all exponents, so that none overflows
+    float denominator;    // NaN for a row with no softmax: with a NaN, a +inf, or nothing above -inf
+    __device__ float log_of(float logit) const { return logit - greatest - logf(denominator); }
+};
 
-    // 1. The greatest logit: greedy's choice, and the zero point of all exponents below, so that
-    //    none overflows. In the same pass, as in attention, the softmax's denominator: a sum over
-    //    this thread's logits, relative to the greatest that the thread has seen.
+// All threads of a thread block must call. In one pass, as in attention: the denominator's share of a
+// thread is relative to the greatest logit that the thread has seen.
+__device__ inline Softmax softmax_of(const bf16* row) {
     float highest = -INF;
     float sum = 0;
     int at = 0;
@@ -918,32 +923,82 @@ extern "C" __global__ __launch_bounds__(SAMPLE_THREADS, 2) void sample(
             sum = sum * exp2_approx(LOG2_E * (highest - logit)) + 1;
             highest = logit;
             at = t;
-        } else if (logit > -INF) {    // (-inf - -inf would be NaN)
+        } else if (logit != -INF) {    // -inf - -inf would be NaN
+            // Here a NaN, or a second +inf, makes the sum NaN.
             sum += exp2_approx(LOG2_E * (logit - highest));
         }
     });
-    u64 best = block_reduce(candidate(highest, at), Max());
-    int chosen = token_of(best);
-    const float greatest = __bfloat162float(row[chosen]);
-    const float denominator = block_reduce(sum * exp2_approx(LOG2_E * (highest - greatest)), Sum());
+    const u64 best = block_reduce(candidate(highest, at), Max());
+    const float greatest = __bfloat162float(row[token_of(best)]);
+    // inf - inf: with a single +inf, or -inf alone, NaN gets into the sum here.
+    const float share = sum * exp2_approx(LOG2_E * (highest - greatest));
+    return {highest, at, best, greatest, block_reduce(share, Sum())};
+}
 
+extern "C" __global__ __launch_bounds__(SAMPLE_THREADS, 2) void sample(
+        int* token, float* logprob, const bf16* logits, const float* temperature, const int* top_k,
+        const float* top_p, const u64* seed, const int* position) {
+    __shared__ Scratch scratch;
+    const int s = blockIdx.x;
+    const bf16* row = logits + (size_t)s * VOCAB;
+
+    // 1. The greatest logit: greedy's choice.
+    const Softmax softmax = softmax_of(row);
+    int chosen = token_of(softmax.best);
+
+    // tau, the cuts and the softmax are the thread block's: all threads meet the barriers below, or
+    // none. A NaN is no denominator: then nothing can be drawn.
     const float tau = temperature[s];
-    if (tau > 0) {    // tau and the cuts are the thread block's: all threads meet the barriers below, or none
+    if (tau > 0 && softmax.denominator > 0) {
         // 2. The cuts.
-        const int lowest = lowest_kept(scratch, row, highest, greatest, tau, top_k + s, top_p + s);
+        const int lowest = lowest_kept(
+            scratch, row, softmax.highest, softmax.greatest, tau, top_k + s, top_p + s);
 
         // 3. The race. The noise depends on the request's seed, the position and the token alone.
         const u64 stream = scramble(scramble(seed[s] + GOLDEN) + position[s]);
-        best = candidate(-INF, chosen);    // stays only if nothing else is finite
+        u64 best = candidate(-INF, chosen);    // stays only if nothing else is finite
         for_each_logit(row, [&](int t, float logit) {
             if (key_of(logit) < lowest) return;
-            best = max(best, candidate((logit - greatest) / tau - log_exponential(stream, t), t));
+            best = max(best, candidate((logit - softmax.greatest) / tau - log_exponential(stream, t), t));
         });
         best = block_reduce(best, Max());
         chosen = token_of(best);
     }
     if (threadIdx.x == 0) {
         token[s] = chosen;
-        logprob[s] = __bfloat162float(row[chosen]) - greatest - logf(denominator);
+        logprob[s] = softmax.log_of(__bfloat162float(row[chosen]));
+    }
+}
+
+// -------------------------------------------------------------------------------------------------
+// best_logprobs: the most probable tokens of each sequence, in order, and their log-probabilities
+//
+// Each thread has a candidate: the best of its own logits that are not yet chosen. In each round the
+// best of all candidates is chosen, and the thread that loses its candidate looks for its next.
+//   tokens, logprobs [R, count].   logits [R, V].   count: at most V.
+//   Grid (R): as for sample. Shared memory: block_reduce's.
+// -------------------------------------------------------------------------------------------------
+__device__ inline u64 best_below(const bf16* row, u64 limit) {    // of this thread's candidates; 0: none
+    u64 best = 0;
+    for_each_logit(row, [&](int t, float logit) {
+        const u64 mine = candidate(logit, t);
+        if (mine < limit) best = max(best, mine);
+    });
+    return best;
+}
+
+extern "C" __global__ __launch_bounds__(SAMPLE_THREADS) void best_logprobs(
+        int* tokens, float* logprobs, const bf16* logits, int count) {
+    const bf16* row = logits + (size_t)blockIdx.x * VOCAB;
+    const Softmax softmax = softmax_of(row);
+    u64 mine = best_below(row, ~(u64)0);
+    for (int i = 0; i < count; ++i) {
+        const u64 best = block_reduce(mine, Max());
+        if (threadIdx.x == 0) {
+            const size_t place = (size_t)blockIdx.x * count + i;
+            tokens[place] = token_of(best);
+            logprobs[place] = softmax.log_of(__bfloat162float(row[token_of(best)]));
+        }
+        if (mine == best) mine = best_below(row, best);    // no candidate is another thread's
     }
 }

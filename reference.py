@@ -6,6 +6,7 @@ Nothing here comes from the engine: an error there cannot hide behind the same e
 Letters as in tinyvllm.py: T tokens, H query heads, K key-value heads, h head_dim, D hidden size,
 F ffn size, V vocabulary.
 """
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -222,7 +223,7 @@ class StandIn:
         """The block table of each sequence, long enough for its context."""
         ends = batch.cu_blocks.tolist()
         pages = batch.block_tables.tolist()
-        tables = [pages[start:end] for start, end in zip(ends, ends[1:])]
+        tables = [pages[start:end] for start, end in itertools.pairwise(ends)]
         assert ends[-1] == len(pages)
         assert all(len(table) * self.block_size >= length
                    for table, length in zip(tables, batch.context_lens.tolist()))

@@ -45,6 +45,16 @@ CONFIG = ModelConfig(
     rope_scaling=None, tie_word_embeddings=True, eos_token_ids=frozenset([END]))
 
 
+class CountedEngine(Engine):
+    """An engine whose callers do not wait for ever."""
+    steps_left = 20_000
+
+    def step(self):
+        self.steps_left -= 1
+        assert self.steps_left > 0, "a caller waits for ever"
+        return super().step()
+
+
 def fake_llm(num_blocks=64, block_size=4, budget=16, max_seqs=8, overlap=True, prefix_caching=True,
              chunked=True, static=False, end_every=0):
     """An LLM over the stand-in. budget: max_num_batched_tokens; end_every: see next_token."""
@@ -55,7 +65,7 @@ def fake_llm(num_blocks=64, block_size=4, budget=16, max_seqs=8, overlap=True, p
     model = StandIn(CONFIG, num_blocks * block_size, block_size, end_every)
     llm.device = model.device
     allocator = BlockAllocator(num_blocks, block_size, prefix_caching)
-    llm.engine = Engine(model, Scheduler(allocator, budget, max_seqs, chunked, static), overlap)
+    llm.engine = CountedEngine(model, Scheduler(allocator, budget, max_seqs, chunked, static), overlap)
     return llm
 
 
@@ -293,15 +303,15 @@ class Scene:
     generate(), something happens."""
 
     def __init__(self, overlap, length):
-        """length: of the stream's answer, shorter or longer than the third caller's."""
+        """length: of the stream's answer. With 2, the stream ends in the third caller's steps."""
         self.llm = fake_llm(num_blocks=14, overlap=overlap)
+        self.client = self.llm.stream([1, 2, 3, 4], SamplingParams(max_tokens=None))
+        self.given_up = next(self.client)
         self.prompt = [7, 8, 9, 10, 11, 12]
         self.params = SamplingParams(max_tokens=length)
         self.stream = self.llm.stream(self.prompt, self.params)
         self.output = next(self.stream)
         self.text = self.output.delta
-        self.client = self.llm.stream([1, 2, 3, 4], SamplingParams(max_tokens=20))
-        next(self.client)
         self.prompts = [[1, 2, 3], [4, 5]]
         self.own_params = SamplingParams(max_tokens=4)
 
@@ -310,27 +320,21 @@ class Scene:
 
     def check(self):
         """The stream gets its answer, later requests get theirs, and nothing else is left."""
-        self.client.close()
-        step = self.llm.engine.step
-        steps = iter(range(300))
-
-        def counted():
-            assert next(steps, None) is not None, "a caller waits for ever"
-            return step()
-
-        self.llm.engine.step = counted
+        self.llm.abort([self.given_up])
+        self.llm.engine.steps_left = 300
         self.text += "".join(output.delta for output in self.stream)
         assert_exact(self.llm, self.prompt, self.params, self.output)
         assert self.text == self.output.text
         assert_settled(self.llm)
+        assert self.given_up.finish_reason == "abort"
         longer = [[1, 2, 3, 9, 9, 9], self.prompt + [1] * 4, self.prompt + self.output.token_ids]
         generate_exactly(self.llm, self.prompts + longer, self.own_params)
         assert_settled(self.llm)
 
 
 def chosen_lines(scene):
-    """Numbers of lines that generate() runs: of every line of code, one time of the many that it
-    runs. All numbers, if TINYVLLM_FUZZ is set."""
+    """Numbers of lines that generate() runs: of each line of code that runs four times or less all,
+    else one. All numbers, if TINYVLLM_FUZZ is set."""
     places = []
     with at_each_line(lambda frame: places.append((frame.f_code, frame.f_lineno))):
         scene.generate()
@@ -340,11 +344,14 @@ def chosen_lines(scene):
         numbers.setdefault(place, []).append(number)
     assert len(places) > 1000 and len(numbers) > 150
     rng = random.Random(0)
-    return range(1, len(places) + 1) if ROUNDS else [rng.choice(times) for times in numbers.values()]
+    if ROUNDS:
+        return range(1, len(places) + 1)
+    return [number for times in numbers.values()
+            for number in (times if len(times) <= 4 else rng.sample(times, 1))]
 
 
-SCENES = [("interrupt", True, 3), ("interrupt", False, 9), ("close", True, 9)]
-ALL_SCENES = list(itertools.product(("interrupt", "close"), (True, False), (3, 9)))
+SCENES = [("interrupt", True, 2), ("interrupt", False, 9), ("close", True, 9)]
+ALL_SCENES = list(itertools.product(("interrupt", "close"), (True, False), (2, 9)))
 
 
 @pytest.mark.parametrize("kind, overlap, length", ALL_SCENES if ROUNDS else SCENES)
@@ -353,7 +360,7 @@ def test_something_happens_at_any_line(kind, overlap, length):
     def begin():
         scene = Scene(overlap, length)
         if kind == "interrupt":
-            scene.client.close()            # the next step has somebody to drop
+            scene.llm.abort([scene.given_up])       # the next step has somebody to drop
         return scene
 
     for number in chosen_lines(begin()):
@@ -361,8 +368,10 @@ def test_something_happens_at_any_line(kind, overlap, length):
         with at_line(number, interrupt if kind == "interrupt" else scene.client.close) as place:
             with contextlib.suppress(KeyboardInterrupt):
                 scene.generate()
+        assert place
+        notes = [id(output) for output in scene.llm.engine.aborted]
         try:
-            assert place
+            assert scene.given_up.finish_reason or id(scene.given_up) in notes, "an abort was lost"
             scene.check()
         except BaseException as error:
             raise AssertionError(f"{kind} at line event {number}: {place}") from error
@@ -707,15 +716,18 @@ def test_many_decodes_leave_a_prompt_its_share():
     assert min(grown) >= 11 and max(llm.engine.model.steps) <= 256        # three quarters of 16 steps
 
 
-def test_a_short_prompt_passes_a_long_one():
-    """And not only one: yet the long prompt keeps half of every step."""
+def test_short_prompts_pass_a_long_one():
+    """A short prompt waits for few steps. Any number of them leaves the long one half of each step."""
     llm = fake_llm(num_blocks=20_000, budget=64, max_seqs=256)
     [long] = llm.submit([[7] * 6400])
-    for number in range(40):
-        [short] = llm.submit([[number, *range(20)]], SamplingParams(max_tokens=1))
+    one = SamplingParams(max_tokens=1)
+    for number in range(10):
+        [short] = llm.submit([[number, *range(20)]], one)
         assert steps_until(llm, lambda short=short: short.finish_reason) <= 4
-    assert not long.token_ids
-    assert len(llm.engine.model.steps) + steps_until(llm, lambda: long.token_ids) <= 201
+    shorts = llm.submit([[number, *range(30)] for number in range(600)], one)
+    steps_until(llm, lambda: long.token_ids)
+    assert len(llm.engine.model.steps) <= 6400 / 32 + 1
+    assert sum(bool(short.finish_reason) for short in shorts) > 100
 
 
 ODD_OPTIONS = [
@@ -814,15 +826,6 @@ class Fuzz:
             return logits, calls(get_tokens, self.interrupts)
 
         model.launch = launch_and_wait
-        self.steps_left = 20_000
-        self.step = self.llm.engine.step
-        self.llm.engine.step = self.counted_step
-
-    def counted_step(self):
-        self.steps_left -= 1
-        assert self.steps_left > 0, "callers wait for ever"
-        self.counts["steps"] += 1
-        return self.step()
 
     def prompt(self):
         """Many prompts begin alike."""
@@ -888,7 +891,7 @@ class Fuzz:
     def event(self):
         rng = self.rng
         self.counts["events"] += 1
-        events = [self.arrive, self.refused, self.counted_step]
+        events = [self.arrive, self.refused, self.llm.engine.step]
         weights = [8 if len(self.callers) < 6 else 0, 1, 5]
         if self.callers:
             events += [self.take, self.abort, self.close, self.drop]
@@ -908,6 +911,7 @@ class Fuzz:
             self.take()
         gc.collect()
         assert_settled(self.llm)
+        self.counts["steps"] += CountedEngine.steps_left - self.llm.engine.steps_left
 
 
 def test_random_events():

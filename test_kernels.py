@@ -22,11 +22,11 @@ from ml_dtypes import bfloat16
 
 import simulator
 from device import KERNELS, CpuDevice, compile_kernels, open_device, paste
-from reference import RNG, ROOT
+from reference import PARROT, RNG, ROOT
 from simulator import LaunchError
-from test_tinyvllm import DEVICE, ON_GPU
-from tinyvllm import (Batch, DummyCheckpoint, EngineArgs, Model, ModelConfig, RequestOutput, SamplingParams,
-                      Sequence, StepBuffer, cdiv, load_weights)
+from test_tinyvllm import DEVICE, ON_GPU, run_recorded
+from tinyvllm import (LLM, Batch, DummyCheckpoint, EngineArgs, Model, ModelConfig, RequestOutput,
+                      SamplingParams, Sequence, StepBuffer, TinyVLLMError, cdiv, load_weights)
 
 # --------------------------------------------------------------------------------------------------
 # Kernels
@@ -459,6 +459,19 @@ def assert_drawn(token, logits, temperature, k, p, seed, position):
     assert score[token] > score.max() - 1e-4, (token, score.argmax())
 
 
+def log_softmax_twin(logits):
+    """Of each row of logits [S, V]. NaN for a row with a NaN, a +inf, or nothing above -inf."""
+    x = np.float64(logits)
+    with np.errstate(invalid="ignore"):
+        shifted = x - x.max(-1, keepdims=True)
+        return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def model_of(V):
+    """The model with this vocabulary."""
+    return next(model for model in MODELS if model["VOCAB"] == V)
+
+
 def sample(logits, temperature, k=0, p=1.0, seed=0, position=0):
     """(tokens [S], log-probabilities [S]) for logits [S, V].
 
@@ -471,17 +484,15 @@ def sample(logits, temperature, k=0, p=1.0, seed=0, position=0):
         return np.broadcast_to(np.asarray(value, dtype), S).copy()
 
     token = poison(S + 1, dtype=np.int32)
-    logprob = poison(S + 1, dtype=np.float32)
-    model = next(model for model in MODELS if model["VOCAB"] == V)
+    logprob = np.full(S + 1, 77, np.float32)
+    model = model_of(V)
     launch(model, "sample", (S,), token, logprob, logits, column(temperature, np.float32),
            column(k, np.int32), column(p, np.float32), column(seed, np.uint64), column(position, np.int32))
-    assert token[S] == -77 and np.isnan(logprob[S])
+    assert token[S] == -77 and logprob[S] == 77
     token = token[:S]
-    x = np.float64(logits)
     assert ((token >= 0) & (token < V)).all(), token
-    highest = x.max(-1)
-    want = x[np.arange(S), token] - highest - np.log(np.exp(x - highest[:, None]).sum(-1))
-    assert np.allclose(logprob[:S], want, rtol=1e-5, atol=1e-5), (logprob[:S], want)
+    want = log_softmax_twin(logits)[np.arange(S), token]
+    assert np.allclose(logprob[:S], want, rtol=1e-5, atol=1e-5, equal_nan=True), (logprob[:S], want)
     return token, logprob[:S]
 
 
@@ -692,6 +703,100 @@ def test_decode_takes_every_shape(monkeypatch):
         group = config.num_attention_heads // config.num_key_value_heads
         has_room = block_size * config.head_dim < 128 * 128 or group <= 4
         assert batch_sizes == ([1, 3, 5][:2 if config.intermediate_size > 8192 else 3] if has_room else [])
+
+
+@pytest.mark.parametrize("V", [1001, 5, 8])
+@pytest.mark.parametrize("temperature, k, p", [(0.0, 0, 1.0), (0.7, 0, 1.0), (0.7, 3, 1.0), (0.7, 0, 0.9),
+                                               (0.7, 3, 0.9)])
+def test_sample_notices_rows_without_a_softmax(V, temperature, k, p):
+    """A NaN or +inf wherever it stands, or nothing but -inf: the log-probability is NaN.
+
+    The other rows do not change, and -inf in a part of a row is no error.
+    """
+    good = randn(RNG(13), 6, V, scale=3)
+    good[1, :-1] = -np.inf
+    good[3, ::2] = -np.inf
+    bad = np.tile(good[0], (14, 1))
+    for row, wrong in enumerate([np.nan, -np.nan, np.inf]):
+        bad[row, 0] = bad[row + 3, V // 2] = bad[row + 6, -1] = wrong
+        bad[row + 9] = wrong
+    bad[12] = -np.inf
+    bad[13, [0, -1]] = np.inf
+    is_bad = RNG(14).permutation(np.arange(20) < 14)
+    logits = np.empty((20, V), bfloat16)
+    logits[is_bad] = bad
+    logits[~is_bad] = good
+    token, logprob = sample(logits, temperature, k, p, seed=range(20))
+    assert (np.isnan(logprob) == is_bad).all()
+    logits[is_bad] = good[0]
+    without_bad = sample(logits, temperature, k, p, seed=range(20))
+    assert (token == without_bad[0])[~is_bad].all() and (logprob == without_bad[1])[~is_bad].all()
+
+
+# best_logprobs
+@pytest.mark.parametrize("V, count", [
+    (1001, 1), (1001, 20), (1001, 1001), (5, 5), (8, 3), (7, 7), (4096, 20), (128256, 3)])
+def test_best_logprobs(V, count):
+    """The greatest logits in order, of equal logits the lower token first, as a stable sort has them."""
+    logits = randn(RNG(15), 6, V, scale=3)
+    logits[1] = -2                          # all are equal
+    logits[2] = np.round(np.float32(logits[2]))
+    logits[3, ::2] = -np.inf
+    logits[4] = -np.inf
+    logits[4, V - 2] = -1e30
+    logits[5] = -1
+    logits[5, [1, 3]] = [-0.0, 0.0]         # equal, with other bits
+    S = len(logits)
+    tokens = poison(S + 1, count, dtype=np.int32)
+    logprobs = np.full((S + 1, count), 77, np.float32)
+    launch(model_of(V), "best_logprobs", (S,), tokens, logprobs, logits, count)
+    order = np.argsort(-np.float64(logits), -1, kind="stable")[:, :count]
+    assert (tokens[:S] == order).all() and (tokens[S] == -77).all() and (logprobs[S] == 77).all()
+    want = np.take_along_axis(log_softmax_twin(logits), order, 1)
+    assert np.allclose(logprobs[:S], want, rtol=1e-5, atol=1e-5)
+
+
+def test_best_logprobs_of_requests():
+    """Requests with and without log-probabilities run together, and the overlapped loop goes on.
+
+    Three sequences: the graph's batch of four has a padded row.
+    """
+    prompts = [[5, 6, 7], list(range(300)), [9] * 40]
+    params = [SamplingParams(max_tokens=12, ignore_eos=True, temperature=0.9, seed=s, logprobs=n)
+              for s, n in enumerate([4, None, 0])]
+    results = []
+    for overlap in True, False:
+        llm = LLM(PARROT, overlap=overlap)
+        engine = llm.engine
+        best_logprobs = engine.model.best_logprobs
+        calls = []                          # (steps in flight, count)
+
+        def watched(logits, count, calls=calls, engine=engine, best_logprobs=best_logprobs):
+            calls.append((len(engine.in_flight), count))
+            return best_logprobs(logits, count)
+
+        engine.model.best_logprobs = watched
+        outputs, recorded = run_recorded(llm, prompts, params)
+        assert max(calls) == (overlap, 4) and min(calls) == (0, 4)
+        results.append([(output.token_ids, output.logprobs) for output in outputs])
+        assert outputs[1].logprobs is None
+        for row in 0, 2:
+            for token, found, logits in zip(outputs[row].token_ids, outputs[row].logprobs, recorded[row]):
+                best = np.argsort(-logits, kind="stable")[:params[row].logprobs].tolist()
+                assert list(found) == best + [token] * (token not in best)
+                want = log_softmax_twin(logits[None])[0, list(found)]
+                assert np.allclose(list(found.values()), want, rtol=1e-4, atol=1e-4)
+    assert results[0] == results[1]
+
+
+def test_max_logprobs():
+    """More logprobs than max_logprobs are refused before anything runs; -1 allows the whole vocabulary."""
+    with pytest.raises(TinyVLLMError, match=r"^logprobs: expected at most max_logprobs, 20, got 21$"):
+        LLM(PARROT).generate([[1], [2]], [SamplingParams(), SamplingParams(logprobs=21)])
+    output = LLM(PARROT, max_logprobs=-1).generate([1, 2], SamplingParams(logprobs=10 ** 9, max_tokens=2))[0]
+    for found in output.logprobs:
+        assert sorted(found) == list(range(2048)) and list(found.values()) == sorted(found.values())[::-1]
+        assert abs(sum(map(math.exp, found.values())) - 1) < 1e-4
 
 
 def sanitizer_environment():

@@ -739,12 +739,26 @@ class Model:
         else:
             run = self.decode if size <= self.decode_batch else self.forward
             logits, self.graphs[size] = self.device.record(lambda: run(b))
-        wait = self.device.fetch(self.buffer.sampled)
+        return logits, self.fetch_pair(self.buffer.sampled)
 
-        def get_tokens():
-            tokens, logprobs = wait()
+    def fetch_pair(self, pair):
+        """Starts a copy of token ids and log-probabilities (float32, seen as int32) to the host.
+        Returns wait(), which waits and returns both."""
+        wait_for_both = self.device.fetch(pair)
+
+        def wait():
+            tokens, logprobs = wait_for_both()
             return tokens, logprobs.view(np.float32)
-        return logits, get_tokens
+        return wait
+
+    def best_logprobs(self, logits, count):
+        """Starts to choose the `count` most probable tokens of each row of logits [R, V]. Returns
+        wait(), which waits and returns token ids, best first, and log-probabilities, [R, count] each."""
+        count = min(count, self.config.vocab_size)
+        best = self.device.empty((2, len(logits), count), np.int32)
+        tokens, logprobs = best
+        self.kernels.best_logprobs((len(logits),), tokens, logprobs.view(np.float32), logits, count)
+        return self.fetch_pair(best)
 
     def forward(self, b):
         """Puts the new tokens' keys and values into the cache, and the sampled sequences' next
@@ -959,8 +973,9 @@ class Stats:
         self.last_time = now
 
 
-# A step with unread tokens. logits, get_tokens: see Model.launch; start: the time of the launch.
-Flight = namedtuple("Flight", "batch logits get_tokens start")
+# A step with unread tokens. get_best: see Model.best_logprobs, None if no sequence wants them;
+# get_tokens: see Model.launch; start: the time of the launch.
+Flight = namedtuple("Flight", "batch get_best get_tokens start")
 
 
 class Engine:
@@ -1011,7 +1026,7 @@ class Engine:
             scheduled = self.scheduler.schedule()
             if scheduled:
                 self.launch(scheduled)
-            num_unread = self.num_unread(scheduled)
+            num_unread = 1 if self.overlap and scheduled else 0
             got_token = []
             while len(self.in_flight) > num_unread:
                 got_token += self.finish()
@@ -1059,14 +1074,6 @@ class Engine:
                 self.end(sequence, "abort")
             self.aborted.popleft()          # last: the note is not lost if this loop is interrupted
 
-    def num_unread(self, scheduled):
-        """The number of steps that may stay in flight when step() returns."""
-        if not self.overlap or not scheduled:
-            return 0
-        # The n best log-probabilities come from logits, soon overwritten by the next step.
-        needs_logits = any(s.params.logprobs for s in self.in_flight[-1].batch.sampled)
-        return 0 if needs_logits else 1
-
     def launch(self, scheduled):
         """Starts a step and books its tokens: the number is enough to plan the next step."""
         start = time.perf_counter()
@@ -1074,7 +1081,10 @@ class Engine:
         model = self.model
         batch = Batch.build(scheduled, self.scheduler.allocator.block_size, *model.tiling)
         logits, get_tokens = model.launch(batch)
-        self.in_flight.append(Flight(batch, logits, get_tokens, start))
+        # Now, since the next step overwrites the logits.
+        count = max((sequence.params.logprobs or 0 for sequence in batch.sampled), default=0)
+        get_best = model.best_logprobs(logits, count) if count else None
+        self.in_flight.append(Flight(batch, get_best, get_tokens, start))
         for sequence, count in scheduled:
             sequence.num_computed_tokens += count
             self.scheduler.register_full_blocks(sequence)
@@ -1085,9 +1095,10 @@ class Engine:
     def finish(self):
         """Waits for the oldest step in flight, hands out the tokens and returns the sequences. A
         sequence that has ended or was given up in the meantime gets no token."""
-        batch, logits, get_tokens, start = self.in_flight[0]
+        batch, get_best, get_tokens, start = self.in_flight[0]
         self.tell("wait")
         tokens, logprobs = (array.tolist() for array in get_tokens())
+        best_tokens, best_logprobs = get_best() if get_best else (None, None)
         self.tell("read")
         got_token = []
         positions = batch.lengths.tolist()
@@ -1099,7 +1110,9 @@ class Engine:
                 continue
             count = sequence.params.logprobs
             if count is not None:
-                best = self.best_logprobs(logits[row], count) if count else {}
+                best = {}
+                if count:
+                    best = dict(zip(best_tokens[row, :count].tolist(), best_logprobs[row, :count].tolist()))
                 # The sampled token need not be among the best.
                 sequence.output.logprobs.append(best | {tokens[row]: logprobs[row]})
             self.append(sequence, position, tokens[row])
@@ -1160,14 +1173,6 @@ class Engine:
         for listener in sequence.listeners:
             listener.append(sequence.output)
 
-    def best_logprobs(self, logits, count):
-        """{token id: log-probability} of the `count` best tokens. logits: [V], on the device."""
-        logits = self.model.device.fetch(logits)().astype(np.float32)
-        best = np.argsort(-logits, kind="stable")[:count]
-        shifted = logits - logits.max()
-        logprobs = shifted[best] - np.log(np.exp(shifted).sum())
-        return dict(zip(best.tolist(), logprobs.tolist()))
-
 
 # ==================================================================================================
 # API
@@ -1205,6 +1210,7 @@ class EngineArgs:
         None, "pages of the KV cache (default: as many as the memory holds)", type=int, metavar="N")
     max_num_batched_tokens: int = option(4096, "token budget of a step", type=int, metavar="N")
     max_num_seqs: int = option(256, "sequences that run at once", type=int, metavar="N")
+    max_logprobs: int = option(20, "the most logprobs of a request; -1: no limit", type=int, metavar="N")
     enforce_eager: bool = option(False, "launch every kernel by itself", "--no-cuda-graphs")
     fused_decode: bool = option(
         True, "compute steps of a few sequences by many kernels, not by decode.cu's one", "--no-fused-decode")
@@ -1232,6 +1238,7 @@ class EngineArgs:
                 want(f.name, lambda value: isinstance(value, bool), "True or False")
         for name in "max_model_len", "num_blocks":
             want(name, lambda n: n is None or is_int(n), "a whole number of 1 or more")
+        want("max_logprobs", lambda n: is_int(n, -1), "a whole number of 0 or more, or -1 for no limit")
         for name in "max_num_batched_tokens", "max_num_seqs":
             want(name, lambda n: is_int(n, 1, MAX_GRID_YZ),
                  f"a whole number from 1 to {MAX_GRID_YZ}, the most thread blocks of a grid in y and z")
@@ -1274,6 +1281,7 @@ class LLM:
         folder, self.config = open_config(args)
         self.tokenizer = Tokenizer(folder)
         self.device = open_device(args.device)
+        self.max_logprobs = args.max_logprobs
         num_blocks, self.max_model_len, self.advice = plan_pool(self.config, self.device, args)
         checkpoint = DummyCheckpoint(self.device) if args.load_format == "dummy" else Checkpoint(folder)
         weights = load_weights(checkpoint, self.config, self.device)
@@ -1345,6 +1353,8 @@ class LLM:
         """The Sequence of a prompt, whose output has an error if the prompt is unanswerable."""
         params.__post_init__()              # checked again: the caller may have changed its object,
         params = replace(params)            # and may do so later: a copy
+        check("logprobs", params.logprobs, lambda n: self.max_logprobs == -1 or (n or 0) <= self.max_logprobs,
+              f"at most max_logprobs, {self.max_logprobs}")
         output = RequestOutput([], arrival_time=time.perf_counter(),
                                logprobs=None if params.logprobs is None else [])
         try:
