@@ -29,9 +29,10 @@ import simulator
 import tinyvllm
 import tokenizer
 import views
+import weights
 
 ROOT = Path(__file__).parent
-MODULES = [tinyvllm, device, bench, views, tokenizer, simulator]
+MODULES = [tinyvllm, weights, device, bench, views, tokenizer, simulator]
 CUDA_FILES = sorted(path.name for path in ROOT.iterdir() if path.suffix in (".cu", ".h"))
 SOURCES = [*(f"{module.__name__}.py" for module in MODULES), *CUDA_FILES]
 TEXT = {name: (ROOT / name).read_text("utf-8") for name in SOURCES}

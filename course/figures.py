@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tinyvllm
 import views
 from bench import bench_rows, step_at_best
-from tinyvllm import SHAPES, BlockAllocator, RequestOutput, SamplingParams, Scheduler, Sequence, cdiv
+from tinyvllm import BlockAllocator, RequestOutput, SamplingParams, Scheduler, Sequence, cdiv
 from tinyvllm import decode_weight_bytes, kv_bytes_per_token        # noqa: F401, for the chapters' marks
+from weights import SHAPES
 
 COURSE = Path(__file__).resolve().parent
 ROOT = COURSE.parent
