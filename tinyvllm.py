@@ -241,7 +241,7 @@ class RequestOutput:
     error: str | None = None            # why the request was refused
     logprobs: list | None = None        # for each token {token id: log-probability}, of itself and the n best
     delta: str = ""                     # the new text since LLM.run or .stream last yielded this output
-    num_cached_tokens: int = 0          # tokens found in the prefix cache, summed over all admissions
+    num_cached_tokens: int = 0          # tokens of the prompt found in the prefix cache at admission
     num_preemptions: int = 0
     arrival_time: float = 0.0           # seconds of time.perf_counter(), like the next two
     first_token_time: float = 0.0
@@ -1353,8 +1353,9 @@ class LLM:
         """The Sequence of a prompt, whose output has an error if the prompt is unanswerable."""
         params.__post_init__()              # checked again: the caller may have changed its object,
         params = replace(params)            # and may do so later: a copy
-        check("logprobs", params.logprobs, lambda n: self.max_logprobs == -1 or (n or 0) <= self.max_logprobs,
-              f"at most max_logprobs, {self.max_logprobs}")
+        if params.logprobs and self.max_logprobs != -1:
+            check("logprobs", params.logprobs, lambda n: n <= self.max_logprobs,
+                  f"at most max_logprobs, {self.max_logprobs}")
         output = RequestOutput([], arrival_time=time.perf_counter(),
                                logprobs=None if params.logprobs is None else [])
         try:
