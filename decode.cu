@@ -168,9 +168,8 @@ template <int COUNT> struct Layout {    // of a thread block's shared memory, wi
     // over the consumer's keys; the sum of x^2 over the consumer's columns, [.., sequence and part].
     Pair sums[PENDING][CONSUMERS][MOST_SEQUENCES * SEGMENTS];
     Float8 heads[CONSUMERS][GROUP][HEAD_DIM / 8];
-    // (racecheck may report squares: consumers write them again without a wait. They do so when they have
-    // the x of the next normed product, and x depends, through words, on all that the reducer has computed
-    // with the old squares.)
+    // Consumers write squares again without a wait: when they have the x of the next normed product, which
+    // depends, through words, on all that the reducer has computed with the old squares.
     float squares[CONSUMERS][2 * MOST_SEQUENCES];
     // mbarriers. Of a stage: a piece has come; all consumers have read the stage.
     u64 full[COUNT][2];
@@ -178,8 +177,8 @@ template <int COUNT> struct Layout {    // of a thread block's shared memory, wi
     // Of a unit: all consumers have written their sums; the reducer has read the sums.
     u64 sums_full[PENDING];
     u64 sums_empty[PENDING];
-    // The latest of this thread block, in increasing order. (racecheck may report them: the reducer polls
-    // without an mbarrier. A ticket is one word, and says by itself whether it is new.)
+    // The latest of this thread block, in increasing order. racecheck reports them, RAW and WAR: the
+    // reducer polls without an mbarrier. A ticket is one word, and says by itself whether it is new.
     volatile int tickets[PENDING];
     int keys[MOST_SEQUENCES];           // the sequences' context lengths
     int attention_units;                // of a layer
@@ -594,8 +593,9 @@ template <int MOST> struct Consumer : Role {    // for up to MOST sequences
     // Gives the stage back to the producer, whose next copy overwrites the stage. Hazard: loads from
     // shared memory take a while, and the arrival at the mbarrier could overtake the loads of other
     // lanes. So a vote decides whether lane 0 or lane 1 arrives, and the vote needs `read` of all lanes,
-    // which a lane must compute from everything that the lane has loaded. (racecheck may report loads of
-    // other lanes against the copy: by the letter, only __syncwarp() orders memory, a vote does not.)
+    // which a lane must compute from everything that the lane has loaded. (By the letter, only __syncwarp()
+    // orders memory, a vote does not. Here the data does: no lane can vote before its loads are done.
+    // racecheck reports nothing here.)
     __device__ void give_back(unsigned read) {
         if (lane == __any_sync(ALL_LANES, read == 1)) mbarrier_arrive(&shared.empty[stage]);
         if (++stage == STAGES) {
@@ -608,6 +608,10 @@ template <int MOST> struct Consumer : Role {    // for up to MOST sequences
         ticket = shared.tickets[units % PENDING];
         ++units;
     }
+    // racecheck reports sums and squares, written before and read behind this mbarrier (RAW). The reports
+    // are wrong: the tool credits an arrival to the lane that arrives, not to the lanes that __syncwarp()
+    // has ordered before it. A kernel of this pattern alone gets the same reports, and none if every
+    // lane arrives (compute-sanitizer 2025.3.1).
     __device__ void finish_unit() {
         __syncwarp();    // all lanes have written their sums
         if (lane == 0) mbarrier_arrive(&shared.sums_full[(units - 1) % PENDING]);

@@ -945,7 +945,7 @@ def test_weights_that_do_not_fit(change, parts, tmp_path):
     assert_refused(run_main("--model", write_model(tmp_path, weights=change), "Hi"), *parts)
 
 
-NESTED = b"[" * 1000 + b"]" * 1000
+NESTED = b"[" * 100_000 + b"]" * 100_000
 NO_VOCABULARY = {"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": []}
 
 
@@ -1539,7 +1539,7 @@ MAY_IMPORT = {"tokenizer": set(), "views": set(), "simulator": set(), "reference
               "tinyvllm": LEAVES | {"device", "weights"}}
 MAY_COME_LATE = {"cupy", "huggingface_hub"}         # in a function: not every run has or needs both
 MOST_LINES = {"tinyvllm.py": 1750, "weights.py": 370, "device.py": 440, "kernels.cu": 1010, "ptx.h": 250,
-              "decode.cu": 1010, "simulator.h": 540, "simulator.py": 150, "tokenizer.py": 230,
+              "decode.cu": 1020, "simulator.h": 540, "simulator.py": 150, "tokenizer.py": 230,
               "views.py": 750, "bench.py": 600, "reference.py": 260}
 ROOMS = set(MOST_LINES) | {
     "views.html", "test_tinyvllm.py", "test_kernels.py", "test_tokenizer.py", "test_views.py",

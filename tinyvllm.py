@@ -419,10 +419,11 @@ class Scheduler:
         size = self.allocator.block_size
         tokens = sequence.token_ids
         for other in prefills:
-            same = 0                        # tokens of equal pages, without the page of the last token
+            same = num_cached               # tokens of equal pages, without the page of the last token
             while same + size < len(tokens) and tokens[same:same + size] == other.token_ids[same:same + size]:
                 same += size
-            if 2 * (same - num_cached) >= len(tokens) - num_cached:
+            is_worth_it = 2 * (same - num_cached) >= len(tokens) - num_cached
+            if is_worth_it and tokens[:num_cached] == other.token_ids[:num_cached]:
                 return True
         return False
 
