@@ -267,6 +267,23 @@ def test_parameters_changed_before_submit(name, value):
     assert_settled(llm)
 
 
+def test_outputs_that_a_caller_changes():
+    """A rebuild takes the known tokens from the sequence, never from an object that a caller holds."""
+    llm = fake_llm()
+    prompts = [[1, 2, 3], [9, 9]]
+    params = SamplingParams(max_tokens=12)
+    outputs = llm.submit(prompts, params)
+    for _ in range(5):
+        llm.engine.step()
+    outputs[0].token_ids[:] = ["nonsense"]
+    outputs[0].prompt_token_ids.clear()
+    llm.engine.is_torn = True               # as after an interrupt
+    for _ in llm.run(outputs):
+        pass
+    for prompt, output in zip(prompts, outputs):
+        assert_exact(llm, prompt, params, output)
+
+
 @pytest.mark.parametrize("kind", [list, tuple, set, iter, np.array, lambda ids: (i for i in ids)])
 @pytest.mark.parametrize("when", ["made", "changed"])
 def test_any_collection_of_stop_token_ids(kind, when):

@@ -612,6 +612,37 @@ def test_noise_is_exact_in_the_tail():
     assert ((counts - 2048.0) ** 2 / 2048).sum() < 63 + 5 * math.sqrt(126)
 
 
+def test_sample_random_rows():
+    """Fuzz: rows of all kinds beside one another, each drawn as its twin says.
+
+    TINYVLLM_FUZZ=N makes N rounds.
+    """
+    for number in range(int(os.environ.get("TINYVLLM_FUZZ", 0)) or 8):
+        rng = RNG(number)
+        V = int(rng.choice([5, 8, 100, 1001]))
+        S = 12
+        # Few distinct values make ties; a wide spread makes weights that vanish.
+        logits = np.float32(rng.standard_normal((S, V)) * 10.0 ** rng.uniform(-2, 3, (S, 1)))
+        logits = np.where(rng.random((S, 1)) < 0.3, np.round(logits), logits).astype(bfloat16)
+        logits[rng.random((S, V)) < 0.1] = -np.inf
+        logits[:, 0] = 0                            # never nothing but -inf
+        bad = rng.random(S) < 0.2
+        logits[bad, rng.integers(0, V)] = rng.choice([np.nan, np.inf])
+        temperature = np.where(rng.random(S) < 0.3, 0, 10.0 ** rng.uniform(-3, 2, S))
+        k = rng.integers(-1, V + 2, S)
+        p = np.where(rng.random(S) < 0.3, 1, rng.random(S))
+        seed = rng.integers(0, 2**63, S)
+        position = rng.integers(0, 100_000, S)
+        tokens, logprobs = sample(logits, temperature, k, p, seed, position)
+        assert ((0 <= tokens) & (tokens < V)).all() and (np.isnan(logprobs) == bad).all(), number
+        for row in np.flatnonzero(~bad):
+            if temperature[row] == 0:
+                assert tokens[row] == np.float32(logits[row]).argmax(), (number, row)
+            else:
+                assert_drawn(tokens[row], logits[row], temperature[row], k[row], p[row], seed[row],
+                             position[row])
+
+
 def test_sample_large_vocabulary():
     rng = RNG(12)
     logits = randn(rng, 3, 128256, scale=3)

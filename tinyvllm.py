@@ -260,6 +260,7 @@ class Sequence:
         self.max_len = max_len
         # array("i"): four bytes a token. Batch.build joins slices as bytes, without a Python loop.
         self.token_ids = int_array("i", output.prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
         self.num_computed_tokens = 0
         self.block_table = int_array("i")
         self.num_registered_blocks = 0      # the first pages, findable by other sequences
@@ -280,7 +281,8 @@ class Sequence:
 
     def restart(self):
         """Goes back to the known tokens, without pages."""
-        self.token_ids = int_array("i", self.output.prompt_token_ids) + int_array("i", self.output.token_ids)
+        while self.token_ids[-1] < 0:       # placeholders, see Engine
+            self.token_ids.pop()
         self.num_computed_tokens = 0
         self.block_table = int_array("i")
         self.num_registered_blocks = 0
@@ -942,7 +944,7 @@ def plan_pool(config, device, args):
 # To plan step n + 1 the CPU needs the number of step n's new tokens, not the ids. Until an id is
 # known, the sequence holds a placeholder: ~row, a negative number. The row is the sequence's index
 # among the sampled sequences of step n. On the GPU, gather_rows (or decode.cu) reads the id from
-# sampled[0][row]. Only the last token of a sequence can be a placeholder.
+# sampled[0][row]. Only the last two tokens of a sequence can be placeholders.
 #
 # The CPU notices the end of an answer one step late. Step n + 1 then computes a token too many, and
 # finish() drops the token. Its key and value may go to a page that already has a new owner. Steps
@@ -1050,17 +1052,19 @@ class Engine:
         self.tell("rebuilt")
 
     def read_again(self, sequence):
-        """Derives the text and the end of an answer from its tokens."""
+        """Derives an output, and whether the answer ends, from the sequence's own tokens."""
         output = sequence.output
+        answer = sequence.token_ids[sequence.num_prompt_tokens:].tolist()
         sequence.decoder.reset()
         text = ""
         reason = None
-        for position, token in enumerate(output.token_ids, len(output.prompt_token_ids)):
+        for position, token in enumerate(answer, sequence.num_prompt_tokens):
             piece, reason = self.read_token(sequence, position, token)
             text += piece
+        output.token_ids[:] = answer
         output.text = text
         if output.logprobs is not None:
-            del output.logprobs[len(output.token_ids):]
+            del output.logprobs[len(answer):]
         if reason:
             self.end(sequence, reason)
         else:
@@ -1126,8 +1130,8 @@ class Engine:
     def append(self, sequence, position, token):
         """Gives a sequence its new token: adds the text, and ends a complete answer."""
         output = sequence.output
-        sequence.token_ids[position] = token
-        output.token_ids.append(token)      # from here on, the token is known
+        sequence.token_ids[position] = token        # from here on, the token is known
+        output.token_ids.append(token)
         output.first_token_time = output.first_token_time or time.perf_counter()
         text, reason = self.read_token(sequence, position, token)
         output.text += text
@@ -1330,6 +1334,8 @@ class LLM:
 
     def submit(self, prompts, sampling_params=None):
         """Queues prompts and returns their RequestOutputs, for run(). All or, if interrupted, none."""
+        check("prompts", prompts, lambda prompts: is_sequence(prompts) and not isinstance(prompts, str),
+              "a list of prompts")
         if not isinstance(sampling_params, (list, tuple)):
             sampling_params = [sampling_params or SamplingParams()] * len(prompts)
         are_params = all(isinstance(params, SamplingParams) for params in sampling_params)
