@@ -44,6 +44,7 @@ import threading
 import time
 from array import array as int_array
 from collections import Counter, OrderedDict, deque, namedtuple
+from copy import copy
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -1342,9 +1343,12 @@ class LLM:
         if len(sampling_params) != len(prompts) or not are_params:
             raise TinyVLLMError(f"sampling_params: expected a SamplingParams, or one for each of "
                                 f"{len(prompts)} prompts, got {len(sampling_params)} in the list")
+        distinct = {id(params): params for params in sampling_params}
+        copies = {key: self.copied(params) for key, params in distinct.items()}
         outputs = []
         try:
-            sequences = [self.prepare(prompt, params) for prompt, params in zip(prompts, sampling_params)]
+            sequences = [self.prepare(prompt, copies[id(params)])
+                         for prompt, params in zip(prompts, sampling_params)]
             outputs = [sequence.output for sequence in sequences]
             self.engine.add([sequence for sequence in sequences if not sequence.output.error])
             return outputs
@@ -1356,13 +1360,17 @@ class LLM:
         """Queues a prompt. Returns the RequestOutput, with an error for an unanswerable prompt."""
         return self.submit([prompt], params)[0]
 
-    def prepare(self, prompt, params):
-        """The Sequence of a prompt, whose output has an error if the prompt is unanswerable."""
-        params.__post_init__()              # checked again: the caller may have changed its object,
-        params = replace(params)            # and may do so later: a copy
+    def copied(self, params):
+        """A copy of SamplingParams, checked again: a caller may have changed its object, and may do so
+        later."""
+        params.__post_init__()
         if params.logprobs and self.max_logprobs != -1:
             check("logprobs", params.logprobs, lambda n: n <= self.max_logprobs,
                   f"at most max_logprobs, {self.max_logprobs}")
+        return copy(params)
+
+    def prepare(self, prompt, params):
+        """The Sequence of a prompt, whose output has an error if the prompt is unanswerable."""
         output = RequestOutput([], arrival_time=time.perf_counter(),
                                logprobs=None if params.logprobs is None else [])
         try:
