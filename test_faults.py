@@ -29,7 +29,7 @@ import pytest
 import tinyvllm
 from reference import END, PARROT, StandIn, expected
 from tinyvllm import (LLM, BlockAllocator, Engine, ModelConfig, RequestOutput, SamplingParams, Scheduler,
-                      TinyVLLMError)
+                      Sequence, TinyVLLMError)
 from tokenizer import Tokenizer
 
 ROUNDS = int(os.environ.get("TINYVLLM_FUZZ", 0))
@@ -732,6 +732,37 @@ def test_many_decodes_leave_a_prompt_its_share():
     assert steps_until(llm, lambda: output.token_ids) <= 18
     grown = [len(other.token_ids) - length for other, length in zip(others, lengths)]
     assert min(grown) >= 11 and max(llm.engine.model.steps) <= 256        # three quarters of 16 steps
+
+
+def test_decodes_take_turns_while_others_come_and_go():
+    """Six of seven run in a step, the oldest ends, a new one comes: nobody is left out twice in a row."""
+    scheduler = fake_llm().engine.scheduler
+    decodes = [Sequence(SamplingParams(), RequestOutput([1]), None, 9) for _ in range(7)]
+    skipped = []
+    for _ in range(20):
+        chosen = scheduler.take_turns(decodes, 6)
+        [left_out] = [sequence for sequence in decodes if sequence not in chosen]
+        skipped.append(left_out)
+        assert len(skipped) < 2 or skipped[-2] is not left_out
+        newcomer = Sequence(SamplingParams(), RequestOutput([1]), None, 9)
+        newcomer.last_turn = scheduler.turn
+        decodes = [*decodes[1:], newcomer]
+
+
+def test_a_short_prompt_passes_several_long_ones():
+    llm = fake_llm(num_blocks=1000, budget=16)
+    llm.submit([[number] * 320 for number in range(1, 4)])
+    [short] = llm.submit([[7, 7, 7]])
+    assert steps_until(llm, lambda: short.token_ids) <= 6
+
+
+def test_a_blocked_prompt_is_asked_again_when_its_beginning_is_cached():
+    """Too few pages for all of it, but enough as soon as another request's pages can be shared."""
+    llm = fake_llm(num_blocks=15, block_size=4, budget=16)
+    shared = list(range(16))
+    first, second = llm.submit([shared + [50] * 8, shared + [60] * 23], SamplingParams(max_tokens=20))
+    steps_until(llm, lambda: second.token_ids)
+    assert first.finish_reason is None
 
 
 def test_short_prompts_pass_a_long_one():

@@ -158,6 +158,12 @@ class BlockAllocator:
             _, chain = self.chains[twins[0]]
         return blocks
 
+    def next_key(self, blocks, token_ids):
+        """The key in `cached` of the page after those that find() returned."""
+        chain = self.chains[blocks[-1]][1] if blocks else 0
+        start = len(blocks) * self.block_size
+        return chain, tuple(token_ids[start:start + self.block_size])
+
     def share(self, blocks):
         """Adds a user to pages that find() returned."""
         for block in blocks:
@@ -195,7 +201,7 @@ class BlockAllocator:
 #                [ computed: in the cache ...... | remaining    ]
 #
 # The next token can be sampled once nothing remains. Before a step, one token remains in decode,
-# more in prefill (after arrival or preemption). Nothing else tells decode from prefill.
+# mostly more in prefill (after arrival or preemption). Nothing else tells decode from prefill.
 # ==================================================================================================
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
@@ -268,7 +274,11 @@ class Sequence:
         self.seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little")
         self.listeners = []                 # deques of LLM.run that get the output after each new token
         self.was_admitted = False
-        self.blocked_at = -1                # admission failed with this number of spare pages
+        self.last_turn = 0                  # see Scheduler.take_turns
+        # Of the last admission that failed: the free pages beyond one for each running sequence, and
+        # the key of the first page that was not found.
+        self.blocked_at = -1
+        self.missing_key = None
 
     @property
     def remaining(self):
@@ -305,7 +315,7 @@ class Scheduler:
         self.static_batching = static_batching
         self.waiting = deque()
         self.running = []
-        self.turn = 0                       # see take_turns
+        self.turn = 0                       # counts take_turns
 
     def reset(self):
         """Forgets all sequences and the content of all pages."""
@@ -339,23 +349,25 @@ class Scheduler:
         return [(sequence, 1) for sequence in self.take_turns(decodes, budget)] + chunks
 
     def prefill_room(self, num_decodes):
-        """The prompt tokens of a step: what the decodes leave of the budget. But a quarter of the
-        budget at least, or many decodes would hold a prompt up for as many steps as it has tokens."""
+        """The prompt tokens of a step: what the decodes leave of the budget, and at least a quarter of
+        the budget. Otherwise many decodes could leave a prompt a single token a step."""
         return max(self.max_num_batched_tokens - num_decodes, self.max_num_batched_tokens // 4)
 
     def take_turns(self, decodes, budget):
-        """As many of the decodes as the budget has room for. The rest comes first in the next step."""
+        """As many of the decodes as the budget has room for: those first whose turn was longest ago."""
         if len(decodes) <= budget:
             return decodes
-        first = self.turn % len(decodes)
-        self.turn = first + budget
-        return (decodes + decodes)[first:first + budget]
+        chosen = sorted(decodes, key=lambda sequence: sequence.last_turn)[:budget]
+        for sequence in chosen:
+            self.turn += 1
+            sequence.last_turn = self.turn
+        return chosen
 
     def divide(self, prefills, room):
         """[(sequence, chunk)]: prompts in order of arrival, until the room is used up. Short prompts
         pass a long one in half of the room; the other half lets the long prompt get on."""
         chunks = []
-        passing = []
+        passing = []                        # the shortest that fit into half of the room together
         if self.chunked_prefill and prefills and prefills[0].remaining > room:
             short_room = room // 2
             for sequence in sorted(prefills[1:], key=lambda sequence: sequence.remaining):
@@ -380,53 +392,59 @@ class Scheduler:
             return False
         if self.static_batching:
             return was_idle
-        planned = sum(sequence.remaining for sequence in prefills)
-        if self.chunked_prefill and prefills and prefills[0].remaining > room:
-            planned -= prefills[0].remaining - cdiv(room, 2)        # the half that divide() keeps for it
+        # The prompts too long for this step count as half of the room together: divide() gives the
+        # other half to short prompts.
+        shorts = [prompt.remaining for prompt in prefills
+                  if prompt.remaining <= room or not self.chunked_prefill]
+        planned = sum(shorts) + (cdiv(room, 2) if len(shorts) < len(prefills) else 0)
         return planned < room
 
     def admit(self, prefills):
         """Moves the first waiting sequence to running, with pages for all its tokens and the next
-        token. False unless one page stays free for each running sequence: short of pages, the
-        running sequences would soon preempt the newcomer, and its prefill would be wasted."""
+        token. Refuses if fewer pages than running sequences would stay free: short of pages, those
+        would soon preempt the newcomer, and its prefill would be wasted."""
         sequence = self.waiting[0]
         allocator = self.allocator
         spare = len(allocator.free) - len(self.running)
-        if spare <= sequence.blocked_at:    # not again: to look up a long prompt takes milliseconds
+        # To look up a long prompt takes milliseconds: again only with more pages, or a new page found.
+        if spare <= sequence.blocked_at and sequence.missing_key not in allocator.cached:
+            return False
+        if self.is_worth_waiting(sequence, prefills):
             return False
         cached = allocator.find(sequence.token_ids)
-        if self.is_worth_waiting(sequence, len(cached) * allocator.block_size, prefills):
-            return False
         num_tokens = len(sequence.token_ids) + 1
         needed = cdiv(num_tokens, allocator.block_size) - len(cached)
         # Found pages without users still count as free, but share() is about to take them.
         if needed > spare - sum(block in allocator.free for block in cached):
             sequence.blocked_at = spare
+            sequence.missing_key = allocator.next_key(cached, sequence.token_ids)
             return False
         allocator.share(cached)
         sequence.block_table = int_array("i", cached + allocator.allocate(needed))
         sequence.num_registered_blocks = len(cached)
         sequence.num_computed_tokens = len(cached) * allocator.block_size
         sequence.blocked_at = -1
+        sequence.last_turn = self.turn
         if not sequence.was_admitted:
             sequence.was_admitted = True
             sequence.output.num_cached_tokens = sequence.num_computed_tokens
         self.running.append(self.waiting.popleft())
         return True
 
-    def is_worth_waiting(self, sequence, num_cached, prefills):
-        """Whether half of the tokens to compute, or more, are about to be computed in one of these
-        prompts: a step later, their pages can be found."""
-        if not self.allocator.prefix_caching or self.static_batching:   # or wait for the whole batch
+    def is_worth_waiting(self, sequence, prefills):
+        """Whether one of these prompts will fill pages with at least half of the tokens that the
+        sequence still needs: once they are filled, the sequence can share them."""
+        if not self.allocator.prefix_caching or self.static_batching:   # a static batch is admitted whole
             return False
         size = self.allocator.block_size
         tokens = sequence.token_ids
         for other in prefills:
-            same = num_cached               # tokens of equal pages, without the page of the last token
+            start = other.num_registered_blocks * size      # pages up to here can be found already
+            same = start                    # tokens of equal pages, without the page of the last token
             while same + size < len(tokens) and tokens[same:same + size] == other.token_ids[same:same + size]:
                 same += size
-            is_worth_it = 2 * (same - num_cached) >= len(tokens) - num_cached
-            if is_worth_it and tokens[:num_cached] == other.token_ids[:num_cached]:
+            is_worth_it = same > start and 2 * (same - start) >= len(tokens) - start
+            if is_worth_it and tokens[:start] == other.token_ids[:start]:       # last: it may be long
                 return True
         return False
 
@@ -948,8 +966,8 @@ def plan_pool(config, device, args):
 # sampled[0][row]. Only the last two tokens of a sequence can be placeholders.
 #
 # The CPU notices the end of an answer one step late. Step n + 1 then computes a token too many, and
-# finish() drops the token. Its key and value may go to a page that already has a new owner. Steps
-# run in order on the GPU: the new owner writes later, so no harm is done.
+# finish() drops the token. Its key and value may go to a page that another sequence has got by
+# then. No harm is done: that sequence's step stands behind this one in the GPU's queue.
 #
 # A step can be interrupted between any two statements: by Ctrl-C, by an error of the device. All
 # state is then in doubt, but for two things: the requests, and the known tokens of each answer. Both
@@ -995,8 +1013,8 @@ class Engine:
         self.in_flight = deque()            # of Flights, oldest first
         self.aborted = deque()              # outputs of abandoned requests, until a step drops them
         self.observers = []                 # objects with told(event, what), such as views.Recorder
-        # Threads take turns at steps. An RLock: a thread that was interrupted at the very release can
-        # go on.
+        # Threads take turns at steps. An RLock: if an interrupt prevents the release, the same thread
+        # can still take the lock again.
         self.lock = threading.RLock()
         self.is_torn = False                # True between steps: the last step did not come to its end
 
@@ -1012,7 +1030,7 @@ class Engine:
     def add(self, sequences):
         """Queues new sequences, all or none."""
         with self.lock:
-            was_torn = self.is_torn
+            was_torn = self.is_torn         # a step torn before stays torn
             self.is_torn = True
             self.sequences.update({id(sequence.output): sequence for sequence in sequences})
             self.scheduler.waiting.extend(sequences)
@@ -1341,8 +1359,8 @@ class LLM:
             sampling_params = [sampling_params or SamplingParams()] * len(prompts)
         are_params = all(isinstance(params, SamplingParams) for params in sampling_params)
         if len(sampling_params) != len(prompts) or not are_params:
-            raise TinyVLLMError(f"sampling_params: expected a SamplingParams, or one for each of "
-                                f"{len(prompts)} prompts, got {len(sampling_params)} in the list")
+            raise TinyVLLMError(f"sampling_params: expected a SamplingParams, or a list of {len(prompts)}, "
+                                f"one for each prompt, got {shown(sampling_params)}")
         distinct = {id(params): params for params in sampling_params}
         copies = {key: self.copied(params) for key, params in distinct.items()}
         outputs = []
@@ -1421,7 +1439,7 @@ class LLM:
         exception, Ctrl-C, a closed generator) gives the requests up."""
         outputs = list(outputs)             # a generator serves once
         news = deque()                      # outputs with a new token or an end
-        unseen = {}                         # id(output) -> (tokens, characters) yielded, not as final
+        unseen = {}                         # id(output) -> (tokens, characters) yielded, if not yet as final
         try:
             for output in outputs:
                 unseen[id(output)] = (0, 0)
@@ -1433,13 +1451,15 @@ class LLM:
                 output = news.popleft()
                 key = id(output)
                 is_final = output.finish_reason is not None
-                num_tokens, num_characters = unseen.get(key, (len(output.token_ids), 0))
-                if key not in unseen or (num_tokens == len(output.token_ids) and not is_final):
-                    continue                # another caller's step came first
-                unseen[key] = (len(output.token_ids), len(output.text))
+                text = output.text          # once: another thread's step may add more
+                seen = (len(output.token_ids), len(text))
+                if key not in unseen or (seen == unseen[key] and not is_final):
+                    continue                # nothing new: an earlier yield has shown this
+                _, num_characters = unseen[key]
+                unseen[key] = seen
                 if is_final:
                     del unseen[key]
-                output.delta = output.text[num_characters:]
+                output.delta = text[num_characters:]
                 yield output
         finally:
             self.abort(outputs)
@@ -1448,8 +1468,10 @@ class LLM:
         """run(), but only final outputs. bar: count several outputs, if stderr is a terminal."""
         is_hidden = not bar or len(outputs) < 2 or not sys.stderr.isatty()
         with tqdm(total=len(outputs), unit="answer", disable=is_hidden) as count:
+            final = set()
             for output in self.run(outputs):
-                if output.finish_reason:
+                if output.finish_reason and id(output) not in final:
+                    final.add(id(output))
                     count.update()
                     yield output
 
