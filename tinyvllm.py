@@ -275,10 +275,8 @@ class Sequence:
         self.listeners = []                 # deques of LLM.run that get the output after each new token
         self.was_admitted = False
         self.last_turn = 0                  # see Scheduler.take_turns
-        # Of the last admission that failed: the free pages beyond one for each running sequence, and
-        # the key of the first page that was not found.
-        self.blocked_at = -1
-        self.missing_key = None
+        self.blocked_at = -1                # pages to spare when admission failed last (see admit),
+        self.missing_key = None             # and the key of the first page that was not found
 
     @property
     def remaining(self):
@@ -1013,9 +1011,7 @@ class Engine:
         self.in_flight = deque()            # of Flights, oldest first
         self.aborted = deque()              # outputs of abandoned requests, until a step drops them
         self.observers = []                 # objects with told(event, what), such as views.Recorder
-        # Threads take turns at steps. An RLock: if an interrupt prevents the release, the same thread
-        # can still take the lock again.
-        self.lock = threading.RLock()
+        self.lock = threading.RLock()       # held in a step; R: an interrupt may prevent the release
         self.is_torn = False                # True between steps: the last step did not come to its end
 
     def tell(self, event, what=None):
@@ -1379,8 +1375,7 @@ class LLM:
         return self.submit([prompt], params)[0]
 
     def copied(self, params):
-        """A copy of SamplingParams, checked again: a caller may have changed its object, and may do so
-        later."""
+        """A copy, checked again: a caller may have changed its own object, and may do so later."""
         params.__post_init__()
         if params.logprobs and self.max_logprobs != -1:
             check("logprobs", params.logprobs, lambda n: n <= self.max_logprobs,
