@@ -1334,7 +1334,7 @@ class LLM:
                 pass
             return outputs
         finally:
-            self.abort(outputs)
+            self.abort(outputs)         # as run() does: an interrupt may come before run() begins
 
     def stream(self, prompt, sampling_params=None):
         """Yields the prompt's RequestOutput after each token; output.delta is the new text."""
@@ -1345,7 +1345,7 @@ class LLM:
                 raise TinyVLLMError(outputs[0].error)
             yield from self.run(outputs)
         finally:
-            self.abort(outputs)
+            self.abort(outputs)         # as run() does: an interrupt may come before run() begins
 
     def submit(self, prompts, sampling_params=None):
         """Queues prompts and returns their RequestOutputs, for run(). All or, if interrupted, none."""
