@@ -23,8 +23,8 @@ V vocabulary, N pages of the cache, B tokens of a page (block_size). Weights and
 bfloat16. A matrix is stored as [out, in], so a product is x @ w.T.
 
 Sections: Pages, Sequences and scheduler, Forward pass, Memory, Engine, API, Command line.
-weights.py reads a model's files, and device.py compiles and starts kernels, on a GPU or in a
-simulator.
+weights.py reads a model's files, sampling.py holds what a request asks of the sampler, and device.py
+compiles and starts kernels, on a GPU or in a simulator.
 """
 import signal
 
@@ -57,6 +57,7 @@ try:
     import views
     from device import (DECODE_KERNEL, FOLDER, KERNELS, MAX_GRID_YZ, TinyVLLMError, check,
                         compile_kernels, first_line, is_int, is_number, open_device, paste, shown)
+    from sampling import SamplingParams
     from tokenizer import StreamDecoder, Tokenizer, TokenizerError
     from weights import SHAPES, Checkpoint, DummyCheckpoint, ModelConfig, find_model, load_weights
 except ModuleNotFoundError as error:
@@ -203,40 +204,6 @@ class BlockAllocator:
 # The next token can be sampled once nothing remains. Before a step, one token remains in decode,
 # mostly more in prefill (after arrival or preemption). Nothing else tells decode from prefill.
 # ==================================================================================================
-MAX_FLOAT32 = float(np.finfo(np.float32).max)
-
-
-@dataclass
-class SamplingParams:
-    """How to choose tokens and when to stop, named as in vLLM. Nonsense raises TinyVLLMError."""
-    temperature: float = 0.0            # 0: greedy
-    top_k: int = 0                      # keep the k most probable tokens; 0 or -1: all
-    top_p: float = 1.0                  # of the kept tokens, keep the most probable up to a sum of p
-    seed: int | None = None             # None: another seed for every request
-    max_tokens: int | None = 256        # None: as many as the context holds
-    ignore_eos: bool = False            # go on after the model's own end of an answer
-    stop_token_ids: tuple = ()          # end the answer, beside the model's own eos tokens
-    logprobs: int | None = None         # report log-probabilities: of each token, and of the n best
-
-    def __post_init__(self):
-        def want(name, is_good, expected):
-            check(name, getattr(self, name), is_good, expected)
-        want("temperature", lambda t: is_number(t, 0, MAX_FLOAT32),
-             f"0 (greedy) or more, up to {MAX_FLOAT32:.1e}")
-        want("top_k", lambda k: is_int(k, -1), "a whole number of 1 or more, or 0 for all")
-        want("top_p", lambda p: is_number(p, 0, 1) and p > 0, "more than 0 and at most 1")
-        want("seed", lambda seed: seed is None or is_int(seed, 0, 2**64 - 1),
-             "a whole number from 0 to 2^64 - 1")
-        want("max_tokens", lambda n: n is None or is_int(n), "a whole number of 1 or more")
-        want("ignore_eos", lambda flag: isinstance(flag, (bool, np.bool_)), "True or False")
-        if not isinstance(self.stop_token_ids, (str, bytes)):
-            with contextlib.suppress(TypeError):
-                self.stop_token_ids = tuple(self.stop_token_ids)        # a generator serves once
-        want("stop_token_ids", lambda ids: isinstance(ids, tuple) and all(is_int(i, 0) for i in ids),
-             "a list of token ids")
-        want("logprobs", lambda n: n is None or is_int(n, 0), "a whole number of 0 or more")
-
-
 @dataclass
 class RequestOutput:
     """A request's answer. The output grows with each token, and is final with a finish_reason."""
@@ -1376,11 +1343,12 @@ class LLM:
 
     def copied(self, params):
         """A copy, checked again: a caller may have changed its own object, and may do so later."""
+        params = copy(params)
         params.__post_init__()
         if params.logprobs and self.max_logprobs != -1:
             check("logprobs", params.logprobs, lambda n: n <= self.max_logprobs,
                   f"at most max_logprobs, {self.max_logprobs}")
-        return copy(params)
+        return params
 
     def prepare(self, prompt, params):
         """The Sequence of a prompt, whose output has an error if the prompt is unanswerable."""
