@@ -97,6 +97,16 @@ class SamplingParams:
         """Whether the logits depend on the text so far."""
         return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
 
+    @property
+    def penalties(self):
+        """As the kernel takes them."""
+        return self.presence_penalty, self.frequency_penalty, self.repetition_penalty
+
+    @property
+    def changes_logits(self):
+        """Whether tokens have entries: see Adjustments."""
+        return self.has_penalty or bool(self.logit_bias) or self.min_tokens > 0
+
 
 class Adjustments:
     """The entries of a request: the tokens whose logits are changed before the next draw."""
@@ -105,14 +115,18 @@ class Adjustments:
         """end_ids: tokens that end an answer, which min_tokens bans at first."""
         self.params = params
         self.end_ids = end_ids
-        self.restart(is_banned=False)
+        self.restart()
 
-    def restart(self, is_banned):
-        """Begins anew, before the first token of the text. is_banned: whether no end may come."""
+    def restart(self):
+        """Forgets the text."""
+        self.is_banned = None           # whether no end may come; None: no entries yet
+
+    def begin(self, is_banned):
+        """Makes the entries of bias and ban, before any token of the text is counted."""
         self.is_banned = is_banned
         self.entries = int_array("i")
         self.index = {}                 # token -> index of the token's entry in `entries`
-        self.num_read = 0               # tokens of the text that are counted
+        self.num_counted = 0            # tokens of the text
         biases = dict(self.params.logit_bias)
         if is_banned:
             biases |= dict.fromkeys(self.end_ids, -np.inf)
@@ -138,13 +152,13 @@ class Adjustments:
         params = self.params
         is_banned = len(token_ids) - num_prompt_tokens < params.min_tokens
         if is_banned != self.is_banned:
-            self.restart(is_banned)
+            self.begin(is_banned)
         if not params.has_penalty:
             return self.entries
         # Only repetition_penalty asks for the prompt.
         start = 0 if params.repetition_penalty != 1 else num_prompt_tokens
-        end = len(token_ids) - 1 if token_ids[-1] < 0 else len(token_ids)
-        for position in range(max(start, self.num_read), end):
+        has_unknown = token_ids[-1] < 0
+        for position in range(max(start, self.num_counted), len(token_ids) - has_unknown):
             self.count(token_ids[position], 0 if position < num_prompt_tokens else 1)
-            self.num_read = position + 1
-        return self.entries if end == len(token_ids) else self.entries + SPARE
+            self.num_counted = position + 1
+        return self.entries + SPARE if has_unknown else self.entries

@@ -23,8 +23,9 @@ V vocabulary, N pages of the cache, B tokens of a page (block_size). Weights and
 bfloat16. A matrix is stored as [out, in], so a product is x @ w.T.
 
 Sections: Pages, Sequences and scheduler, Forward pass, Memory, Engine, API, Command line.
-weights.py reads a model's files, sampling.py holds what a request asks of the sampler, and device.py
-compiles and starts kernels, on a GPU or in a simulator.
+weights.py reads a model's files, sampling.py holds what a request asks of the sampler, device.py
+compiles and starts kernels, on a GPU or in a simulator, and program.py is what all programs share:
+options, signals, exit codes.
 """
 import signal
 
@@ -32,13 +33,11 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C during the imports: no traceback
 
 import argparse
-import atexit
 import contextlib
 import gc
 import itertools
 import math
 import os
-import re
 import sys
 import threading
 import time
@@ -55,11 +54,14 @@ try:
     from tqdm import tqdm
 
     import views
-    from device import (DECODE_KERNEL, FOLDER, KERNELS, MAX_GRID_YZ, TinyVLLMError, check,
-                        compile_kernels, first_line, is_int, is_number, open_device, paste, shown)
-    from sampling import SamplingParams
+    from device import (DECODE_KERNEL, FOLDER, KERNELS, TinyVLLMError, check, compile_kernels, open_device,
+                        paste, shown)
+    from program import (ArgumentParser, EngineArgs, add_sampling_options, as_flags, check_writable,
+                         given_sampling, run_program, sampling_params)
+    from sampling import ENTRY_INTS, Adjustments, SamplingParams
     from tokenizer import StreamDecoder, Tokenizer, TokenizerError
-    from weights import SHAPES, Checkpoint, DummyCheckpoint, ModelConfig, find_model, load_weights
+    from weights import (SHAPES, Checkpoint, DummyCheckpoint, ModelConfig, find_model, generation_defaults,
+                         load_weights)
 except ModuleNotFoundError as error:
     if Path(sys.argv[0]).resolve().parent != Path(__file__).resolve().parent:   # no program of this folder
         raise
@@ -210,10 +212,11 @@ class RequestOutput:
     prompt_token_ids: list
     text: str = ""
     token_ids: list = field(default_factory=list)
-    # "stop": an eos or stop token (the last of token_ids); "length": a limit; "error"; "abort"
+    # "stop": an eos or stop token (the last of token_ids), a stop text; "length": a limit; "error"; "abort"
     finish_reason: str | None = None
     error: str | None = None            # why the request was refused
     logprobs: list | None = None        # for each token {token id: log-probability}, of itself and the n best
+    prompt_logprobs: list | None = None     # the same for the prompt's tokens; None for the first token
     delta: str = ""                     # the new text since LLM.run or .stream last yielded this output
     num_cached_tokens: int = 0          # tokens of the prompt found in the prefix cache at admission
     num_preemptions: int = 0
@@ -226,12 +229,14 @@ class RequestOutput:
 class Sequence:
     """A request inside the engine: its tokens, its pages, and the progress of the computation."""
 
-    def __init__(self, params, output, decoder, max_len):
-        """max_len: prompt and answer together end at this number of tokens."""
+    def __init__(self, params, output, decoder, max_len, adjustments=None):
+        """max_len: prompt and answer together end at this number of tokens. adjustments: the changed
+        logits, None if no logits are changed."""
         self.params = params
         self.output = output
         self.decoder = decoder
         self.max_len = max_len
+        self.adjustments = adjustments
         # array("i"): four bytes a token. Batch.build joins slices as bytes, without a Python loop.
         self.token_ids = int_array("i", output.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
@@ -255,10 +260,18 @@ class Sequence:
         """Whether the sequence has all its tokens; the last may be a placeholder (see Engine)."""
         return len(self.token_ids) == self.max_len
 
+    @property
+    def num_unscored(self):
+        """The number of prompt tokens, after the computed ones, whose log-probabilities are wanted."""
+        wants_scores = self.params.prompt_logprobs is not None
+        return max(0, self.num_prompt_tokens - 1 - self.num_computed_tokens) if wants_scores else 0
+
     def restart(self):
         """Goes back to the known tokens, without pages."""
         while self.token_ids[-1] < 0:       # placeholders, see Engine
             self.token_ids.pop()
+        if self.adjustments:
+            self.adjustments.restart()
         self.num_computed_tokens = 0
         self.block_table = int_array("i")
         self.num_registered_blocks = 0
@@ -340,10 +353,16 @@ class Scheduler:
                     break
                 passing.append(sequence)
                 short_room -= sequence.remaining
+        # Each sequence may have one row of logits, and a prompt's wanted log-probabilities one row for
+        # each token: max_num_seqs rows together.
+        spare_rows = self.max_num_seqs - len(self.running)
         for sequence in passing + [sequence for sequence in prefills if sequence not in passing]:
             chunk = min(sequence.remaining, room)
             if chunk < sequence.remaining and not self.chunked_prefill:
                 break                       # until a step has room for the whole prompt
+            if chunk and sequence.num_unscored:
+                chunk = min(chunk, 1 + spare_rows)
+                spare_rows -= chunk - 1
             if chunk:
                 chunks.append((sequence, chunk))
                 room -= chunk
@@ -376,7 +395,8 @@ class Scheduler:
             return False
         if self.is_worth_waiting(sequence, prefills):
             return False
-        cached = allocator.find(sequence.token_ids)
+        # Found pages are not computed again, so their tokens would have no logits.
+        cached = [] if sequence.num_unscored else allocator.find(sequence.token_ids)
         num_tokens = len(sequence.token_ids) + 1
         needed = cdiv(num_tokens, allocator.block_size) - len(cached)
         # Found pages without users still count as free, but share() is about to take them.
@@ -400,6 +420,8 @@ class Scheduler:
         """Whether one of these prompts will fill pages with at least half of the tokens that the
         sequence still needs: once they are filled, the sequence can share them."""
         if not self.allocator.prefix_caching or self.static_batching:   # a static batch is admitted whole
+            return False
+        if sequence.num_unscored:           # see admit
             return False
         size = self.allocator.block_size
         tokens = sequence.token_ids
@@ -511,20 +533,30 @@ class Batch:
     The arrays stand in the order of upload (StepBuffer): entries of 8 bytes first, for alignment,
     and block_tables last, since T, S and R do not determine its size."""
     sampled: list                       # R Sequences: nothing of them remains after this step
+    scored: list                        # (Sequence, position) of P prompt tokens, to report log-probabilities
     slot_mapping: np.ndarray            # [T] int64: the slot for each token's key and value; -1: none
-    seeds: np.ndarray                   # [R] uint64
+    seeds: np.ndarray                   # [R + P] uint64
     token_ids: np.ndarray               # [T] int32
     positions: np.ndarray               # [T] int32
     cu_seqlens: np.ndarray              # [S + 1] int32
     context_lens: np.ndarray            # [S] int32
-    last_tokens: np.ndarray             # [R] int32: index in the batch of each sampled sequence's last token
-    lengths: np.ndarray                 # [R] int32: tokens of each sampled sequence, the new token's position
-    temperatures: np.ndarray            # [R] float32
-    top_ks: np.ndarray                  # [R] int32
-    top_ps: np.ndarray                  # [R] float32
+    # The rows of logits: R sampled sequences, then P prompt tokens, whose other values are 0.
+    last_tokens: np.ndarray             # [R + P] int32: the row's token, an index in the batch
+    lengths: np.ndarray                 # [R + P] int32: tokens of each sequence, the new token's position
+    temperatures: np.ndarray            # [R + P] float32
+    top_ks: np.ndarray                  # [R + P] int32
+    top_ps: np.ndarray                  # [R + P] float32
+    min_ps: np.ndarray                  # [R + P] float32
+    given: np.ndarray                   # [R + P] int32: the token to report; -1: choose one
+    newest: np.ndarray                  # [R + P] int32: index in the batch of a token not in entries, or -1
+    cu_entries: np.ndarray              # [R + P + 1] int32: see entries
+    penalties: np.ndarray               # [R + P, 3] float32: presence, frequency, repetition
     tiles: np.ndarray                   # [2A] int32: the work of attention, see attention_tiles
     cu_blocks: np.ndarray               # [S + 1] int32
     block_tables: np.ndarray            # [pages of all S] int32: sequence s begins at cu_blocks[s]
+    # int32: the changed logits of all rows, see Adjustments. The address depends on the number of pages,
+    # so cu_entries counts from the beginning of block_tables.
+    entries: np.ndarray
 
     @classmethod
     def build(cls, scheduled, block_size, group, tile_rows):
@@ -548,24 +580,61 @@ class Batch:
         slot_mapping = pages.astype(np.int64) * block_size + positions % block_size     # [T]
 
         chosen = np.flatnonzero(context_lens == lengths)        # [R] indices of the sampled sequences
-        sampled = [sequences[s] for s in chosen]
-        params = [s.params for s in sampled]
         return cls(
-            sampled=sampled,
             slot_mapping=slot_mapping,
-            seeds=np.array([s.seed for s in sampled], np.uint64),
             token_ids=token_ids,
             positions=positions,
             cu_seqlens=cu_seqlens,
             context_lens=context_lens,
-            last_tokens=cu_seqlens[chosen + 1] - 1,
-            lengths=lengths[chosen],
-            temperatures=np.array([p.temperature for p in params], np.float32),
-            top_ks=np.array([min(p.top_k, 2**31 - 1) for p in params], np.int32),
-            top_ps=np.array([p.top_p for p in params], np.float32),
             tiles=attention_tiles(counts, context_lens, group, tile_rows),
             cu_blocks=cu_blocks,
-            block_tables=block_tables)
+            block_tables=block_tables,
+            **cls.build_rows(scheduled, chosen, cu_seqlens, len(block_tables)))
+
+    @staticmethod
+    def build_rows(scheduled, chosen, cu_seqlens, num_blocks):
+        """The fields of the rows of logits. chosen [R]: the sampled sequences, numbers in scheduled."""
+        sampled = [scheduled[s][0] for s in chosen]
+        scored = []
+        scored_tokens = []                                      # index in the batch of each
+        if len(chosen) < len(scheduled) or cu_seqlens[-1] > len(scheduled):     # else all is decode
+            for (sequence, count), start in zip(scheduled, cu_seqlens.tolist()):
+                for i in range(min(count, sequence.num_unscored)):
+                    scored.append((sequence, sequence.num_computed_tokens + i + 1))
+                    scored_tokens.append(start + i)
+        last_tokens = np.array([*(cu_seqlens[chosen + 1] - 1), *scored_tokens], np.int32)
+
+        entries = [s.adjustments.up_to(s.token_ids, s.num_prompt_tokens) if s.adjustments else b""
+                   for s in sampled]
+        num_entries = [len(ints) for ints in entries] + [0] * len(scored)
+        # A last entry without a token is the place for the newest token, see SPARE.
+        has_spare = [len(ints) > 0 and ints[-ENTRY_INTS] < 0 for ints in entries]
+        params = [s.params for s in sampled]
+        penalties = [p.penalties for p in params] if any(entries) else np.zeros((len(sampled), 3))
+        rows = {
+            "seeds": np.array([s.seed for s in sampled], np.uint64),
+            "lengths": np.array([len(s.token_ids) for s in sampled], np.int32),
+            "temperatures": np.array([p.temperature for p in params], np.float32),
+            "top_ks": np.array([min(p.top_k, 2**31 - 1) for p in params], np.int32),
+            "top_ps": np.array([p.top_p for p in params], np.float32),
+            "min_ps": np.array([p.min_p for p in params], np.float32),
+            "given": np.full(len(sampled), -1, np.int32),
+            "newest": np.where(has_spare, last_tokens[:len(sampled)], -1).astype(np.int32),
+            "penalties": np.array(penalties, np.float32)}
+        if scored:
+            rows = {name: filled(name, array, len(last_tokens)) for name, array in rows.items()}
+            rows["given"][len(sampled):] = [sequence.token_ids[position] for sequence, position in scored]
+        return rows | {
+            "sampled": sampled,
+            "scored": scored,
+            "last_tokens": last_tokens,
+            "cu_entries": num_blocks + cumulative(num_entries),
+            "entries": np.frombuffer(b"".join(entries), np.int32)}
+
+    @property
+    def num_bytes(self):
+        """The room that the arrays take in a StepBuffer."""
+        return sum(getattr(self, name).nbytes for name in BATCH_ARRAYS)
 
     @property
     def is_decode(self):
@@ -577,25 +646,29 @@ class Batch:
         count = len(self.token_ids)
         if count == size:
             return self
-
-        def fill(array, value=0):
-            return np.concatenate([array, np.full(size - count, value, array.dtype)])
         numbers = np.arange(size + 1, dtype=np.int32)
         padding = numbers[count:-1]
         new_tiles = np.stack([padding, np.zeros_like(padding)], 1)      # (sequence, first query row 0)
-        zeros = {name: fill(getattr(self, name)) for name in (
-            "seeds", "token_ids", "positions", "context_lens", "lengths", "temperatures", "top_ks", "top_ps")}
+        arrays = {name: filled(name, getattr(self, name), size) for name in (
+            "slot_mapping", "seeds", "token_ids", "positions", "context_lens", "lengths", "temperatures",
+            "top_ks", "top_ps", "min_ps", "given", "newest", "penalties")}
+        ends = {name: np.concatenate([getattr(self, name), np.repeat(getattr(self, name)[-1:], size - count)])
+                for name in ("cu_blocks", "cu_entries")}
         return replace(
-            self, **zeros,
-            slot_mapping=fill(self.slot_mapping, -1),
+            self, **arrays, **ends,
             cu_seqlens=numbers,
             last_tokens=numbers[:-1],
-            tiles=np.concatenate([self.tiles, new_tiles.ravel()]),
-            cu_blocks=fill(self.cu_blocks, self.cu_blocks[-1]))
+            tiles=np.concatenate([self.tiles, new_tiles.ravel()]))
+
+
+def filled(name, array, size):
+    """A Batch's array, lengthened to `size` by rows that ask for nothing."""
+    value = -1 if name in ("slot_mapping", "given", "newest") else 0
+    return np.concatenate([array, np.full((size - len(array), *array.shape[1:]), value, array.dtype)])
 
 
 Tiling = namedtuple("Tiling", "group tile_rows")            # attention's, see attention_tiles
-BATCH_ARRAYS = [f.name for f in fields(Batch) if f.name != "sampled"]
+BATCH_ARRAYS = [f.name for f in fields(Batch) if f.name not in ("sampled", "scored")]
 DeviceBatch = namedtuple("DeviceBatch", BATCH_ARRAYS)       # a Batch's arrays in the device's memory
 
 
@@ -625,19 +698,28 @@ class StepBuffer:
     # Slot, id, position, and a share of a tile: 8 bytes for 64 query rows or more, which are 4 tokens
     # or more, since a token has 16 query rows at most.
     TOKEN_BYTES = 8 + 4 + 4 + 2
-    SEQUENCE_BYTES = 8 + 8 * 4 + 8      # seed, eight arrays of 4 bytes, a last, partial tile
+    SEQUENCE_BYTES = 3 * 4 + 8          # three arrays of 4 bytes, a last, partial tile
+    ROW_BYTES = 8 + 12 * 4              # of logits: a seed, nine arrays of 4 bytes, three penalties
 
     def __init__(self, device, max_tokens, max_seqs, max_blocks):
-        """max_blocks: entries of all block tables. Shared pages make more entries than pages."""
-        # max_seqs + 1: cu_seqlens and cu_blocks have S + 1 entries.
-        num_bytes = self.TOKEN_BYTES * max_tokens + self.SEQUENCE_BYTES * (max_seqs + 1) + 4 * max_blocks
+        """max_seqs: of sequences and of rows of logits, each. max_blocks: entries of all block tables.
+        Shared pages make more entries than pages."""
+        # max_seqs + 1: three arrays have an entry more than sequences or rows.
+        per_sequence = self.SEQUENCE_BYTES + self.ROW_BYTES
         self.device = device
-        self.target = device.empty(num_bytes, np.uint8)
-        # Two sources, used in turn: the copy of the previous step may still read the other source.
-        # Each with wait(), until its last copy is done.
-        self.sources = [(device.pinned(num_bytes), lambda: None) for _ in range(2)]
         # Of the latest step: [0] token ids, [1] log-probabilities, float32 seen as int32.
         self.sampled = device.empty((2, max_seqs), np.int32)
+        self.sources = []
+        self.allocate(self.TOKEN_BYTES * max_tokens + per_sequence * (max_seqs + 1) + 4 * max_blocks)
+
+    def allocate(self, num_bytes):
+        """Makes room for batches of so many bytes, in place of the present room."""
+        for _, wait in self.sources:
+            wait()
+        self.target = self.device.empty(num_bytes, np.uint8)
+        # Two sources, used in turn: the copy of the previous step may still read the other source.
+        # Each with wait(), until its last copy is done.
+        self.sources = [(self.device.pinned(num_bytes), lambda: None) for _ in range(2)]
 
     def upload(self, batch):
         """Copies a Batch to the device. Returns the DeviceBatch."""
@@ -649,8 +731,8 @@ class StepBuffer:
             array = getattr(batch, name)
             start = end
             end += array.nbytes
-            source[start:end] = array.view(np.uint8)
-            arrays[name] = self.target[start:end].view(array.dtype)
+            source[start:end] = array.view(np.uint8).ravel()
+            arrays[name] = self.target[start:end].view(array.dtype).reshape(array.shape)
         wait = self.device.copy(self.target[:end], source[:end])
         self.sources = [(source, wait), self.sources[0]]
         return DeviceBatch(**arrays)
@@ -714,11 +796,15 @@ class Model:
         return next((size for size in self.graph_sizes if size >= len(batch.token_ids)), None)
 
     def launch(self, batch):
-        """Starts a step and does not wait. Returns the logits [R, V], valid until the next step,
-        and get_tokens(), a function that waits and returns the sampled tokens, int32 [R], and their
-        log-probabilities, float32 [R]. All three can have more rows: those after R mean nothing."""
+        """Starts a step and does not wait. Returns the logits [R + P, V], valid until the next step,
+        and get_tokens(), a function that waits and returns the rows' tokens, int32 [R + P], and their
+        log-probabilities, float32 [R + P]. All three can have more rows, which mean nothing."""
         size = self.graph_size(batch)
-        b = self.buffer.upload(batch if size is None else batch.padded(size))
+        batch = batch if size is None else batch.padded(size)
+        if batch.num_bytes > len(self.buffer.target):       # the changed logits of many long texts: no limit
+            self.buffer.allocate(2 * batch.num_bytes)
+            self.graphs.clear()                             # recorded with the old addresses
+        b = self.buffer.upload(batch)
         if size is None:
             logits = self.forward(b)
         elif size in self.graphs:
@@ -749,9 +835,9 @@ class Model:
 
     def forward(self, b):
         """Puts the new tokens' keys and values into the cache, and the sampled sequences' next
-        tokens into the step buffer. Returns the logits [R, V]. b: a DeviceBatch."""
+        tokens into the step buffer. Returns the logits [R + P, V]. b: a DeviceBatch."""
         c, w, kernels, linear = self.config, self.weights, self.kernels, self.device.linear
-        T, R, num_tiles = len(b.token_ids), len(b.last_tokens), len(b.tiles) // 2
+        T, num_rows, num_tiles = len(b.token_ids), len(b.last_tokens), len(b.tiles) // 2
         D, F, H, K, h = (c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_key_value_heads,
                          c.head_dim)
         # To keep the memory busy, attention needs two thread blocks for each multiprocessor. A
@@ -765,7 +851,8 @@ class Model:
         attention = self.device.empty((T, H * h))
         activation = self.device.empty((T, F))
 
-        # The embedding. A token id ~row is a placeholder for sampled[0][row] of the previous step.
+        # The embedding. A token id ~row is a placeholder for sampled[0][row] of the previous step, and is
+        # replaced by the id.
         kernels.gather_rows((T,), residual, w.embed, b.token_ids, self.buffer.sampled[0])
         for layer, (k_cache, v_cache) in zip(w.layers, self.kv_cache):
             # residual += attention(norm(residual)) @ o. rope_and_cache applies the norm's factor.
@@ -782,10 +869,10 @@ class Model:
             kernels.silu_mul((cdiv(F, kernels.SILU_COLUMNS), T), activation, gate_up, residual)
             linear(activation, layer.down, add_to=residual)
 
-        if R == 0:
+        if num_rows == 0:
             return None
-        x = self.device.empty((R, D))                       # of sampled sequences only: the head is large
-        kernels.rms_norm((R,), x, residual, b.last_tokens, w.norm)
+        x = self.device.empty((num_rows, D))                # not of all tokens: the head is large
+        kernels.rms_norm((num_rows,), x, residual, b.last_tokens, w.norm)
         logits = linear(x, w.head)
         return self.sample(logits, b)
 
@@ -811,7 +898,8 @@ class Model:
         depends only on the request's seed and the token's position."""
         tokens, logprobs = self.buffer.sampled
         self.kernels.sample((len(logits),), tokens, logprobs.view(np.float32), logits, b.temperatures,
-                            b.top_ks, b.top_ps, b.seeds, b.lengths)
+                            b.top_ks, b.top_ps, b.min_ps, b.seeds, b.lengths, b.given, b.penalties,
+                            b.block_tables, b.cu_entries, b.newest, b.token_ids)
         return logits
 
 
@@ -1069,7 +1157,9 @@ class Engine:
         batch = Batch.build(scheduled, self.scheduler.allocator.block_size, *model.tiling)
         logits, get_tokens = model.launch(batch)
         # Now, since the next step overwrites the logits.
-        count = max((sequence.params.logprobs or 0 for sequence in batch.sampled), default=0)
+        counts = [sequence.params.logprobs or 0 for sequence in batch.sampled]
+        counts += [sequence.params.prompt_logprobs for sequence, _ in batch.scored]
+        count = max(counts, default=0)
         get_best = model.best_logprobs(logits, count) if count else None
         self.in_flight.append(Flight(batch, get_best, get_tokens, start))
         for sequence, count in scheduled:
@@ -1088,6 +1178,16 @@ class Engine:
         best_tokens, best_logprobs = get_best() if get_best else (None, None)
         self.tell("read")
         got_token = []
+
+        def report(row, count):
+            """{token id: log-probability} of a row's token and of the `count` best."""
+            best = {}
+            if count:
+                best = dict(zip(best_tokens[row, :count].tolist(), best_logprobs[row, :count].tolist()))
+            return best | {tokens[row]: logprobs[row]}          # the row's token need not be among the best
+        for row, (sequence, position) in enumerate(batch.scored, len(batch.sampled)):
+            if not sequence.output.finish_reason:
+                sequence.output.prompt_logprobs[position] = report(row, sequence.params.prompt_logprobs)
         positions = batch.lengths.tolist()
         for row, (sequence, position) in enumerate(zip(batch.sampled, positions)):
             if sequence.output.finish_reason:
@@ -1095,13 +1195,8 @@ class Engine:
             if math.isnan(logprobs[row]):
                 self.end(sequence, "error", "the model's logits are NaN or infinite: check the weights")
                 continue
-            count = sequence.params.logprobs
-            if count is not None:
-                best = {}
-                if count:
-                    best = dict(zip(best_tokens[row, :count].tolist(), best_logprobs[row, :count].tolist()))
-                # The sampled token need not be among the best.
-                sequence.output.logprobs.append(best | {tokens[row]: logprobs[row]})
+            if sequence.output.logprobs is not None:
+                sequence.output.logprobs.append(report(row, sequence.params.logprobs))
             self.append(sequence, position, tokens[row])
             got_token.append(sequence)
         self.in_flight.popleft()
@@ -1128,7 +1223,11 @@ class Engine:
         is_eos = token in self.model.config.eos_token_ids and not params.ignore_eos
         if is_eos or token in params.stop_token_ids:
             return "", "stop"               # the token's own text is not in the answer
-        return sequence.decoder.push(token), "length" if position + 1 == sequence.max_len else None
+        num_tokens = position + 1 - sequence.num_prompt_tokens
+        text = sequence.decoder.push(token, num_tokens > params.min_tokens)
+        if sequence.decoder.has_stopped:
+            return text, "stop"
+        return text, "length" if position + 1 == sequence.max_len else None
 
     def end(self, sequence, reason, error=None):
         """Makes the output of a running or waiting sequence final."""
@@ -1170,86 +1269,6 @@ class Engine:
 # step. An unanswerable prompt is refused before it takes a page, as an output with an error; the
 # rest of its list runs.
 # ==================================================================================================
-def option(default, text, flag=None, **arguments):
-    """A field of EngineArgs. text: the help; flag: the command line's spelling, if not the name;
-    arguments: more of argparse's add_argument."""
-    return field(default=default, metadata={"text": text, "flag": flag, "arguments": arguments})
-
-
-@dataclass(frozen=True)
-class EngineArgs:
-    """The engine's options: keyword arguments of LLM(), command-line options of every program. The
-    text of a bool says what its flag does: the opposite of the default. A new option is a field
-    here, a check in __post_init__ (a bool needs none), and a use, mostly through LLM.__init__."""
-    model: str | None = option(
-        None, "a folder or a Hugging Face id (default: $TINYVLLM_MODEL, else Llama-3.2-1B-Instruct if it was "
-        "downloaded before, else the bundled Parrot)")
-    device: str = option(
-        "auto", "auto: a GPU if there is one, else the simulator", choices=("auto", "cpu", "cuda"))
-    load_format: str = option(
-        "auto", f"dummy: random weights, for a --model that may also be one of {', '.join(SHAPES)}",
-        choices=("auto", "dummy"))
-    max_model_len: int | None = option(
-        None, "tokens of prompt and answer together (default: the model's limit)", type=int, metavar="N")
-    gpu_memory_utilization: float = option(0.9, "share of the GPU's memory to use", type=float, metavar="X")
-    block_size: int = option(16, "tokens of a page of the KV cache", type=int, metavar="N")
-    num_blocks: int | None = option(
-        None, "pages of the KV cache (default: as many as the memory holds)", type=int, metavar="N")
-    max_num_batched_tokens: int = option(4096, "token budget of a step", type=int, metavar="N")
-    max_num_seqs: int = option(256, "sequences that run at once", type=int, metavar="N")
-    max_logprobs: int = option(20, "the most logprobs of a request; -1: no limit", type=int, metavar="N")
-    enforce_eager: bool = option(False, "launch every kernel by itself", "--no-cuda-graphs")
-    fused_decode: bool = option(
-        True, "compute steps of a few sequences by many kernels, not by decode.cu's one", "--no-fused-decode")
-    overlap: bool = option(True, "read a step's tokens before the next step is launched", "--no-overlap")
-    prefix_caching: bool = option(
-        True, "compute every prompt whole, even if an earlier one began with the same tokens",
-        "--no-prefix-caching")
-    enable_chunked_prefill: bool = option(
-        True, "compute a prompt in one step, or let it wait", "--no-chunked-prefill")
-    static_batching: bool = option(
-        False, "admit a batch of requests together, and the next batch when all of it is done")
-
-    def __post_init__(self):
-        def want(name, is_good, expected):
-            check(name, getattr(self, name), is_good, expected)
-        want("model", lambda name: name is None or (isinstance(name, (str, os.PathLike)) and str(name)),
-             "a folder or a Hugging Face id")
-        want("device", lambda name: name in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
-        want("load_format", lambda name: name in ("auto", "dummy"), "auto or dummy")
-        want("gpu_memory_utilization", lambda share: is_number(share, 0, 1) and share > 0,
-             "more than 0 and at most 1")
-        want("block_size", lambda n: is_int(n) and n in (8, 16, 32, 64, 128), "8, 16, 32, 64 or 128")
-        for f in fields(self):
-            if isinstance(f.default, bool):
-                want(f.name, lambda value: isinstance(value, bool), "True or False")
-        for name in "max_model_len", "num_blocks":
-            want(name, lambda n: n is None or is_int(n), "a whole number of 1 or more")
-        want("max_logprobs", lambda n: is_int(n, -1), "a whole number of 0 or more, or -1 for no limit")
-        for name in "max_num_batched_tokens", "max_num_seqs":
-            want(name, lambda n: is_int(n, 1, MAX_GRID_YZ),
-                 f"a whole number from 1 to {MAX_GRID_YZ}, the most thread blocks of a grid in y and z")
-
-    @classmethod
-    def add_to(cls, parser):
-        """Adds the options to an argparse parser. A flag without a value inverts the default."""
-        for f in fields(cls):
-            text = f.metadata["text"]
-            flag = f.metadata["flag"] or "--" + f.name.replace("_", "-")
-            if isinstance(f.default, bool):
-                parser.add_argument(flag, dest=f.name, action="store_const", const=not f.default,
-                                    default=f.default, help=text)
-            else:
-                shown = text if f.default is None else f"{text} (default: {f.default})"
-                parser.add_argument(flag, dest=f.name, default=f.default, help=shown,
-                                    **f.metadata["arguments"])
-
-    @classmethod
-    def from_namespace(cls, namespace):
-        """The options in the namespace of a parser."""
-        return cls(**{f.name: getattr(namespace, f.name) for f in fields(cls)})
-
-
 def open_config(args):
     """(folder, ModelConfig). A shape by name has Parrot's folder: any tokenizer will do."""
     name = args.model or os.environ.get("TINYVLLM_MODEL")
@@ -1265,8 +1284,10 @@ class LLM:
     def __init__(self, model=None, **options):
         """options: EngineArgs' fields."""
         args = EngineArgs(model, **options)
-        folder, self.config = open_config(args)
+        folder, config = open_config(args)
         self.tokenizer = Tokenizer(folder)
+        self.config = replace(config, eos_token_ids=config.eos_token_ids | self.tokenizer.end_ids)
+        self.default_sampling = generation_defaults(folder)     # {name of SamplingParams: value}
         self.device = open_device(args.device)
         self.max_logprobs = args.max_logprobs
         num_blocks, self.max_model_len, self.advice = plan_pool(self.config, self.device, args)
@@ -1345,9 +1366,14 @@ class LLM:
         """A copy, checked again: a caller may have changed its own object, and may do so later."""
         params = copy(params)
         params.__post_init__()
-        if params.logprobs and self.max_logprobs != -1:
-            check("logprobs", params.logprobs, lambda n: n <= self.max_logprobs,
-                  f"at most max_logprobs, {self.max_logprobs}")
+        for name in "logprobs", "prompt_logprobs":
+            count = getattr(params, name)
+            if count and self.max_logprobs != -1:
+                check(name, count, lambda n: n <= self.max_logprobs,
+                      f"at most max_logprobs, {self.max_logprobs}")
+        if params.logit_bias:
+            check("logit_bias", max(params.logit_bias), lambda token: token < self.config.vocab_size,
+                  f"token ids below {self.config.vocab_size}")
         return params
 
     def prepare(self, prompt, params):
@@ -1361,7 +1387,13 @@ class LLM:
             output.error = str(error)
         num_tokens = len(output.prompt_token_ids)
         max_len = min(self.max_model_len, num_tokens + int(params.max_tokens or self.max_model_len))
-        return Sequence(params, output, StreamDecoder(self.tokenizer), max_len)
+        if params.prompt_logprobs is not None:
+            output.prompt_logprobs = [None] * num_tokens
+        adjustments = None
+        if params.changes_logits:
+            end_ids = {*params.stop_token_ids} | (set() if params.ignore_eos else self.config.eos_token_ids)
+            adjustments = Adjustments(params, {i for i in end_ids if i < self.config.vocab_size})
+        return Sequence(params, output, StreamDecoder(self.tokenizer, params.stop), max_len, adjustments)
 
     def check_length(self, text):
         """Raises TinyVLLMError for a text longer than all prompts that fit: nobody waits for its
@@ -1457,43 +1489,14 @@ EXAMPLES = """examples:
 """
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse's parser, but errors are one line, without the usage."""
-
-    def error(self, message):
-        raise TinyVLLMError(f"{message} (--help shows the options and examples)")
-
-
-def check_writable(name, path):
-    """Raises TinyVLLMError before a run, not after, for an unwritable path. Leaves no file."""
-    path = os.path.realpath(path)
-    is_new = not os.path.exists(path)
-    try:            # not to wait for a FIFO's reader: O_NONBLOCK
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, 0o666))
-    except OSError as error:
-        raise TinyVLLMError(f"{name}: expected a file that you may write, got {path} "
-                            f"({error.strerror})") from None
-    if is_new:
-        os.remove(path)
-
-
 def parse_arguments(argv):
     """The command line as a namespace."""
     parser = ArgumentParser(prog="tinyvllm.py", description="Answer prompts with a Llama model.",
                             epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("prompts", nargs="+", metavar="PROMPT",
+    add("prompts", nargs="*", metavar="PROMPT",
         help='a prompt; several run together; "-" reads a prompt from each line of stdin')
-    add("--max-tokens", type=int, metavar="N",
-        help="longest answer, in tokens (default: what the context allows)")
-    add("--temperature", type=float, default=SamplingParams.temperature, metavar="T",
-        help="0 takes the most probable token (default), 1 samples as the model says")
-    add("--top-k", type=int, default=SamplingParams.top_k, metavar="K",
-        help="sample from the K most probable tokens (default: all)")
-    add("--top-p", type=float, default=SamplingParams.top_p, metavar="P",
-        help="sample from the most probable tokens that together reach P (default: 1)")
-    add("--seed", type=int, metavar="N", help="makes sampling repeatable")
-    add("--system", metavar="TEXT", help="a system prompt")
+    add_sampling_options(parser)
     add("--raw", action="store_true", help="no chat template: continue the prompt as it stands")
     EngineArgs.add_to(parser)
     add("--watch", action="store_true", help="a live view of pages, requests and steps, on stderr")
@@ -1502,6 +1505,10 @@ def parse_arguments(argv):
     add("--stats", action="store_true", help="a table of where each request's time went, on stderr")
     add("--version", action="version", version=f"tiny-vLLM {__version__}")
     args = parser.parse_args(argv)
+    if not args.prompts:
+        raise TinyVLLMError('expected a prompt, got none: python tinyvllm.py "What is a KV cache?", or '
+                            "python chat.py for a conversation")
+    given_sampling(args)                    # raises for nonsense before the model is loaded
     if args.raw and args.system is not None:
         parser.error("--raw takes no --system: write the system prompt into the prompt")
     if args.trace is not None:
@@ -1596,8 +1603,6 @@ def statistics(llm, outputs):
 def main(argv=None):
     """Answers the prompts of the command line. Returns the exit code."""
     args = parse_arguments(argv)
-    params = SamplingParams(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
-                            max_tokens=args.max_tokens)
     texts = []
     for prompt in args.prompts:
         if prompt == "-":
@@ -1611,6 +1616,10 @@ def main(argv=None):
     if args.system is not None and not llm.tokenizer.has_chat_template:
         raise TinyVLLMError("--system needs a chat format that is known, and this model has none: use --raw "
                             "and write the system prompt into the prompt")
+    if not args.raw and not llm.tokenizer.has_chat_template:
+        print("tiny-vLLM: this model has no chat template: it continues each prompt as it stands (--raw: "
+              "without this line)", file=sys.stderr)
+    params = sampling_params(llm, args)
     has_view = args.watch or args.trace or args.stats
     with views.looking_inside(llm, args) if has_view else contextlib.nullcontext() as recorder:
         outputs = answer(llm, texts, args, params)
@@ -1623,94 +1632,6 @@ def main(argv=None):
     if not all(output.error for output in outputs):
         print(f"tiny-vLLM: {statistics(llm, outputs)}", file=sys.stderr)
     return 2 if any(output.error for output in outputs) or (recorder and recorder.has_failed) else 0
-
-
-def as_flags(message):
-    """An error's text in the spelling of a command line: max_model_len becomes --max-model-len."""
-    names = [f.name for f in (*fields(EngineArgs), *fields(SamplingParams))]
-    long_names = "|".join(name for name in names if "_" in name)
-    all_names = "|".join(names)
-    return re.sub(rf"\b(?:{long_names})\b|^(?:{all_names})(?=:)",
-                  lambda name: "--" + name[0].replace("_", "-"), message)
-
-
-@contextlib.contextmanager
-def caught_signals():
-    """Makes SIGTERM and SIGHUP what Ctrl-C is: a KeyboardInterrupt. For a second after the exception
-    further signals are ignored, so that a second Ctrl-C does not break off what the first began."""
-    last = -math.inf
-
-    def stop(number, frame):
-        nonlocal last
-        now = time.monotonic()
-        if now - last > 1:
-            last = now
-            raise KeyboardInterrupt(number)
-
-    is_main = threading.current_thread() is threading.main_thread()     # only there Python handles signals
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if is_main else ()
-    # What the parent ignores (nohup, a background job) stays ignored.
-    handlers = {number: signal.signal(number, stop) for number in numbers
-                if signal.getsignal(number) != signal.SIG_IGN}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-            atexit.register(signal.signal, number, signal.SIG_IGN)      # nothing disturbs Python's own end
-
-
-def outcome(main, argv):
-    """Runs main(argv). Returns the exit code, and a line for stderr or None."""
-    try:
-        try:
-            code = main(argv)
-        except SystemExit as done:              # --help
-            code = done.code
-        sys.stdout.flush()
-        return code, None
-    except KeyboardInterrupt as error:
-        number = error.args[0] if error.args else signal.SIGINT
-        return 128 + number, ""
-    except BrokenPipeError:                     # the reader of our output has seen enough: | head
-        return 0, None
-    except MemoryError as error:
-        return 2, (f"tinyvllm: out of memory ({first_line(error)}): lower --gpu-memory-utilization or "
-                   "--max-model-len")
-    except OSError as error:                    # the disk is full, the cache folder is not ours, ...
-        return 2, f"tinyvllm: {error}"
-    except (TinyVLLMError, TokenizerError) as error:
-        return 2, f"tinyvllm: {as_flags(str(error))}"
-    except Exception as error:
-        if type(error).__module__.partition(".")[0] not in ("cupy", "cupy_backends", "simulator"):
-            raise
-        sys.unraisablehook = lambda _: None     # CuPy's objects cannot be freed on a GPU that has failed
-        return 2, f"tinyvllm: the GPU has failed ({first_line(error)}): start the program anew"
-
-
-def run_program(main, argv=None):
-    """Runs main(argv) and exits with main's exit code, 2 for a user's mistake, 128 and the number
-    of a signal: 130 for Ctrl-C, 143 for SIGTERM."""
-    # A stream that was closed (>&-): else the next file opened would get its number, and its text.
-    for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))
-    # Characters beyond stdout's encoding become "?". Bytes of stdin that are no text are kept for
-    # the tokenizer, to refuse the prompt. newline: a line of stdin ends with \n, not with \r.
-    for stream, errors in (sys.stdout, "replace"), (sys.stdin, "surrogateescape"):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors=errors, newline="\n")
-    with caught_signals():
-        code, line = outcome(main, argv)
-        with contextlib.suppress(OSError):
-            if line is not None:
-                print(*line.splitlines(), file=sys.stderr)      # one line, whatever a path holds
-        for stream in sys.stdout, sys.stderr:
-            try:
-                stream.flush()
-            except OSError:                     # Python's own flush at exit would fail again
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    sys.exit(code)
 
 
 if __name__ == "__main__":
