@@ -589,11 +589,12 @@ class Batch:
             tiles=attention_tiles(counts, context_lens, group, tile_rows),
             cu_blocks=cu_blocks,
             block_tables=block_tables,
-            **cls.build_rows(scheduled, chosen, cu_seqlens, len(block_tables)))
+            **cls.build_rows(scheduled, chosen, lengths, cu_seqlens, len(block_tables)))
 
     @staticmethod
-    def build_rows(scheduled, chosen, cu_seqlens, num_blocks):
-        """The fields of the rows of logits. chosen [R]: the sampled sequences, numbers in scheduled."""
+    def build_rows(scheduled, chosen, lengths, cu_seqlens, num_blocks):
+        """The fields of the rows of logits. chosen [R]: the sampled sequences' numbers in scheduled.
+        lengths [S]: tokens of each sequence. num_blocks: entries of block_tables."""
         sampled = [scheduled[s][0] for s in chosen]
         scored = []
         scored_tokens = []                                      # index in the batch of each
@@ -602,25 +603,31 @@ class Batch:
                 for i in range(min(count, sequence.num_unscored)):
                     scored.append((sequence, sequence.num_computed_tokens + i + 1))
                     scored_tokens.append(start + i)
-        last_tokens = np.array([*(cu_seqlens[chosen + 1] - 1), *scored_tokens], np.int32)
+        last_tokens = np.concatenate([cu_seqlens[chosen + 1] - 1, np.array(scored_tokens, np.int32)])
 
-        entries = [s.adjustments.up_to(s.token_ids, s.num_prompt_tokens) if s.adjustments else b""
-                   for s in sampled]
-        num_entries = [len(ints) for ints in entries] + [0] * len(scored)
-        # A last entry without a token is the place for the newest token, see SPARE.
-        has_spare = [len(ints) > 0 and ints[-ENTRY_INTS] < 0 for ints in entries]
+        entries = []
+        num_entries = np.zeros(len(last_tokens), np.int32)
+        newest = np.full(len(sampled), -1, np.int32)
+        penalties = np.zeros((len(sampled), 3), np.float32)
+        for row, sequence in enumerate(sampled):
+            if sequence.adjustments:
+                ints = sequence.adjustments.up_to(sequence.token_ids, sequence.num_prompt_tokens)
+                entries.append(ints)
+                num_entries[row] = len(ints)
+                penalties[row] = sequence.params.penalties
+                if ints and ints[-ENTRY_INTS] < 0:      # without a token: the newest token's, see SPARE
+                    newest[row] = last_tokens[row]
         params = [s.params for s in sampled]
-        penalties = [p.penalties for p in params] if any(entries) else np.zeros((len(sampled), 3))
         rows = {
             "seeds": np.array([s.seed for s in sampled], np.uint64),
-            "lengths": np.array([len(s.token_ids) for s in sampled], np.int32),
+            "lengths": lengths[chosen],
             "temperatures": np.array([p.temperature for p in params], np.float32),
             "top_ks": np.array([min(p.top_k, 2**31 - 1) for p in params], np.int32),
             "top_ps": np.array([p.top_p for p in params], np.float32),
             "min_ps": np.array([p.min_p for p in params], np.float32),
             "given": np.full(len(sampled), -1, np.int32),
-            "newest": np.where(has_spare, last_tokens[:len(sampled)], -1).astype(np.int32),
-            "penalties": np.array(penalties, np.float32)}
+            "newest": newest,
+            "penalties": penalties}
         if scored:
             rows = {name: filled(name, array, len(last_tokens)) for name, array in rows.items()}
             rows["given"][len(sampled):] = [sequence.token_ids[position] for sequence, position in scored]
