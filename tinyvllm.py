@@ -531,7 +531,7 @@ def cumulative(counts):
 class Batch:
     """A step's tokens and everything that the kernels must know about them, in the host's memory.
     The arrays stand in the order of upload (StepBuffer): entries of 8 bytes first, for alignment,
-    and block_tables last, since T, S and R do not determine its size."""
+    and block_tables and entries last, since T, S and R do not determine their sizes."""
     sampled: list                       # R Sequences: nothing of them remains after this step
     scored: list                        # (Sequence, position) of P prompt tokens, to report log-probabilities
     slot_mapping: np.ndarray            # [T] int64: the slot for each token's key and value; -1: none
@@ -554,8 +554,8 @@ class Batch:
     tiles: np.ndarray                   # [2A] int32: the work of attention, see attention_tiles
     cu_blocks: np.ndarray               # [S + 1] int32
     block_tables: np.ndarray            # [pages of all S] int32: sequence s begins at cu_blocks[s]
-    # int32: the changed logits of all rows, see Adjustments. The address depends on the number of pages,
-    # so cu_entries counts from the beginning of block_tables.
+    # int32: the changed logits of all rows, see Adjustments. In a graph, arrays behind block_tables have
+    # no fixed address, so cu_entries counts from the beginning of block_tables.
     entries: np.ndarray
 
     @classmethod
@@ -699,9 +699,9 @@ def attention_tiles(counts, context_lens, group, tile_rows):
 
 class StepBuffer:
     """The memory for a step's exchange: the batch goes to the device in one copy, the sampled
-    tokens come back in one copy. In a batch of decodes, all sizes but that of the last array follow
-    from S: T = S = R, and each sequence has one tile. A CUDA graph therefore finds all batches of
-    its size at the addresses of its recording."""
+    tokens come back in one copy. In a batch of decodes, all sizes but those of the last two arrays
+    follow from S: T = S = R, and each sequence has one tile. A CUDA graph therefore finds all arrays
+    but the last at the addresses of its recording."""
     # Slot, id, position, and a share of a tile: 8 bytes for 64 query rows or more, which are 4 tokens
     # or more, since a token has 16 query rows at most.
     TOKEN_BYTES = 8 + 4 + 4 + 2
