@@ -192,7 +192,7 @@ def test_prompt_logprobs(parrot, engine):
     """All of the prompt's tokens but the first, by the oracle, whatever the company and the chunks."""
     llm = LLM(PARROT, **engine)
     weights = float64_weights(PARROT)
-    prompts = [ids[:70] for ids in chats(parrot, [TEXTS[1][0][0], TEXTS[2][0][0]])]
+    prompts = [ids[:70] for ids in chats(parrot, TEXTS[1:3])]
     llm.generate(prompts, SamplingParams(max_tokens=1))         # cached pages, which have no logits
     params = [SamplingParams(max_tokens=3, prompt_logprobs=2), SamplingParams(max_tokens=3),
               SamplingParams(max_tokens=3, prompt_logprobs=0)]
@@ -237,8 +237,8 @@ def cut(text, stops):
 def test_stop_texts_end_an_answer(parrot):
     """Random pieces of the answer as stop texts: nothing of them is streamed, the rest comes whole."""
     rng = random.Random(0)
-    questions, answer = TEXTS[1]
-    prompt = chats(parrot, [questions[0]])[0]
+    _, answer = TEXTS[1]
+    [prompt] = chats(parrot, TEXTS[1:2])
     for _ in range(10):
         starts = [rng.randrange(len(answer) - 4) for _ in range(2)]
         stops = [answer[start:start + rng.randrange(1, 12)] for start in starts] + ["not in the answer"]
@@ -252,8 +252,8 @@ def test_stop_texts_end_an_answer(parrot):
 
 
 def test_min_tokens_puts_stop_texts_off(parrot):
-    questions, answer = TEXTS[1]
-    prompt = chats(parrot, [questions[0]])[0]
+    _, answer = TEXTS[1]
+    [prompt] = chats(parrot, TEXTS[1:2])
     [plain] = parrot.generate([prompt], SamplingParams(max_tokens=None))
     letter = answer[0]
     [output] = parrot.generate([prompt], SamplingParams(max_tokens=None, stop=letter))
@@ -267,8 +267,8 @@ def test_min_tokens_puts_stop_texts_off(parrot):
 
 def test_stop_texts_after_an_interrupted_step(parrot):
     """rebuild() reads the known tokens again: held-back text is neither lost nor doubled."""
-    questions, answer = TEXTS[1]
-    prompt = chats(parrot, [questions[0]])[0]
+    _, answer = TEXTS[1]
+    [prompt] = chats(parrot, TEXTS[1:2])
     stop = answer[20:30]
     [output] = parrot.submit([prompt], SamplingParams(max_tokens=None, stop=stop))
     while not output.finish_reason:
