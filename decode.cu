@@ -74,7 +74,8 @@
 //   kv_cache [L, 2, N, K, B, h].   query_scale: log2(e) / sqrt(h), see rope_and_cache.
 //   words [TICKET_WORDS + (L + 1) S (VECTOR_WORDS + splits PARTIAL_WORDS)], all 0: the counter of
 //   tickets; then, behind TICKET_WORDS, the Vectors of each layer, and x for the head.
-//   splits: DECODE_SPLITS / S, the most for a context.   Other arrays: see rope_and_cache, paged_attention.
+//   splits: DECODE_SPLITS / S, the most for a context.   biases [L, (H + 2K) h]: null unless QKV_BIAS is 1.
+//   Other arrays: see rope_and_cache, paged_attention.
 //   Grid: a thread block for each multiprocessor. All must run at the same time, since they wait for
 //   each other. (decode_shared_bytes leaves no room for two on a multiprocessor.)
 //   Hazard: the launch is not cooperative, so nothing checks that all find room. Kernels of others only
@@ -202,6 +203,7 @@ constexpr bool FITS =
     is_dealt_out(HIDDEN) && is_dealt_out(HEADS) && is_dealt_out(FFN) &&
     Shape<GATE_UP_PRODUCT>::SHIFT < 2 &&           // two gate rows in a unit make one word of h
     VOCAB % (2 * SEGMENTS) == 0 &&                 // whole units
+    !QK_NORM && !O_BIAS &&                         // no thread block has a whole head; o's bias is rare
     (HEAD_DIM == 64 || HEAD_DIM == 128) &&         // whole 64 numbers a head, see Attention and merge()
     GROUP <= 8 &&                                  // the queries are the columns of one mma
     STAGE_KEYS <= 32 * BLOCK_SIZE &&               // each page of a stage has a lane of the producer
@@ -220,7 +222,7 @@ EXPORT(DECODE_SPLITS, 32);                   // of all contexts together, at mos
 
 struct Step {    // the kernel's arguments
     bf16* logits;
-    const bf16 *embed, *norm;
+    const bf16 *embed, *norm, *biases;
     const int *token_ids, *sampled;
     int layers;
     const float* cos_sin;
@@ -838,10 +840,15 @@ struct Reducer : Role {
             if (ADDS) old = *old_word;
             const float* turn = angles + row % HEAD_DIM + r;    // cosine; HEAD_DIM / 2 further: sine
             if (P == QKV_PRODUCT) angle = {turn[0], turn[HEAD_DIM / 2]};
+            Pair bias = {0, 0};
+            const bf16* two = step.biases + layer * QKV + row + r;
+            if constexpr (QKV_BIAS && P == QKV_PRODUCT)
+                bias = {__bfloat162float(two[0]), __bfloat162float(two[Shape::APART])};
             wait_for_sums();
             if (Shape::NORMED && norm == 0) norm = inverse_rms<Shape::SHIFT>();
             Pair x = sum<Shape::SHIFT>();
             if (Shape::NORMED) x = {x.a * norm, x.b * norm};
+            if constexpr (QKV_BIAS && P == QKV_PRODUCT) x = {x.a + bias.a, x.b + bias.b};
             if (P == QKV_PRODUCT && row < (NUM_HEADS + NUM_KV_HEADS) * HEAD_DIM)    // values are not turned
                 x = {x.a * angle.a - x.b * angle.b, x.b * angle.a + x.a * angle.b};
             x = neighbours<P>(x, is_odd);
@@ -987,13 +994,13 @@ extern "C" __global__ __launch_bounds__(DECODE_THREADS, 1) void decode(
         const u64* weights, int layers, const float* cos_sin, const int* positions,
         const long long* slot_mapping, bf16* kv_cache, int num_blocks, const int* block_tables,
         const int* cu_blocks, const int* context_lens, float query_scale, int* words, int sequences,
-        int splits) {
+        int splits, const bf16* biases) {
     if constexpr (FITS) {
         DYNAMIC_SHARED(decode_shared_bytes);
         Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
         const Step step = {
-            logits, embed, norm, token_ids, sampled, layers, cos_sin, positions, slot_mapping, kv_cache,
-            num_blocks, block_tables, cu_blocks, context_lens, query_scale,
+            logits, embed, norm, biases, token_ids, sampled, layers, cos_sin, positions, slot_mapping,
+            kv_cache, num_blocks, block_tables, cu_blocks, context_lens, query_scale,
             reinterpret_cast<unsigned*>(words) + DECODE_TICKET_WORDS, words, sequences, splits};
         prepare(shared, step, weights);
         const int warp = threadIdx.x / 32;

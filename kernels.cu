@@ -152,14 +152,18 @@ __device__ inline float inverse_rms(const bf16* x) {
 //   slot_mapping [T]: slot = page * B + offset. Negative for a padding token: nothing is written.
 //   k_cache, v_cache [N, K, B, h]: in a page, one head's keys are consecutive: so attention reads.
 //   query_scale: multiplies every query (see paged_attention).
+//   bias [(H + 2K) h]: added to q, k and v, before they turn. Null unless QKV_BIAS is 1.
+//   qk_norm [2h]: each head of q and of k is normed too, before it turns, with a weight [h] for all
+//     heads of q and one for all heads of k. Null unless QK_NORM is 1.
 //   Grid (T): a thread block owns one token. A thread owns eight pairs of a head at a time (so h
 //     must be a multiple of 16), and reads both halves of the pairs before it writes either: no
-//     barrier is needed in between. Shared memory: block_reduce's.
+//     barrier is needed in between. Shared memory: block_reduce's, and `squares`.
 // -------------------------------------------------------------------------------------------------
 EXPORT(ROPE_THREADS, 256);
 extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
         bf16* qkv, const bf16* x, const float* cos_sin, const int* positions, const long long* slot_mapping,
-        bf16* k_cache, bf16* v_cache, float query_scale) {
+        bf16* k_cache, bf16* v_cache, float query_scale, const bf16* bias, const bf16* qk_norm) {
+    constexpr bool IS_PLAIN = !QKV_BIAS && !QK_NORM;
     constexpr int HALF = HEAD_DIM / 2;
     constexpr int EIGHTS = HALF / 8;
     const int token = blockIdx.x;
@@ -167,15 +171,44 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
     const float* cos = cos_sin + (size_t)positions[token] * HEAD_DIM;
     const float* sin = cos + HALF;
     const float factor = inverse_rms(x + (size_t)token * HIDDEN);
+    const bf16* row = qkv + (size_t)token * QKV;
+    const auto load = [&](const bf16* p) {    // eight numbers of the row. Unless IS_PLAIN: factor, then bias
+        Float8 y = to_float(vec8(p));
+        Float8 more = {};
+        if constexpr (QKV_BIAS) more = to_float(vec8(bias + (p - row)));
+        for (int j = 0; j < 8 && !IS_PLAIN; ++j) y.v[j] = y.v[j] * factor + more.v[j];
+        return y;
+    };
+    __shared__ float squares[QK_NORM ? QKV / 16 : 1];    // of eight pairs, the sum of their squares
+    if constexpr (QK_NORM) {
+        for (int item = threadIdx.x; item < QKV / 16; item += ROPE_THREADS) {
+            const bf16* pairs = row + item / EIGHTS * HEAD_DIM + 8 * (item % EIGHTS);
+            const Float8 a = load(pairs);
+            const Float8 b = load(pairs + HALF);
+            float sum = 0;
+            for (int j = 0; j < 8; ++j) sum += a.v[j] * a.v[j] + b.v[j] * b.v[j];
+            squares[item] = sum;
+        }
+        __syncthreads();    // all squares are written before any are added, and no q is replaced before
+    }
 
     for (int item = threadIdx.x; item < QKV / 16; item += ROPE_THREADS) {
         const int head = item / EIGHTS;    // first the H heads of queries, then K of keys, then K of values
         const int i = 8 * (item % EIGHTS);
         bf16* target = qkv + (size_t)token * QKV + head * HEAD_DIM + i;
-        Float8 a = to_float(vec8(target));
-        Float8 b = to_float(vec8(target + HALF));
+        Float8 a = load(target);
+        Float8 b = load(target + HALF);
         const bool turns = head < NUM_HEADS + NUM_KV_HEADS;    // values do not turn
-        const float times = head < NUM_HEADS ? factor * query_scale : factor;
+        float times = IS_PLAIN ? factor : 1;
+        if (head < NUM_HEADS) times *= query_scale;
+        if (QK_NORM && turns) {
+            float sum = 0;
+            for (int e = 0; e < EIGHTS; ++e) sum += squares[head * EIGHTS + e];
+            times *= rsqrtf(sum / HEAD_DIM + RMS_EPS);
+            const bf16* weight = qk_norm + (head < NUM_HEADS ? 0 : HEAD_DIM) + i;
+            for (int j = 0; j < 8; ++j) a.v[j] *= to_float(vec8(weight)).v[j];
+            for (int j = 0; j < 8; ++j) b.v[j] *= to_float(vec8(weight + HALF)).v[j];
+        }
         for (int j = 0; j < 8; ++j) {
             const float c = turns ? cos[i + j] : 1;
             const float s = turns ? sin[i + j] : 0;

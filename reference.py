@@ -1,4 +1,4 @@
-"""What the tests share: a Llama in NumPy, from the equations, models with random weights, and a
+"""What the tests share: a Llama (and a Qwen) in NumPy, from the equations, models with random weights, and a
 stand-in for a model, without kernels.
 
 Nothing here comes from the engine: an error there cannot hide behind the same error here.
@@ -43,7 +43,10 @@ def rope_frequencies(config):
 
 
 def numpy_llama(config, weights, ids):
-    """Logits [T, V] for token ids [T], in the dtype of the weights: float64 for a reference."""
+    """Logits [T, V] for token ids [T], in the dtype of the weights: float64 for a reference.
+
+    A projection has a bias, and a layer norms the heads of q and k, if there are weights for it.
+    """
     T = len(ids)
     H = config["num_attention_heads"]
     K = config["num_key_value_heads"]
@@ -61,13 +64,16 @@ def numpy_llama(config, weights, ids):
         return x * cos + np.concatenate([-x[..., h // 2:], x[..., :h // 2]], -1) * sin
 
     def project(x, name):
-        return x @ weights[f"{name}_proj.weight"].T
+        return x @ weights[f"{name}_proj.weight"].T + weights.get(f"{name}_proj.bias", 0)
 
     x = weights["model.embed_tokens.weight"][ids]                           # [T, D]
     for layer in range(config["num_hidden_layers"]):
         name = f"model.layers.{layer}."
         y = norm(x, name + "input_layernorm.weight")
         q, k, v = (project(y, f"{name}self_attn.{part}").reshape(T, -1, h) for part in "qkv")
+        if name + "self_attn.q_norm.weight" in weights:                     # Qwen 3
+            q = norm(q, name + "self_attn.q_norm.weight")
+            k = norm(k, name + "self_attn.k_norm.weight")
         q = rope(q).transpose(1, 0, 2)                                      # [H, T, h]
         k = rope(k).transpose(1, 2, 0).repeat(H // K, 0)                    # [H, h, T]
         v = v.transpose(1, 0, 2).repeat(H // K, 0)                          # [H, T, h]
@@ -97,6 +103,7 @@ ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq
 
 def random_weights(config):
     """Random multiples of 1/128: bfloat16, float16 and float32 all hold them exactly."""
+    [architecture] = config["architectures"]
     D = config["hidden_size"]
     F = config["intermediate_size"]
     q_size = config["num_attention_heads"] * config["head_dim"]
@@ -104,21 +111,31 @@ def random_weights(config):
     shapes = {"model.embed_tokens": (config["vocab_size"], D)}
     if not config["tie_word_embeddings"]:
         shapes["lm_head"] = (config["vocab_size"], D)
-    norms = ["model.norm"]
+    # As in Transformers: attention_bias decides about q, k, v and o. A Qwen 2 has a bias on three.
+    with_bias = "qkvo" if config.get("attention_bias") else ""
+    if architecture == "Qwen2ForCausalLM":
+        with_bias = "qkv"
+    norms = {"model.norm": D}
+    biases = {}
     for i in range(config["num_hidden_layers"]):
         layer = {"self_attn.q_proj": (q_size, D), "self_attn.k_proj": (kv_size, D),
                  "self_attn.v_proj": (kv_size, D), "self_attn.o_proj": (D, q_size),
                  "mlp.gate_proj": (F, D), "mlp.up_proj": (F, D), "mlp.down_proj": (D, F)}
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
-        norms += [f"model.layers.{i}.{name}_layernorm" for name in ("input", "post_attention")]
+        norms |= {f"model.layers.{i}.{name}_layernorm": D for name in ("input", "post_attention")}
+        if architecture == "Qwen3ForCausalLM":
+            norms |= {f"model.layers.{i}.self_attn.{part}_norm": config["head_dim"] for part in "qk"}
+        biases |= {f"model.layers.{i}.self_attn.{part}_proj": layer[f"self_attn.{part}_proj"][0]
+                   for part in with_bias}
     rng = RNG(0)
 
     def random(shape):
         return rng.integers(-16, 17, shape) / 128
 
-    weights = {name: random(shape) for name, shape in shapes.items()}
-    weights |= {name: 1 + random(D) for name in norms}
-    return {f"{name}.weight": weight.astype(bfloat16) for name, weight in weights.items()}
+    weights = {f"{name}.weight": random(shape) for name, shape in shapes.items()}
+    weights |= {f"{name}.weight": 1 + random(size) for name, size in norms.items()}
+    weights |= {f"{name}.bias": 8 * random(shape) for name, shape in biases.items()}    # as large as q, k, v
+    return {name: weight.astype(bfloat16) for name, weight in weights.items()}
 
 
 def write_model(folder, config=(), weights=(), files=("model.safetensors",), sizes=TINY):

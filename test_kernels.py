@@ -37,7 +37,7 @@ from weights import DummyCheckpoint, ModelConfig, load_weights
 # --------------------------------------------------------------------------------------------------
 def sizes(D, H, K, h, F, V, B):
     return dict(HIDDEN=D, NUM_HEADS=H, NUM_KV_HEADS=K, HEAD_DIM=h, FFN=F, VOCAB=V, BLOCK_SIZE=B,
-                RMS_EPS="1e-05f")
+                RMS_EPS="1e-05f", QKV_BIAS=0, QK_NORM=0)
 
 
 # Each model costs a compilation, so a few models share out the odd sizes.
@@ -52,7 +52,7 @@ MODELS = [
     sizes(144, 6, 2, 80, 344, 100, 64),
     sizes(144, 5, 1, 208, 344, 999, 8),
 ]
-MODEL_NAMES = ["-".join(str(size) for size in list(model.values())[:-1]) for model in MODELS]
+MODEL_NAMES = ["-".join(str(size) for size in list(model.values())[:7]) for model in MODELS]
 every_model = pytest.mark.parametrize("model", MODELS, ids=MODEL_NAMES)
 NAN = np.float32("nan")
 
@@ -254,7 +254,7 @@ def test_rope_and_cache(model, T):
     cos, sin = np.split(np.float64(table[positions])[:, None], 2, -1)
     q, k, v = np.split(qkv.reshape(T, H + 2 * K, h) * inverse_rms_twin(x)[..., None], [H, H + K], 1)
     launch(model, "rope_and_cache", (T,),
-           qkv, x, table, positions, slots, caches[0], caches[1], np.float32(0.3))
+           qkv, x, table, positions, slots, caches[0], caches[1], np.float32(0.3), None, None)
     used = slots >= 0
     close(qkv.reshape(T, H + 2 * K, h)[used, :H], 0.3 * rope_twin(q, cos, sin)[used])
     pages = slots[used] // B
@@ -263,6 +263,40 @@ def test_rope_and_cache(model, T):
     close(caches[1][pages, :, offsets], v[used])
     caches[:, pages, :, offsets] = NAN
     assert np.isnan(np.float32(caches)).all(), "written outside of the slots"
+
+
+@pytest.mark.parametrize("model", [
+    BASE | {"QKV_BIAS": 1}, MODELS[3] | {"QK_NORM": 1}, MODELS[7] | {"QKV_BIAS": 1, "QK_NORM": 1},
+], ids=["bias", "norm, head 48", "bias, norm, head 208"])
+def test_bias_and_head_norm(model):
+    """rope_and_cache adds the bias, and then norms each head of q and k, before both turn.
+
+    The threads of a head are no power of two, and may belong to two warps.
+    """
+    rng = RNG(3)
+    H, K, h, B = attention_sizes(model)
+    T = 7
+    qkv = randn(rng, T, (H + 2 * K) * h)
+    x = randn(rng, T, model["HIDDEN"], scale=3)
+    bias = randn(rng, (H + 2 * K) * h) if model["QKV_BIAS"] else None
+    weight = randn(rng, 2 * h) if model["QK_NORM"] else None
+    table = rope_table(500, h)
+    positions = ints(rng.integers(0, 500, T))
+    slots = rng.permutation(B)[:T].astype(np.int64)
+    slots[2] = -1
+    caches = poison(2, 1, K, B, h)
+    rows = qkv * inverse_rms_twin(x) + (0 if bias is None else np.float64(bias))
+    q, k, v = np.split(rows.reshape(T, H + 2 * K, h), [H, H + K], 1)
+    if weight is not None:
+        q = rms_norm_twin(q, weight[:h])
+        k = rms_norm_twin(k, weight[h:])
+    launch(model, "rope_and_cache", (T,),
+           qkv, x, table, positions, slots, caches[0], caches[1], np.float32(0.3), bias, weight)
+    used = slots >= 0
+    cos, sin = np.split(np.float64(table[positions])[:, None], 2, -1)
+    close(qkv.reshape(T, H + 2 * K, h)[used, :H], 0.3 * rope_twin(q, cos, sin)[used])
+    close(caches[0][0, :, slots[used]], rope_twin(k, cos, sin)[used])
+    close(caches[1][0, :, slots[used]], v[used])
 
 
 # paged_attention
@@ -390,7 +424,8 @@ def test_offsets_need_64_bits():
     slots = np.int64(page) * B + np.arange(T)
     v = (qkv[:, -1] * inverse_rms_twin(x)).astype(bfloat16)
     launch(BASE, "rope_and_cache", (T,),
-           qkv, x, rope_table(T, h), ints(range(T)), slots, np.empty_like(cache), cache, np.float32(1))
+           qkv, x, rope_table(T, h), ints(range(T)), slots, np.empty_like(cache), cache, np.float32(1),
+           None, None)
     close(cache[page, 0, :T], v)
     out = poison(T, H, h)
     launch(BASE, "paged_attention", (K, 1), out, qkv, cache, cache, ints([page]), ints([0, 1]), ints([0, T]),
@@ -659,7 +694,7 @@ CHOSEN_SHAPES = range(0, len(DECODE_SHAPES), 1 if os.environ.get("TINYVLLM_TEST_
 
 
 def decode_config(number):
-    """(ModelConfig, block_size) of DECODE_SHAPES[number]. The other sizes are drawn."""
+    """(ModelConfig, block_size) of DECODE_SHAPES[number]. The other sizes are drawn. Half have a bias."""
     block_size, h, hidden_size = DECODE_SHAPES[number]
     rng = RNG(number)
     ffn_sizes = [F for F in (512, 1536, 3072, 6144, 10240) if F * hidden_size <= 10240 * 512]
@@ -669,7 +704,7 @@ def decode_config(number):
         hidden_size=hidden_size, intermediate_size=int(rng.choice(ffn_sizes)), num_attention_heads=heads,
         num_key_value_heads=heads // group, head_dim=h, num_hidden_layers=1 + number % 2, vocab_size=64,
         max_position_embeddings=1024, rms_norm_eps=1e-5, rope_theta=1e4, rope_scaling=None,
-        tie_word_embeddings=True, eos_token_ids=frozenset()), block_size
+        tie_word_embeddings=True, eos_token_ids=frozenset(), attention_bias=number % 4 < 2), block_size
 
 
 def decode_batch(contexts, block_size, rng):
@@ -692,6 +727,9 @@ def check_decode(number):
     device = open_device("auto" if ON_GPU else "cpu")
     device.runs_decode = True
     weights = load_weights(DummyCheckpoint(device), config, device)
+    for layer in weights.layers:
+        if config.attention_bias:                       # as large as q, k and v
+            layer.qkv_bias[...] = device.to_device(randn(RNG(number), config.qkv_size))
     N = cdiv(700, B) + cdiv(290, B) + 6
     model = Model(config, weights, device, N, 1024, StepBuffer(device, 16, 16, 512), EngineArgs(block_size=B))
     if not ON_GPU:

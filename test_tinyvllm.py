@@ -37,6 +37,7 @@ from device import compile_kernels, open_device, paste
 from reference import PARROT, RNG, ROOT, ROPE, TINY, numpy_llama, random_weights, write_model
 from tinyvllm import (LLM, BlockAllocator, EngineArgs, RequestOutput, SamplingParams, Scheduler, Sequence,
                       TinyVLLMError)
+from weights import ModelConfig, generation_defaults
 
 # Both environment variables are for the simulator: where one is set, a GPU is not used.
 DEVICE = open_device("cpu" if {"TINYVLLM_SANITIZE", "SIMULATOR_SHUFFLE"} & set(os.environ) else "auto")
@@ -206,12 +207,23 @@ def float64_weights(folder):
     return {name: tensor.astype(np.float64) for name, tensor in weights.items()}
 
 
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False, "sliding_window": 64,
+         "max_window_layers": 1, "rms_norm_eps": 1e-6}
+QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "use_sliding_window": False, "sliding_window": None,
+         "max_window_layers": 2, "attention_bias": False, "rms_norm_eps": 1e-6}
+
+
 @pytest.mark.parametrize("changes", [
     {"num_key_value_heads": 4},
     {"num_key_value_heads": 1, "rope_scaling": ROPE, "tie_word_embeddings": True},
     {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 128, "rope_scaling": ROPE},
     {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 48, "num_hidden_layers": 3},
-], ids=["gqa-1", "gqa-4-scaled-tied", "gqa-8-head-128-scaled", "gqa-3-head-48"])
+    QWEN2 | {"num_key_value_heads": 2, "tie_word_embeddings": False},
+    QWEN3 | {"num_key_value_heads": 2, "head_dim": 96},
+    QWEN3 | {"attention_bias": True, "tie_word_embeddings": False},
+    {"attention_bias": True, "head_dim": 32},
+], ids=["gqa-1", "gqa-4-scaled-tied", "gqa-8-head-128-scaled", "gqa-3-head-48", "qwen2-untied",
+        "qwen3-gqa-2-head-96", "qwen3-bias-untied", "llama-bias-head-32"])
 def test_forward_equals_numpy(tmp_path, changes):
     """Every logit of prefill, of chunks and of decode is the oracle's up to bfloat16's rounding.
 
@@ -270,6 +282,17 @@ def test_decode_equals_numpy(tmp_path, one_kernel, changes):
         for length, error in zip(lengths, errors_of_logits(llm, config, weights, lengths, 3)):
             assert error.max() < 0.04, (length, error)
     assert {1, 2, 4, 6, 8} == set(one_kernel)
+
+
+@pytest.mark.parametrize("changes", [QWEN3, {"attention_bias": True}], ids=["qwen3", "llama-bias"])
+def test_no_decode_kernel_for_head_norms_or_a_bias_on_o(tmp_path, one_kernel, changes):
+    """Such a model's steps of one token are forward()'s, and right: see test_forward_equals_numpy."""
+    config = TINY | QUARTERS | {"intermediate_size": 512, "num_hidden_layers": 1} | changes
+    write_model(tmp_path, sizes=config)
+    llm = LLM(tmp_path)
+    [error] = errors_of_logits(llm, config, float64_weights(tmp_path), (5,), 3)
+    assert error.max() < 0.03
+    assert llm.engine.model.decode_batch == 0 and not one_kernel
 
 
 def test_decode_gives_the_same_bits(tmp_path, one_kernel):
@@ -897,8 +920,15 @@ def recitation(question):
 @pytest.mark.parametrize("change, parts", [
     ({"architectures": ["GPT2LMHeadModel"]},
      ["architectures: expected ['LlamaForCausalLM'] or", "got ['GPT2LMHeadModel']"]),
-    ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096},
-     ["sliding_window: expected None, got 4096"]),
+    ({"architectures": ["MistralForCausalLM"], "sliding_window": 64},
+     ["--max-model-len: expected at most the model's sliding_window, 64 (pass --max-model-len=64), got 128"]),
+    ({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "sliding_window": "64"},
+     ["sliding_window: expected a whole number above 0, got '64'"]),
+    ({"architectures": ["Qwen3ForCausalLM"], "use_sliding_window": "no"},
+     ["use_sliding_window: expected True or False", "got 'no'"]),
+    ({"attention_bias": 1.5}, ["attention_bias: expected True or False", "got 1.5"]),
+    ({"mlp_bias": True}, ["mlp_bias: expected False or None, got True"]),
+    ({"architectures": ["Qwen2MoeForCausalLM"]}, ["or ['Qwen3ForCausalLM'], got ['Qwen2MoeForCausalLM']"]),
     ({"quantization_config": {"bits": 4}}, ["quantization_config: expected None, got {'bits': 4}"]),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["rope_type: expected llama3 or", "got 'yarn'"]),
     ({"rope_scaling": "llama3"}, ["rope_scaling: expected a dict, got 'llama3'"]),
@@ -940,9 +970,115 @@ DTYPES = f"the dtype of {UP}: expected BF16 or F16 or F32"
     ({UP: np.zeros((64, 128), np.int8)}, [DTYPES, "got 'I8'"]),
     ({UP: np.zeros((64, 128), np.float64)}, [DTYPES, "got 'F64'"]),
     ({UP.replace("weight", "bias"): np.ones(64, np.float16)}, ["got 1 others", "up_proj.bias"]),
-], ids=["missing", "shape", "int8", "float64", "bias"])
+    ({"model.layers.0.self_attn.q_norm.weight": np.ones(64, np.float16)}, ["got 1 others", "q_norm.weight"]),
+], ids=["missing", "shape", "int8", "float64", "bias", "head norm"])
 def test_weights_that_do_not_fit(change, parts, tmp_path):
     assert_refused(run_main("--model", write_model(tmp_path, weights=change), "Hi"), *parts)
+
+
+@pytest.mark.parametrize("written, read, message", [
+    (QWEN2, {"architectures": ["LlamaForCausalLM"]}, "got 6 others, such as model.layers.0.self_attn."),
+    (QWEN2, {"architectures": ["LlamaForCausalLM"], "attention_bias": True},
+     "expected a tensor model.layers.0.self_attn.o_proj.bias in the weights, found none"),
+    (QWEN2, {"architectures": ["Qwen3ForCausalLM"]},
+     "expected a tensor model.layers.0.self_attn.q_norm.weight in the weights, found none"),
+    (QWEN3, {"architectures": ["Qwen2ForCausalLM"]},
+     "expected a tensor model.layers.0.self_attn.q_proj.bias in the weights, found none"),
+    (QWEN3, {"attention_bias": True},
+     "expected a tensor model.layers.0.self_attn.q_proj.bias in the weights, found none"),
+    ({"attention_bias": True}, {"architectures": ["Qwen2ForCausalLM"]},
+     "got 2 others, such as model.layers.0.self_attn.o_proj.bias"),
+], ids=str)
+def test_weights_of_another_architecture(written, read, message, tmp_path):
+    """config.json and weights disagree about a bias or a head norm."""
+    model = write_model(tmp_path, read, random_weights(TINY | written))
+    assert_refused(run_main("--model", model, "Hi"), message)
+
+
+@pytest.mark.parametrize("changes, window", [
+    ({"sliding_window": None}, None),
+    ({"sliding_window": 4096}, 4096),
+    ({"architectures": ["MistralForCausalLM"], "sliding_window": 128}, 128),
+    ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 64}, None),
+    ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 64, "use_sliding_window": False}, None),
+    ({"architectures": ["Qwen3ForCausalLM"], "sliding_window": 64, "use_sliding_window": True}, 64),
+], ids=str)
+def test_sliding_window(changes, window, tmp_path):
+    """As in Transformers, a Qwen's window slides only if use_sliding_window says so."""
+    folder = write_model(tmp_path, changes)
+    assert ModelConfig.from_folder(folder).sliding_window == window
+
+
+def test_a_window_as_long_as_the_context_does_nothing(tmp_path):
+    full = greedy(write_model(tmp_path / "full"), max_model_len=64)
+    assert greedy(write_model(tmp_path / "slides", {"sliding_window": 64}), max_model_len=64) == full
+    with pytest.raises(TinyVLLMError, match="expected at most the model's sliding_window, 64"):
+        LLM(tmp_path / "slides", max_model_len=65)
+
+
+@pytest.mark.parametrize("config, generation, ids", [
+    (None, None, set()),
+    (5, None, {5}),
+    (5, {}, {5}),
+    (5, {"eos_token_id": None}, {5}),
+    (5, {"eos_token_id": 6}, {5, 6}),
+    ([5, 7], {"eos_token_id": [6, 5]}, {5, 6, 7}),
+    (None, {"eos_token_id": 6}, {6}),
+], ids=str)
+def test_eos_of_both_files(config, generation, ids, tmp_path):
+    folder = write_model(tmp_path, {"eos_token_id": config})
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    assert ModelConfig.from_folder(folder).eos_token_ids == ids
+
+
+@pytest.mark.parametrize("content, defaults", [
+    (None, {}),
+    ({}, {}),
+    ({"eos_token_id": 5, "transformers_version": "4.51.0", "temperature": None, "top_k": None}, {}),
+    ({"do_sample": True}, {"temperature": 1.0}),
+    ({"do_sample": False}, {"temperature": 0.0}),
+    ({"do_sample": False, "temperature": 0.6, "top_p": 0.9}, {"temperature": 0.0, "top_p": 0.9}),
+    ({"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05},
+     {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}),
+    ({"temperature": 0.6, "min_p": 0.1}, {"temperature": 0.6, "min_p": 0.1}),
+], ids=str)
+def test_generation_defaults(content, defaults, tmp_path):
+    if content is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(content))
+    assert generation_defaults(tmp_path) == defaults
+
+
+@pytest.mark.parametrize("content, message", [
+    ({"temperature": "hot"}, "temperature: expected 0 .greedy. or more, .*, got 'hot'"),
+    ({"top_p": 1.5}, "top_p: expected more than 0 and at most 1, got 1.5"),
+    ({"do_sample": "yes"}, "do_sample: expected true or false, got 'yes'"),
+], ids=str)
+def test_generation_defaults_that_make_no_sense(content, message, tmp_path):
+    (tmp_path / "generation_config.json").write_text(json.dumps(content))
+    with pytest.raises(TinyVLLMError, match=f"generation_config.json: {message}$"):
+        generation_defaults(tmp_path)
+
+
+def test_parrot_is_greedy():
+    assert generation_defaults(PARROT) == {"temperature": 0.0}
+
+
+@pytest.mark.parametrize("files, advice", [
+    ([], "download the model's *.safetensors"),
+    (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
+     "download model.safetensors.index.json too, the list of model-00001-of-00002.safetensors and others"),
+    (["consolidated.safetensors"], "convert consolidated.safetensors to the Hugging Face layout"),
+    (["pytorch_model.bin", "training_args.bin"], "convert pytorch_model.bin to the Hugging Face layout"),
+    (["consolidated.00.pth", "tokenizer.model"], "convert consolidated.00.pth to the Hugging Face layout"),
+], ids=str)
+def test_weights_that_are_elsewhere(files, advice, tmp_path):
+    """What to do is said for what is there: shards without their list, or another format."""
+    folder = write_model(tmp_path)
+    (folder / "model.safetensors").unlink()
+    for name in files:
+        (folder / name).write_bytes(b"\0")
+    assert_refused(run_main("--model", folder, "Hi"), f"no model.safetensors in {folder}: {advice}")
 
 
 NESTED = b"[" * 100_000 + b"]" * 100_000
@@ -1497,6 +1633,22 @@ def test_dummy_weights_are_the_same_each_time(tmp_path):
     assert greedy(tmp_path, load_format="dummy") == greedy(tmp_path, load_format="dummy")
 
 
+@pytest.mark.parametrize("name, billions", [
+    ("llama-3.2-1b", 1.24), ("llama-3.2-3b", 3.21), ("llama-3.1-8b", 8.03),
+    ("qwen2.5-1.5b", 1.54), ("qwen3-0.6b", 0.596), ("qwen3-8b", 8.19)])
+def test_shapes_have_the_parameters_of_their_models(name, billions):
+    """The counts are those that the makers publish; biases and head norms are too few to show."""
+    parameters = weights.weight_bytes(weights.SHAPES[name]) / 2e9
+    assert abs(parameters / billions - 1) < 0.005
+
+
+def test_dummy_biases_are_no_norms():
+    dummy = weights.DummyCheckpoint(DEVICE)
+    bias, norm = (DEVICE.fetch(dummy.take(f"model.layers.0.self_attn.{name}", 64))()
+                  for name in ("q_proj.bias", "q_norm.weight"))
+    assert (norm == 1).all() and 0 < np.abs(np.float32(bias)).max() < 0.1
+
+
 # --------------------------------------------------------------------------------------------------
 # README
 # --------------------------------------------------------------------------------------------------
@@ -1535,11 +1687,11 @@ def test_readme_runs(capsys, monkeypatch):
 LEAVES = {"tokenizer", "views", "simulator"}
 # Module: our modules for import. A program, such as bench, may import all modules of this table.
 MAY_IMPORT = {"tokenizer": set(), "views": set(), "simulator": set(), "reference": set(),
-              "device": {"simulator"}, "sampling": {"device"}, "weights": {"device", "tokenizer"},
+              "device": {"simulator"}, "sampling": {"device"}, "weights": {"device", "sampling", "tokenizer"},
               "program": {"device", "sampling", "tokenizer", "weights"},
               "tinyvllm": LEAVES | {"device", "program", "sampling", "weights"}}
 MAY_COME_LATE = {"cupy", "huggingface_hub"}         # in a function: not every run has or needs both
-MOST_LINES = {"tinyvllm.py": 1750, "program.py": 260, "sampling.py": 170, "weights.py": 420, "device.py": 440,
+MOST_LINES = {"tinyvllm.py": 1750, "program.py": 260, "sampling.py": 170, "weights.py": 450, "device.py": 440,
               "kernels.cu": 1060, "ptx.h": 250, "decode.cu": 1020, "simulator.h": 540, "simulator.py": 150,
               "tokenizer.py": 300, "views.py": 750, "bench.py": 600, "reference.py": 300,
               "chat.py": 130, "server.py": 470}

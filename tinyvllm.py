@@ -60,8 +60,8 @@ try:
                          given_sampling, run_program, sampling_params)
     from sampling import ENTRY_INTS, Adjustments, SamplingParams
     from tokenizer import StreamDecoder, Tokenizer, TokenizerError
-    from weights import (SHAPES, Checkpoint, DummyCheckpoint, ModelConfig, find_model, generation_defaults,
-                         load_weights)
+    from weights import (BYTES, SHAPES, Checkpoint, DummyCheckpoint, ModelConfig, decode_weight_bytes,
+                         find_model, generation_defaults, kv_bytes_per_token, load_weights, weight_bytes)
 except ModuleNotFoundError as error:
     if Path(sys.argv[0]).resolve().parent != Path(__file__).resolve().parent:   # no program of this folder
         raise
@@ -780,7 +780,9 @@ class Model:
         self.kernels = compile_kernels(device, {            # with this model's sizes as constants
             "HIDDEN": c.hidden_size, "FFN": c.intermediate_size, "NUM_LAYERS": c.num_hidden_layers,
             "NUM_HEADS": c.num_attention_heads, "NUM_KV_HEADS": c.num_key_value_heads, "HEAD_DIM": c.head_dim,
-            "VOCAB": c.vocab_size, "BLOCK_SIZE": args.block_size, "RMS_EPS": f"{c.rms_norm_eps:e}f"}, code)
+            "VOCAB": c.vocab_size, "BLOCK_SIZE": args.block_size, "RMS_EPS": f"{c.rms_norm_eps:e}f",
+            "QKV_BIAS": int(c.attention_bias), "O_BIAS": int(c.attention_out_bias),
+            "QK_NORM": int(c.qk_norm)}, code)
         self.tiling = Tiling(c.num_attention_heads // c.num_key_value_heads, self.kernels.ATTENTION_ROWS)
         # The greatest batch for decode(). decode.cu says 0 for a model that it cannot divide.
         self.decode_batch = self.kernels.DECODE_BATCH if has_decode_kernel else 0
@@ -788,6 +790,9 @@ class Model:
                     for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down)]
         addresses = [device.address(matrix) for matrix in [*matrices, weights.head]]
         self.addresses = device.to_device(np.array(addresses, np.uint64))               # [4L + 1]
+        self.biases = None                                                              # [L, (H + 2K) h]
+        if c.attention_bias:
+            self.biases = device.xp.stack([layer.qkv_bias for layer in weights.layers])
         # Keys are kv_cache[l, 0], values kv_cache[l, 1] of layer l. Within a page each head's
         # tokens are consecutive.
         self.kv_cache = device.empty(
@@ -865,10 +870,12 @@ class Model:
             # residual += attention(norm(residual)) @ o. rope_and_cache applies the norm's factor.
             qkv = linear(residual, layer.qkv)                                           # [T, (H + 2K) h]
             kernels.rope_and_cache((T,), qkv, residual, self.cos_sin, b.positions, b.slot_mapping, k_cache,
-                                   v_cache, self.query_scale)
+                                   v_cache, self.query_scale, layer.qkv_bias, layer.qk_norm)
             attend((K * splits, num_tiles), attention, qkv, k_cache, v_cache, b.block_tables, b.cu_blocks,
                    b.cu_seqlens, b.context_lens, b.tiles, partial)
             linear(attention, layer.o, add_to=residual)
+            if layer.o_bias is not None:                # for all tokens: a product with ones [T, 1]
+                linear(self.device.xp.ones((T, 1), residual.dtype), layer.o_bias, add_to=residual)
 
             # residual += (silu(norm(residual) @ gate) * (norm(residual) @ up)) @ down. silu_mul
             # applies the norm's factor.
@@ -897,7 +904,7 @@ class Model:
         kernels.decode((self.device.multiprocessors,), logits, w.embed, w.norm, b.token_ids,
                        self.buffer.sampled[0], self.addresses, c.num_hidden_layers, self.cos_sin,
                        b.positions, b.slot_mapping, self.kv_cache, num_blocks, b.block_tables, b.cu_blocks,
-                       b.context_lens, self.query_scale, words, S, splits)
+                       b.context_lens, self.query_scale, words, S, splits, self.biases)
         return self.sample(logits, b)
 
     def sample(self, logits, b):
@@ -914,31 +921,9 @@ class Model:
 # Memory
 #
 # The card's memory holds the weights, the arrays of a step, and, in the rest of the engine's share,
-# the KV cache. The same arithmetic gives the bytes that a decode step must read: bytes over the
-# memory's bandwidth are the step's floor.
+# the KV cache. weights.py counts the bytes of weights, and of a token in the cache.
 # ==================================================================================================
-BYTES = 2                               # of a bfloat16
 CUBLAS_AND_CODE_BYTES = 2**28           # cuBLAS's workspace, and the kernels
-
-
-def decode_weight_bytes(config):
-    """Bytes of weights read by a decode step: each weight once. An untied embedding table is left
-    out: a step reads only a row of the table per token."""
-    c = config
-    layer = c.hidden_size * (c.qkv_size + c.heads_size + 3 * c.intermediate_size)
-    head = c.hidden_size * c.vocab_size
-    return BYTES * (c.num_hidden_layers * layer + head + c.hidden_size)     # the last: the last norm's weight
-
-
-def weight_bytes(config):
-    """Bytes of all weights."""
-    embedding = 0 if config.tie_word_embeddings else BYTES * config.vocab_size * config.hidden_size
-    return decode_weight_bytes(config) + embedding
-
-
-def kv_bytes_per_token(config):
-    """Bytes of the KV cache for one token: a key and a value, in each layer, for each kv head."""
-    return 2 * BYTES * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
 
 
 def step_bytes(config, args, max_model_len):
@@ -984,6 +969,10 @@ def plan_pool(config, device, args):
     limit = args.max_model_len or config.max_position_embeddings
     check("max_model_len", limit, lambda n: n <= config.max_position_embeddings,
           f"at most the model's {config.max_position_embeddings}")
+    # Attention over all keys is attention over a window of so many.
+    window = config.sliding_window or limit
+    check("max_model_len", limit, lambda n: n <= window,
+          f"at most the model's sliding_window, {window} (pass max_model_len={window})")
     if not args.enable_chunked_prefill:
         check("max_model_len", args.max_model_len or 1, lambda n: n <= args.max_num_batched_tokens,
               f"at most max_num_batched_tokens, {args.max_num_batched_tokens}, without chunked prefill")

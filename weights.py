@@ -1,17 +1,18 @@
 """A model's files: config.json, the weights in *.safetensors, and generation_config.json.
 
 A model is a folder in the Hugging Face layout: config.json (the model's shape), *.safetensors (the
-weights, by name), generation_config.json (the tokens that end an answer). load_weights writes down
-the architecture: each tensor is taken by name, and its shape checked.
+weights, by name), generation_config.json (the tokens that end an answer, and how to sample).
+load_weights writes down the architecture: each tensor is taken by name, and its shape checked. A
+Mistral is a Llama. A Qwen 2 or 2.5 has a bias on q, k and v. A Qwen 3 norms each head of q and k.
 
 Two changes are made on the way to the device:
 - q, k and v are products with the same input, so the matrices are stacked into one, like gate and
   up. A layer then has two large products instead of five smaller products.
 - In front of both stands an RMSNorm, x / rms(x) * g. The weight g is multiplied into the matrix,
   since (x * g) @ W.T = x @ (W * g).T. The remaining factor, 1 / rms(x), is one scalar per token;
-  the kernel behind the product multiplies by this scalar. So 2 L of the 2 L + 1 norms need no
-  kernel. The roundings differ from Hugging Face: W * g is rounded to bfloat16, once, where Hugging
-  Face rounds x * g.
+  the kernel behind the product multiplies by this scalar, before a bias is added. So 2 L of the
+  2 L + 1 norms need no kernel. The roundings differ from Hugging Face: W * g is rounded to
+  bfloat16, once, where Hugging Face rounds x * g.
 
 Letters for sizes are those of tinyvllm.py.
 """
@@ -28,6 +29,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from device import BFLOAT16, FOLDER, TinyVLLMError, check, first_line, is_int
+from sampling import SamplingParams
 from tokenizer import check_regular
 
 HUB_MODEL = "meta-llama/Llama-3.2-1B-Instruct"
@@ -74,12 +76,14 @@ def download(repo, local_files_only=False):
         raise TinyVLLMError(f"cannot download {repo} ({first_line(error):.120}): {what}") from None
 
 
-def read_json(path):
-    """The dict in a JSON file."""
+def read_json(path, is_optional=False):
+    """The dict in a JSON file. Of an optional file that is not there: an empty dict."""
     try:
         check_regular(path)
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
+        if is_optional:
+            return {}
         raise TinyVLLMError(f"no {path.name} in {path.parent}: expected a model folder, with config.json, "
                             "tokenizer.json and *.safetensors") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -96,23 +100,20 @@ def positive(settings, name, file, kind=int):
 
 
 # Fields of config.json and the values supported by this engine. None: the field is absent.
-# A bias on q, k and v would change attention_bias here; LayerWeights; take() and layer() in
-# load_weights; decode_weight_bytes; the kernels rope_and_cache and decode, to add the bias after the
-# factor 1 / rms(x); and their calls in forward() and decode().
 SUPPORTED = {
-    "architectures": (["LlamaForCausalLM"], ["MistralForCausalLM"]),
+    "architectures": [[f"{family}ForCausalLM"] for family in ("Llama", "Mistral", "Qwen2", "Qwen3")],
     "hidden_act": ("silu", None),
     "rope_type": ("llama3", "default", None),
-    "attention_bias": (False, None),
+    "attention_bias": (True, False, None),
     "mlp_bias": (False, None),
-    "sliding_window": (None,),
+    "use_sliding_window": (True, False, None),
     "quantization_config": (None,),
     "tie_word_embeddings": (True, False, None)}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a Llama, under the names of config.json."""
+    """The shape of a model, under the names of config.json."""
     hidden_size: int                    # D
     intermediate_size: int              # F
     num_hidden_layers: int              # L
@@ -126,6 +127,10 @@ class ModelConfig:
     rope_scaling: dict | None           # Llama 3's four numbers, see rope_frequencies
     tie_word_embeddings: bool           # whether the head is the embedding table
     eos_token_ids: frozenset            # each id ends an answer
+    attention_bias: bool = False        # on q, k and v
+    attention_out_bias: bool = False    # on o
+    qk_norm: bool = False               # an RMSNorm on each head of q and k, before RoPE
+    sliding_window: int | None = None   # a token sees so many keys, its own and those before
 
     @property
     def heads_size(self):
@@ -163,9 +168,24 @@ class ModelConfig:
             rope_theta=positive(settings, "rope_theta", file, float),
             rope_scaling=cls.read_rope_scaling(settings, file),
             tie_word_embeddings=bool(settings.get("tie_word_embeddings")),
-            eos_token_ids=cls.read_eos_token_ids(settings, folder))
+            eos_token_ids=cls.read_eos_token_ids(settings, folder),
+            **cls.read_attention(settings, file))
         config.check_kernel_limits(file)
         return config
+
+    @staticmethod
+    def read_attention(settings, file):
+        """The fields in which architectures differ, as in Transformers: attention_bias speaks of o too,
+        but a Qwen2 always has the bias on q, k and v alone; and a Qwen's window has a switch."""
+        [architecture] = settings["architectures"]
+        is_qwen2 = architecture == "Qwen2ForCausalLM"       # and 2.5
+        has_bias = settings.get("attention_bias", False)
+        slides = settings.get("use_sliding_window", not architecture.startswith("Qwen"))
+        has_window = slides and "sliding_window" in settings
+        return {"attention_bias": has_bias or is_qwen2,
+                "attention_out_bias": has_bias and not is_qwen2,
+                "qk_norm": architecture == "Qwen3ForCausalLM",
+                "sliding_window": positive(settings, "sliding_window", file) if has_window else None}
 
     @staticmethod
     def read_rope_scaling(settings, file):
@@ -181,12 +201,11 @@ class ModelConfig:
 
     @staticmethod
     def read_eos_token_ids(settings, folder):
-        """The ids that end an answer. generation_config.json, if present, overrides config.json."""
-        eos = settings.get("eos_token_id", [])
-        generation = folder / "generation_config.json"
-        if generation.exists():
-            eos = read_json(generation).get("eos_token_id", eos)
-        ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        """The ids that end an answer: those of config.json and those of generation_config.json."""
+        ids = []
+        generation = read_json(folder / "generation_config.json", is_optional=True)
+        for eos in settings.get("eos_token_id"), generation.get("eos_token_id"):
+            ids += eos if isinstance(eos, list) else [] if eos is None else [eos]
         check(f"{folder}: eos_token_id", ids, lambda ids: all(is_int(i, 0) for i in ids),
               "a token id or a list of token ids")
         return frozenset(ids)
@@ -203,25 +222,72 @@ class ModelConfig:
             check(f"{file}: {name}", getattr(self, name), lambda n: n % 8 == 0, "a multiple of 8")
 
 
-def llama_3_shape(rope_factor, **sizes):
-    """The ModelConfig of a Llama 3.1 or 3.2. The models differ in little but sizes."""
+def generation_defaults(folder):
+    """How the model's makers sample: arguments of SamplingParams, from generation_config.json."""
+    file = folder / "generation_config.json"
+    settings = read_json(file, is_optional=True)
+    names = "temperature", "top_p", "top_k", "min_p", "repetition_penalty"
+    defaults = {name: settings[name] for name in names if settings.get(name) is not None}
+    do_sample = check(f"{file}: do_sample", settings.get("do_sample"),
+                      lambda value: value in (True, False, None), "true or false")
+    if do_sample:
+        defaults.setdefault("temperature", 1.0)
+    elif do_sample is not None:
+        defaults["temperature"] = 0.0
+    try:
+        SamplingParams(**defaults)
+    except TinyVLLMError as error:
+        raise TinyVLLMError(f"{file}: {error}") from None
+    return defaults
+
+
+def llama_3_shape(*sizes, rope_factor, tied=True):
+    """The ModelConfig of a Llama 3.1 or 3.2. sizes: see SHAPES. tied: tie_word_embeddings."""
     scaling = {"factor": rope_factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                "original_max_position_embeddings": 8192}
-    return ModelConfig(num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072,
-                       rms_norm_eps=1e-5, rope_theta=500000.0, rope_scaling=scaling,
-                       eos_token_ids=frozenset([128001, 128008, 128009]), **sizes)
+    return ModelConfig(*sizes, vocab_size=128256, max_position_embeddings=131072, rms_norm_eps=1e-5,
+                       rope_theta=500000.0, rope_scaling=scaling, tie_word_embeddings=tied,
+                       eos_token_ids=frozenset([128001, 128008, 128009]))
 
 
-SHAPES = {          # for --load-format dummy: models without a download
-    "llama-3.2-1b": llama_3_shape(
-        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, head_dim=64,
-        rope_factor=32.0, tie_word_embeddings=True),
-    "llama-3.2-3b": llama_3_shape(
-        hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, head_dim=128,
-        rope_factor=32.0, tie_word_embeddings=True),
-    "llama-3.1-8b": llama_3_shape(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, head_dim=128,
-        rope_factor=8.0, tie_word_embeddings=False)}
+def qwen_shape(*sizes, context=40960, tied=True, **others):
+    """The ModelConfig of a Qwen 2.5 or 3. context: max_position_embeddings."""
+    return ModelConfig(*sizes, vocab_size=151936, max_position_embeddings=context, rms_norm_eps=1e-6,
+                       rope_theta=1000000.0, rope_scaling=None, tie_word_embeddings=tied,
+                       eos_token_ids=frozenset([151643, 151645]), **others)
+
+
+SHAPES = {          # for --load-format dummy: models without a download. The sizes are D, F, L, H, K, h
+    "llama-3.2-1b": llama_3_shape(2048, 8192, 16, 32, 8, 64, rope_factor=32.0),
+    "llama-3.2-3b": llama_3_shape(3072, 8192, 28, 24, 8, 128, rope_factor=32.0),
+    "llama-3.1-8b": llama_3_shape(4096, 14336, 32, 32, 8, 128, rope_factor=8.0, tied=False),
+    "qwen2.5-1.5b": qwen_shape(1536, 8960, 28, 12, 2, 128, context=32768, attention_bias=True),
+    "qwen3-0.6b": qwen_shape(1024, 3072, 28, 16, 8, 128, qk_norm=True),
+    "qwen3-8b": qwen_shape(4096, 12288, 36, 32, 8, 128, tied=False, qk_norm=True)}
+
+# The same arithmetic gives the memory for a model and the bytes that a decode step must read: bytes
+# over the memory's bandwidth are the step's floor. Biases and head norms are too small to count.
+BYTES = 2                               # of a bfloat16
+
+
+def decode_weight_bytes(config):
+    """Bytes of weights read by a decode step: each weight once. An untied embedding table is left
+    out: a step reads only a row of the table per token."""
+    c = config
+    layer = c.hidden_size * (c.qkv_size + c.heads_size + 3 * c.intermediate_size)
+    head = c.hidden_size * c.vocab_size
+    return BYTES * (c.num_hidden_layers * layer + head + c.hidden_size)     # the last: the last norm's weight
+
+
+def weight_bytes(config):
+    """Bytes of all weights."""
+    embedding = 0 if config.tie_word_embeddings else BYTES * config.vocab_size * config.hidden_size
+    return decode_weight_bytes(config) + embedding
+
+
+def kv_bytes_per_token(config):
+    """Bytes of the KV cache for one token: a key and a value, in each layer, for each kv head."""
+    return 2 * BYTES * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
 
 
 @dataclass(frozen=True)
@@ -231,6 +297,9 @@ class LayerWeights:
     o: object                           # [D, H h]
     gate_up: object                     # [2F, D], multiplied by the weight of the preceding norm
     down: object                        # [D, F]
+    qkv_bias: object                    # [(H + 2K) h]; this and the others: None for a model without
+    o_bias: object                      # [D, 1]
+    qk_norm: object                     # [2h]: the weights of the norm of q's heads, and of k's heads
 
 
 @dataclass(frozen=True)
@@ -268,10 +337,20 @@ class Checkpoint:
             try:
                 self.open(folder / name)
             except FileNotFoundError:
-                raise TinyVLLMError(f"no {name} in {folder}: download the model's *.safetensors") from None
+                raise TinyVLLMError(f"no {name} in {folder}: {self.advice(name)}") from None
             except (SafetensorError, OSError, ValueError, LookupError, TypeError, RecursionError) as error:
                 raise TinyVLLMError(f"{folder / name} is no valid safetensors file ({error}): download it "
                                     "again") from None
+
+    def advice(self, name):
+        """What to do about a file of weights that is not there."""
+        patterns = "model-*.safetensors", "consolidated*", "*.pth", "*.bin", "*.gguf"
+        found = [path.name for pattern in patterns for path in sorted(self.folder.glob(pattern))]
+        if name != "model.safetensors" or not found:
+            return "download the model's *.safetensors"
+        if found[0].startswith("model-"):
+            return f"download model.safetensors.index.json too, the list of {found[0]} and others"
+        return f"convert {found[0]} to the Hugging Face layout, *.safetensors, or download the model so"
 
     def open(self, path):
         """Validates and maps a file, and finds its tensors."""
@@ -304,7 +383,7 @@ class Checkpoint:
 
 class DummyCheckpoint:
     """Random weights in place of a Checkpoint's, made on the device, the same each time: matrices
-    with the spread of a trained model's, norms of 1."""
+    and biases with the spread of a trained model's matrices, norms of 1."""
 
     def __init__(self, device):
         self.xp = device.xp
@@ -312,8 +391,8 @@ class DummyCheckpoint:
         self.tensors = {}
 
     def take(self, name, *shape):
-        """A tensor of this shape, whatever the name."""
-        if len(shape) == 1:
+        """A tensor of this shape."""
+        if name.endswith("norm.weight"):
             return self.xp.ones(shape, BFLOAT16)
         return (0.02 * self.random.standard_normal(shape, np.float32)).astype(BFLOAT16)
 
@@ -324,8 +403,8 @@ def load_weights(checkpoint, config, device):
     D, F, V, h = c.hidden_size, c.intermediate_size, c.vocab_size, c.head_dim
     q_rows, kv_rows = c.heads_size, c.num_key_value_heads * h
 
-    def take(name, *shape):
-        return device.to_device(checkpoint.take(name + ".weight", *shape)).astype(BFLOAT16, copy=False)
+    def take(name, *shape, kind="weight"):
+        return device.to_device(checkpoint.take(f"{name}.{kind}", *shape)).astype(BFLOAT16, copy=False)
 
     def stack(norm, *parts):
         """A matrix of several (name, rows, columns), below one another, times the norm's weight.
@@ -333,6 +412,10 @@ def load_weights(checkpoint, config, device):
         g = take(norm, D).astype(np.float32)
         scaled = [(take(*part).astype(np.float32) * g).astype(BFLOAT16) for part in parts]
         return device.xp.concatenate(scaled)
+
+    def join(*parts, kind="weight"):
+        """A vector of several (name, size), one behind the other."""
+        return device.xp.concatenate([take(*part, kind=kind) for part in parts])
 
     def layer(i):
         attention = f"model.layers.{i}.self_attn"
@@ -343,7 +426,11 @@ def load_weights(checkpoint, config, device):
             o=take(f"{attention}.o_proj", D, q_rows),
             gate_up=stack(f"model.layers.{i}.post_attention_layernorm", (f"{mlp}.gate_proj", F, D),
                           (f"{mlp}.up_proj", F, D)),
-            down=take(f"{mlp}.down_proj", D, F))
+            down=take(f"{mlp}.down_proj", D, F),
+            qkv_bias=join((f"{attention}.q_proj", q_rows), (f"{attention}.k_proj", kv_rows),
+                          (f"{attention}.v_proj", kv_rows), kind="bias") if c.attention_bias else None,
+            o_bias=take(f"{attention}.o_proj", D, kind="bias")[:, None] if c.attention_out_bias else None,
+            qk_norm=join((f"{attention}.q_norm", h), (f"{attention}.k_norm", h)) if c.qk_norm else None)
 
     embed = take("model.embed_tokens", V, D)
     layers = [layer(i) for i in range(c.num_hidden_layers)]
@@ -354,6 +441,6 @@ def load_weights(checkpoint, config, device):
     left = [name for name in checkpoint.tensors
             if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq")]
     if left:
-        raise TinyVLLMError(f"{checkpoint.folder}: expected the tensors of a Llama with this config.json, "
-                            f"got {len(left)} others, such as {left[0]}: another architecture, or quantized?")
+        raise TinyVLLMError(f"{checkpoint.folder}: expected the tensors of config.json's architecture, got "
+                            f"{len(left)} others, such as {left[0]}: another architecture, or quantized?")
     return Weights(embed, layers, norm, head)

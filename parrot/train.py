@@ -381,7 +381,8 @@ def write_model(folder, conversations, steps, seed):
     train(folder, conversations, steps, seed)
     # save_pretrained() overwrote config.json; ours has Llama 3.2's form, field by field.
     write("config.json", config)
-    write("generation_config.json", {name: config[name] for name in ("bos_token_id", "eos_token_id")})
+    write("generation_config.json", {"do_sample": False, "bos_token_id": config["bos_token_id"],
+                                     "eos_token_id": config["eos_token_id"]})
 
 
 # --------------------------------------------------------------------------------------------------
