@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # ./run.sh "What is a KV cache?"    set-up, then: python tinyvllm.py "What is a KV cache?"
+# ./run.sh --chat [OPTION ...]      set-up, then: python chat.py [OPTION ...]
 # ./run.sh                          set-up, then the whole check, in minutes: all tests and recitations
 # ./run.sh --quick                  set-up, then a check of about a minute: a few tests, one recitation
 #
@@ -73,6 +74,7 @@ else
     error=$("$python" -c "import numpy, ml_dtypes, safetensors, tokenizers${check:+, pytest}" 2>&1) ||
         fail "$python needs the packages of requirements.txt${check:+, and pytest}: ${error##*$'\n'}"
 fi
+if [[ ${1:-} == --chat ]]; then exec "$python" "$here/chat.py" "${@:2}"; fi
 if [[ ! $check ]]; then exec "$python" "$here/tinyvllm.py" "$@"; fi
 
 exec "$python" - "$here" "$check" <<'EOF_PYTHON'
