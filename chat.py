@@ -62,7 +62,12 @@ class Chat:
         """Reads a line and takes it. Ctrl-C has an effect only here."""
         try:
             self.can_break = True
-            self.take(input(prompt).removesuffix("\r"))
+            # A signal in the moment before input() begins to wait would be noticed with the next signal:
+            # SIGALRM, every 0.2 s.
+            signal.setitimer(signal.ITIMER_REAL, 0.2, 0.2)
+            line = input(prompt)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            self.take(line.removesuffix("\r"))
         finally:
             self.is_wanted = False
             self.can_break = False
@@ -164,6 +169,7 @@ def main(argv=None):
         raise TinyVLLMError("expected a model with a chat template, got one without: tinyvllm.py --raw "
                             "lets it continue a text")
     chat = Chat(llm, sampling_params(llm, args), args.system or "")
+    signal.signal(signal.SIGALRM, lambda number, frame: None)       # for Chat.turn
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if is_terminal and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, chat.on_ctrl_c)
