@@ -48,6 +48,7 @@ class Chat:
         self.is_wanted = False          # an answer is on its way, and nobody has pressed Ctrl-C
         self.can_break = False          # Ctrl-C raises CtrlC
         self.set_system(system)
+        signal.signal(signal.SIGALRM, lambda number, frame: None)       # see turn
 
     def on_ctrl_c(self, number, frame):
         """Handles SIGINT. An answer's first Ctrl-C waits for the next token: the engine loses all cached
@@ -62,8 +63,7 @@ class Chat:
         """Reads a line and takes it. Ctrl-C has an effect only here."""
         try:
             self.can_break = True
-            # A signal in the moment before input() begins to wait would be noticed with the next signal:
-            # SIGALRM, every 0.2 s.
+            # input() overlooks a signal in the moment before it waits, until the next signal: SIGALRM.
             signal.setitimer(signal.ITIMER_REAL, 0.2, 0.2)
             line = input(prompt)
             signal.setitimer(signal.ITIMER_REAL, 0)
@@ -169,7 +169,6 @@ def main(argv=None):
         raise TinyVLLMError("expected a model with a chat template, got one without: tinyvllm.py --raw "
                             "lets it continue a text")
     chat = Chat(llm, sampling_params(llm, args), args.system or "")
-    signal.signal(signal.SIGALRM, lambda number, frame: None)       # for Chat.turn
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if is_terminal and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, chat.on_ctrl_c)

@@ -59,6 +59,7 @@ class Terminal:
             [*COMMAND, *args], stdin=self.slave, stdout=self.slave, stderr=self.slave,
             env=os.environ | {"PYTHONIOENCODING": "utf-8", "TERM": "xterm", "INPUTRC": "/dev/null"},
             start_new_session=True, preexec_fn=self.own)
+        self.sent = b""
         self.start = self.prompt()
 
     def own(self):
@@ -72,7 +73,9 @@ class Terminal:
         shown = ""
         while not re.search(pattern, shown):
             assert select.select([self.master], [], [], LIMIT)[0], shown
-            data += os.read(self.master, 65536)
+            piece = os.read(self.master, 65536)
+            self.sent += piece
+            data += piece
             shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r|\a", "", data.decode(errors="ignore"))
         return shown
 
@@ -144,6 +147,7 @@ def test_a_conversation():
     assert terminal.ask("/bye").startswith("tinyvllm: expected /reset, /system or /help, got /bye (Ctrl-D ")
     assert terminal.ask("/help") == chat.HELP + "\n" and terminal.ask("  ") == ""
 
+    assert terminal.sent.endswith(b"\x1b[?2004h> ")              # the terminal is to mark pasted texts
     terminal.send("\x1b[200~What is\n RoPE?\x1b[201~")            # a pasted text is one message
     terminal.read(r"RoPE\?")
     terminal.send("\n")
@@ -245,20 +249,32 @@ def llm():
 @pytest.mark.parametrize("presses", [1, 2])
 def test_ctrl_c_during_a_step(llm, monkeypatch, capsys, presses):
     """The first Ctrl-C lets the step end, the second breaks it, and the engine forgets its pages. What
-    was shown stays in the conversation, and the next answer is right."""
+    was shown stays in the conversation, and the next answer is right. A third Ctrl-C does nothing."""
     conversation = chat.Chat(llm, SamplingParams(max_tokens=None), "")
-    lines = iter([RAVEN, WHO])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    schedule = llm.engine.scheduler.schedule
+    lines = iter([RAVEN + "\r", WHO])
     steps = itertools.count()
+    schedule = llm.engine.scheduler.schedule
+    abort = llm.abort
+
+    def read_line(prompt):
+        assert signal.getitimer(signal.ITIMER_REAL)[1] == 0.2
+        return next(lines)
 
     def schedule_and_press():
+        assert signal.getitimer(signal.ITIMER_REAL)[1] == 0     # no timer disturbs the engine
         if next(steps) == 9:
             for _ in range(presses):
                 conversation.on_ctrl_c(signal.SIGINT, None)
         return schedule()
 
+    def press_and_abort(outputs):
+        if presses == 2 and len(conversation.turns) == 2:
+            conversation.on_ctrl_c(signal.SIGINT, None)
+        abort(outputs)
+
+    monkeypatch.setattr("builtins.input", read_line)
     monkeypatch.setattr(llm.engine.scheduler, "schedule", schedule_and_press)
+    monkeypatch.setattr(llm, "abort", press_and_abort)
     with pytest.raises(chat.CtrlC) if presses == 2 else contextlib.nullcontext():
         conversation.turn("")
     conversation.on_ctrl_c(signal.SIGINT, None)                 # between two lines: nothing to break off
@@ -269,6 +285,7 @@ def test_ctrl_c_during_a_step(llm, monkeypatch, capsys, presses):
     conversation.turn("")
     shown, lines_after = capsys.readouterr()
     assert shown == ANSWERS[WHO] + "\n" and ("(0 cached)" in lines_after) == (presses == 2)
+    assert not llm.engine.sequences                             # the request was given up
 
 
 def test_answers_that_are_not_whole(llm, monkeypatch, capsys):
