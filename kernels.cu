@@ -194,7 +194,7 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
             for (int j = 0; j < 8; ++j) sum += a.v[j] * a.v[j] + b.v[j] * b.v[j];
             squares[item] = sum;
         }
-        __syncthreads();    // all squares are written before any are added, and no q is replaced before
+        __syncthreads();    // squares are written before they are read, and q is read before q is replaced
     }
 
     for (int item = threadIdx.x; item < QKV / 16; item += ROPE_THREADS) {

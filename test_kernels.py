@@ -267,12 +267,12 @@ def test_rope_and_cache(model, T):
 
 
 @pytest.mark.parametrize("model", [
-    BASE | {"QKV_BIAS": 1}, MODELS[3] | {"QK_NORM": 1}, MODELS[7] | {"QKV_BIAS": 1, "QK_NORM": 1},
-], ids=["bias", "norm, head 48", "bias, norm, head 208"])
-def test_bias_and_head_norm(model):
+    BASE | {"QKV_BIAS": 1, "QK_NORM": 1}, MODELS[3] | {"QK_NORM": 1}, MODELS[7] | {"QKV_BIAS": 1},
+], ids=["144-4-1, bias, norm", "head 48, norm", "head 208, bias"])
+def test_rope_and_cache_with_bias_and_head_norm(model):
     """rope_and_cache adds the bias, and then norms each head of q and k, before both turn.
 
-    The threads of a head are no power of two, and may belong to two warps.
+    The three threads of a head of 48 can belong to two warps.
     """
     rng = RNG(3)
     H, K, h, B = attention_sizes(model)

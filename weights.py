@@ -347,7 +347,7 @@ class Checkpoint:
         patterns = "model-*.safetensors", "consolidated*", "*.pth", "*.bin", "*.gguf"
         found = [path.name for pattern in patterns for path in sorted(self.folder.glob(pattern))]
         if name != "model.safetensors" or not found:
-            return "download the model's *.safetensors"
+            return "download the model's *.safetensors (other formats must be converted)"
         if found[0].startswith("model-"):
             return f"download model.safetensors.index.json too, the list of {found[0]} and others"
         return f"convert {found[0]} to the Hugging Face layout, *.safetensors, or download the model so"
