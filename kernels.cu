@@ -1035,25 +1035,21 @@ extern "C" __global__ __launch_bounds__(SAMPLE_THREADS, 2) void sample(
     // 1. The greatest logit: greedy's choice.
     const Softmax softmax = softmax_of(row);
 
-    // 2. The changed logits, and the greatest of all. (softmax_of() ends with a barrier: no thread
-    // needs the row as it was.) The entries, tau, the cuts and the softmax are the thread block's: all
-    // threads meet the barriers below, or none.
+    // 2. The changed logits, and the greatest of all. (No thread reads the raw row after softmax_of()'s
+    // last barrier.) Entries, tau, cuts and softmax are the thread block's: all meet each barrier, or none.
     Softmax changed = softmax;
     if (scratch.num_entries > 0) {
         change(scratch, row, newest[s] < 0 ? -1 : token_ids[newest[s]], penalties + 3 * s);
         changed = greatest_of(scratch, row);
     }
-    float tau = temperature[s];
-    int chosen = given[s];
-    if (chosen >= 0) tau = 0;
-    else chosen = token_of(changed.best);
-
+    const bool is_given = given[s] >= 0;
+    const float tau = temperature[s];
+    int chosen = is_given ? given[s] : token_of(changed.best);
     // A NaN is no denominator: then nothing can be drawn. Nor where all tokens are banned.
-    if (tau > 0 && softmax.denominator > 0 && changed.greatest > -INF) {
+    if (!is_given && tau > 0 && softmax.denominator > 0 && changed.greatest > -INF) {
         // 3. The cuts.
         const unsigned lowest = lowest_kept(
             scratch, row, changed.highest, changed.greatest, tau, min_p + s, top_k + s, top_p + s);
-
         // 4. The race. The noise depends on the request's seed, the position and the token alone.
         const u64 stream = scramble(scramble(seed[s] + GOLDEN) + position[s]);
         u64 best = candidate(-INF, chosen);    // stays only if nothing else is finite
