@@ -778,10 +778,10 @@ extern "C" __global__ __launch_bounds__(NORM_THREADS) void rms_norm(
 // logits; of these keep the most probable that together reach probability top_p; draw a kept token
 // with probability proportional to exp(logit / temperature).
 //
-// A changed logit is a float32. In the row, a bf16 of 20 is 0.125 from the next, and a penalty of 0.05
-// would be lost. So the changed logit stands in a list, in the token's entry, and the row has -inf in
-// its place: a pass over the row and the entries meets every logit, and -inf is never chosen. At the
-// end the row gets its logits back, for best_logprobs.
+// A changed logit is a float32: bf16 numbers near 20 are 0.125 apart, and a penalty of 0.05 would be
+// lost. So the changed logit stands in the token's entry of a list, and the row has -inf there, which
+// is never drawn. Each pass goes over the row, then over the entries. At the end the row gets its own
+// logits back: best_logprobs reads them.
 //
 // To keep the top of 128,256 logits looks like sorting. But a bf16 logit has 16 bits, so only
 // 65,536 values are possible, and top-k and top-p need just one value: the lowest that is still
@@ -809,9 +809,9 @@ extern "C" __global__ __launch_bounds__(NORM_THREADS) void rms_norm(
 //   seed [R].   position [R]: of the new token in its text.
 //   given [R]: -1, or the token to report without a choice (a prompt's own token).
 //   penalties [R, 3]: presence, frequency, repetition.
-//   lists, cu_entries [R + 1]: lists[cu_entries[r]] to lists[cu_entries[r + 1] - 1] are row r's entries,
-//     three numbers each, see Entry. The kernel overwrites them.
-//   newest [R]: -1, or the index in token_ids of a token of row r's text that the entries do not count.
+//   lists, cu_entries [R + 1]: the numbers lists[cu_entries[r]] to lists[cu_entries[r + 1] - 1] are row
+//     r's entries, three numbers each, see Entry. The kernel overwrites them.
+//   newest [R]: -1, or the index in token_ids of a token of the text that row r's entries do not count.
 //   token_ids [T]: the step's, after gather_rows. Hazard: in `sampled` the newest token of row r may be
 //     overwritten already, by the thread block of another row.
 //   Grid (R): a thread block owns one row, a thread every 1,024th group of eight logits.
@@ -876,9 +876,9 @@ __device__ inline void for_each_logit(const bf16* logits, Body body) {
 
 // A token whose logit changes. The entries of a row have different tokens.
 struct Entry {
-    int token;                              // -1: none; nobody visits the entry
-    union { int count; bf16 raw; };         // change() reads the count and the bias, and puts the row's
-    union { float bias; float changed; };   // own logit and the changed logit in their places
+    int token;                              // -1: the entry is empty
+    union { int count; bf16 raw; };         // count and bias for change(), which puts the row's own
+    union { float bias; float changed; };   // logit and the changed logit in their places
 };
 
 // The thread block's shared memory. (Declared inside cutoff(), each instance of the template would
@@ -891,7 +891,7 @@ struct Scratch {
     int found;                     // the bin in which the sum reaches the target
 };
 
-// Calls body(entry) for every entry with a token. A thread gets the same entries each time.
+// Calls body(entry) for every entry that is not empty. A thread gets the same entries each time.
 template <class Body>
 __device__ inline void for_each_entry(const Scratch& shared, Body body) {
     #pragma unroll 1    // most rows have no entries
@@ -906,9 +906,10 @@ __device__ inline void for_each_logit(const Scratch& shared, const bf16* row, Bo
     for_each_entry(shared, [&](const Entry& entry) { body(entry.token, entry.changed); });
 }
 
-// Computes the changed logits: first the bias, then the penalties (presence, frequency, repetition).
-// count: how often the token stands in the answer; 0: in the prompt alone; -1: in neither. newest: -1,
-// or a token to be counted. If the token has no entry, it gets the last, which has no token.
+// Computes the changed logits: the bias comes first, then the penalties (presence, frequency,
+// repetition) by the count: how often the token stands in the answer; 0: in the prompt alone; -1: in
+// neither. newest: -1, or a token to count. If no entry has that token, the last one gets it, which is
+// empty. All threads of a thread block must call.
 __device__ inline void change(const Scratch& shared, bf16* row, int newest, const float* penalties) {
     bool is_mine = false;
     for_each_entry(shared, [&](Entry& entry) {
@@ -1039,7 +1040,8 @@ __device__ inline Softmax softmax_of(const bf16* row) {
     return {highest, at, best, greatest, block_reduce(share, Sum())};
 }
 
-// The same of the changed logits, without a denominator.
+// The same of the changed logits, without a denominator. Entries come in any order, so the first of a
+// thread's equal logits need not be the lowest token's: all are compared as candidates.
 __device__ inline Softmax greatest_of(const Scratch& shared, const bf16* row) {
     Softmax changed = {-INF};
     for_each_logit(shared, row, [&](int t, float logit) {
@@ -1066,23 +1068,21 @@ extern "C" __global__ __launch_bounds__(SAMPLE_THREADS, 2) void sample(
     // 1. The greatest logit: greedy's choice.
     const Softmax softmax = softmax_of(row);
 
-    // 2. The changed logits, and the greatest of all. (softmax_of() ends with a barrier: no thread
-    // needs the row as it was.) The entries, tau, the cuts and the softmax are the thread block's: all
-    // threads meet the barriers below, or none.
+    // 2. The changed logits, and the greatest of all. (No thread reads the raw row after softmax_of()'s
+    // last barrier.) Entries, tau, cuts and softmax are the thread block's: all meet each barrier, or none.
     Softmax changed = softmax;
     if (scratch.num_entries > 0) {
         change(scratch, row, newest[s] < 0 ? -1 : token_ids[newest[s]], penalties + 3 * s);
         changed = greatest_of(scratch, row);
     }
-    const float tau = given[s] < 0 ? temperature[s] : 0;
-    int chosen = given[s] < 0 ? token_of(changed.best) : given[s];
-
+    const bool is_given = given[s] >= 0;
+    const float tau = temperature[s];
+    int chosen = is_given ? given[s] : token_of(changed.best);
     // A NaN is no denominator: then nothing can be drawn. Nor where all tokens are banned.
-    if (tau > 0 && softmax.denominator > 0 && changed.greatest > -INF) {
+    if (!is_given && tau > 0 && softmax.denominator > 0 && changed.greatest > -INF) {
         // 3. The cuts.
         const unsigned lowest = lowest_kept(
             scratch, row, changed.highest, changed.greatest, tau, min_p + s, top_k + s, top_p + s);
-
         // 4. The race. The noise depends on the request's seed, the position and the token alone.
         const u64 stream = scramble(scramble(seed[s] + GOLDEN) + position[s]);
         u64 best = candidate(-INF, chosen);    // stays only if nothing else is finite
