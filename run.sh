@@ -68,10 +68,10 @@ if [[ $* == --quick ]]; then check=quick; fi
 python=${TINYVLLM_PYTHON:-$venv/bin/python}
 if [[ $python == "$venv/bin/python" ]]; then
     set_up
-    if [[ $check ]] && ! "$python" -c 'import pytest, jinja2' 2>/dev/null; then install pytest jinja2; fi
+    if [[ $check ]] && ! "$python" -c 'import pytest' 2>/dev/null; then install pytest; fi
 else
     check_version "$python"
-    error=$("$python" -c "import numpy, ml_dtypes, safetensors, tokenizers${check:+, pytest}" 2>&1) ||
+    error=$("$python" -c "import numpy, ml_dtypes, safetensors, tokenizers, jinja2${check:+, pytest}" 2>&1) ||
         fail "$python needs the packages of requirements.txt${check:+, and pytest}: ${error##*$'\n'}"
 fi
 if [[ ${1:-} == --chat ]]; then exec "$python" "$here/chat.py" "${@:2}"; fi
