@@ -1186,7 +1186,7 @@ RAVEN = "Recite The Raven by Edgar Allan Poe, all of it, from the start."
     (["--gpu-memory-utilization", "1e-6", "Hi"],
      ["too little memory: expected ", " GB", "--gpu-memory-utilization", "--max-model-len"]),
     (["--no-such-option", "Hi"], ["--no-such-option", "--help"]),
-    ([], ["PROMPT", "--help"]),
+    ([], ["a prompt, got none", "chat.py"]),
     (["--no-chunked-prefill", "--max-num-batched-tokens", "20", RAVEN],
      ["expected less than 20 tokens", "--no-chunked-prefill"]),
     (["--no-chunked-prefill", "--max-num-batched-tokens", "40", "--max-model-len", "41", "Hi"],

@@ -948,7 +948,7 @@ def test_a_panic_of_the_package_is_an_error_of_the_text(models_of, monkeypatch):
         ours.encode("a" + " " * 10**7 + "b")
     assert ours.decode(ours.encode("a b", add_bos=False)) == "a b"
     for error in KeyboardInterrupt, SystemExit, GeneratorExit:
-        encoder = Mock(**{"encode.side_effect": error})
+        encoder = Mock(**{"encode_batch.side_effect": error})
         monkeypatch.setattr(ours, "_encoder", lambda guard, encoder=encoder: (encoder, {}))
         with pytest.raises(error):
             ours.encode("a")
