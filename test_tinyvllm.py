@@ -1698,7 +1698,7 @@ MOST_LINES = {"tinyvllm.py": 1750, "program.py": 260, "sampling.py": 170, "weigh
 ROOMS = set(MOST_LINES) | {
     "views.html", "server.html", "test_server.py",
     "test_tinyvllm.py", "test_kernels.py", "test_tokenizer.py", "test_views.py",
-    "test_chat.py", "test_course.py", "test_faults.py",
+    "test_chat.py", "test_course.py", "test_faults.py", "test_sampling.py",
     "run.sh", "README.md", "course", "parrot", "pyproject.toml", "requirements.txt", "LICENSE", ".ci",
     ".gitignore"}
 PATTERNS = ["*.py", "*.cu", "*.h", "*.html", "*.sh", "*.md", "*.toml", "course/*.py", "course/*.md",
