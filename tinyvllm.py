@@ -1266,6 +1266,7 @@ class LLM:
         """options: EngineArgs' fields."""
         args = EngineArgs(model, **options)
         folder, self.config = open_config(args)
+        self.folder = folder
         self.tokenizer = Tokenizer(folder)
         self.device = open_device(args.device)
         self.max_logprobs = args.max_logprobs
