@@ -1270,6 +1270,7 @@ class LLM:
         self.tokenizer = Tokenizer(folder)
         self.device = open_device(args.device)
         self.max_logprobs = args.max_logprobs
+        self.default_sampling = {}
         num_blocks, self.max_model_len, self.advice = plan_pool(self.config, self.device, args)
         checkpoint = DummyCheckpoint(self.device) if args.load_format == "dummy" else Checkpoint(folder)
         weights = load_weights(checkpoint, self.config, self.device)
