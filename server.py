@@ -14,7 +14,7 @@ The life of a request:
      client that reads slowly gets fewer and larger chunks, and costs no memory.
 A client that goes away gives its request up, at whatever point, and the next step frees the pages.
 
-Sections: Errors, Requests, Engine thread, Answers, Metrics, App, Process.
+Sections: Errors, Requests and answers, Engine thread, Metrics, App, Process.
 What is not supported is refused with the name of the field, and never ignored in silence.
 """
 import asyncio
@@ -34,6 +34,7 @@ import time
 import traceback
 from collections import Counter, deque, namedtuple
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
@@ -77,12 +78,6 @@ class RequestError(Exception):
         self.status = status
         self.param = param
         self.code = code
-
-    @classmethod
-    def from_user_error(cls, error, param=None):
-        """Of the engine's own error, which begins with the name of a field, or of the tokenizer's."""
-        field = re.match(r"(\w+): expected", str(error))
-        return cls(error, param=field[1] if field else param)
 
     @property
     def body(self):
@@ -131,7 +126,7 @@ class TooLarge(Response):
 
 
 # --------------------------------------------------------------------------------------------------
-# Requests: from the fields of a JSON object to SamplingParams and token ids
+# Requests and answers: from the fields of a JSON object to SamplingParams and token ids, and back
 # --------------------------------------------------------------------------------------------------
 # Fields that SamplingParams has too. Where the server knows no more, SamplingParams checks them.
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
@@ -229,15 +224,21 @@ def encoded(llm, text, encode, param):
     try:
         ids = encode(text)
     except TokenizerError as error:
-        raise RequestError.from_user_error(error, param) from None
+        raise RequestError(error, param=param) from None
     if len(ids) >= llm.max_model_len:
         raise RequestError(f"{param}: expected less than {llm.max_model_len} tokens, the maximum context "
                            f"length, got {len(ids)}", param=param, code="context_length_exceeded")
     return ids
 
 
+async def disconnection(receive):
+    """Returns when the client is gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
 class Call:
-    """A request for completions: its fields, and its choices, which are its answers."""
+    """A request for completions, and its response: the fields, and the choices, which are the answers."""
 
     def __init__(self, service, body):
         """Checks all fields but the prompt. Raises RequestError."""
@@ -307,7 +308,7 @@ class Call:
         try:
             return llm.copied(SamplingParams(**({"temperature": 1.0} | llm.default_sampling | given)))
         except TinyVLLMError as error:
-            raise RequestError.from_user_error(error) from None
+            raise RequestError(error, param=str(error).partition(":")[0]) from None
 
     def read_max_tokens(self):
         for name in "max_completion_tokens", "max_tokens":
@@ -354,6 +355,52 @@ class Call:
             if choice.progress.reason == "error":
                 return RequestError(choice.progress.error, 500)
         return None
+
+    async def __call__(self, scope, receive, send):
+        """The response, as an ASGI app. It watches for the client to go away all the while."""
+        work = self.stream(send) if self.is_stream else self.send_whole(scope, receive, send)
+        work = asyncio.create_task(work)
+        gone = asyncio.create_task(disconnection(receive))
+        try:
+            while not work.done() and not gone.done():
+                await asyncio.wait((work, gone), timeout=PING_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                self.look_for_silence()
+            if work.done():
+                work.result()               # raises what has failed
+        finally:
+            work.cancel()
+            gone.cancel()
+            self.service.calls.discard(self)
+            self.service.abort(self)
+
+    async def send_whole(self, scope, receive, send):
+        """Sends the answer in one piece."""
+        while not self.is_final and not self.failure:
+            await self.news.wait()
+            self.news.clear()
+        response = self.failure.response if self.failure else json_response(self.whole())
+        await response(scope, receive, send)
+
+    async def stream(self, send):
+        """Sends the answer as server-sent events, each time all that is new. An error is the last event,
+        without the [DONE] of a whole answer."""
+        headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache",
+                   "x-accel-buffering": "no"}
+        raw_headers = [(name.encode(), value.encode()) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": 200, "headers": raw_headers})
+        while not self.failure and not self.is_sent:
+            text = self.new_events()
+            if not text and self.is_quiet:
+                text = ": ping\n\n"
+            if text:
+                self.is_quiet = False
+                self.num_sends += 1
+                await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+            else:
+                await self.news.wait()
+                self.news.clear()
+        text = f"data: {JSON.encode(self.failure.body)}\n\n" if self.failure else self.last_events()
+        await send({"type": "http.response.body", "body": text.encode()})
 
     def look_for_silence(self):
         """Called every few seconds: wakes a stream that has sent nothing since the last call."""
@@ -492,6 +539,99 @@ class TextCall(Call):
         return f'"text":{JSON.encode(text)}'
 
 
+# What the event loop may know of a sequence: text, number of tokens, finish reason, error. The first
+# num_tokens entries of the output's token_ids and logprobs do not change any more either.
+Progress = namedtuple("Progress", "text num_tokens reason error")
+
+
+class Choice:
+    """One answer of a call: how far the engine is, and how much of it the client has."""
+
+    def __init__(self, call, index, sequence):
+        self.call = call
+        self.index = index
+        self.sequence = sequence
+        self.output = sequence.output
+        self.progress = Progress("", 0, None, None)
+        self.last_time = call.start         # of the latest token, for the metrics
+        # Sent, or made ready to be sent
+        self.has_opening = False
+        self.num_characters = 0
+        self.has_end = False
+        # Tokens whose log-probabilities were reported, and the characters of these tokens
+        self.num_tokens = 0
+        self.num_token_characters = 0
+        self.decoder = StreamDecoder(call.service.llm.tokenizer)
+
+    @property
+    def num_ready(self):
+        """The number of characters that no stop string can take back: all, or without the longest end
+        of the text that begins a stop string."""
+        text = self.progress.text
+        ready = len(text)
+        if self.progress.reason:
+            return ready
+        for stop in self.call.params.stop:
+            start = text.find(stop[0], max(len(text) - len(stop) + 1, 0), ready)
+            while start >= 0:
+                if stop.startswith(text[start:]):
+                    ready = start
+                start = text.find(stop[0], start + 1, ready)
+        return ready
+
+    @property
+    def stop_reason(self):
+        """The stop string or token id that ended the answer, as vLLM says it; None for an eos token."""
+        if self.progress.reason != "stop":
+            return None
+        last = self.output.token_ids[-1]
+        if last in self.call.params.stop_token_ids:
+            return last
+        text = self.call.service.llm.tokenizer.decode(self.output.token_ids)
+        return next((stop for stop in self.call.params.stop
+                     if text.startswith(stop, len(self.progress.text))), None)
+
+    def take_logprobs(self, end):
+        """The log-probabilities of tokens that begin before the character `end`, in the endpoint's
+        shape; None if none are asked for. No token is taken twice, and none of a stop string at all."""
+        if self.call.params.logprobs is None:
+            return None
+        entries = []
+        while self.num_tokens < self.progress.num_tokens and self.num_token_characters < end:
+            token = self.output.token_ids[self.num_tokens]
+            entries.append((token, self.num_token_characters, self.output.logprobs[self.num_tokens]))
+            self.num_token_characters += len(self.decoder.push(token))
+            self.num_tokens += 1
+        return self.call.logprobs(entries)
+
+    def whole(self):
+        """The choice of an answer that is not streamed."""
+        progress = self.progress
+        return {"index": self.index, **self.call.answer(self),
+                "logprobs": self.take_logprobs(len(progress.text)), "finish_reason": progress.reason,
+                "stop_reason": self.stop_reason}
+
+    def pieces(self):
+        """Yields what is new as JSON, the inside of choices of a stream: the opening, with the first
+        token; text; the end by itself, as OpenAI does."""
+        progress = self.progress
+        if not self.has_opening and (progress.num_tokens or progress.reason):
+            self.has_opening = True
+            opening = self.call.opening(self)
+            if opening:
+                yield f'{opening},"logprobs":null,"finish_reason":null'
+        end = self.num_ready
+        if end > self.num_characters:
+            piece = self.call.piece(progress.text[self.num_characters:end])
+            logprobs = self.take_logprobs(end)
+            self.num_characters = end
+            yield f'{piece},"logprobs":{JSON.encode(logprobs)},"finish_reason":null'
+        if progress.reason and not self.has_end:
+            self.has_end = True
+            reasons = f'"finish_reason":"{progress.reason}","stop_reason":{JSON.encode(self.stop_reason)}'
+            yield f'{self.call.piece("")},"logprobs":null,{reasons}'
+
+
 def finite(logprob):
     """The log-probability in JSON's numbers, which have no infinity and no NaN."""
     return logprob if logprob > -9999 else -9999.0
@@ -503,11 +643,6 @@ def finite(logprob):
 # The thread does nothing but step the engine, so the GPU never waits for HTTP. What the event loop
 # wants of the engine comes through an inbox, in order: an abort never overtakes its request.
 # --------------------------------------------------------------------------------------------------
-# What the event loop may know of a sequence: text, number of tokens, finish reason, error. The first
-# num_tokens entries of the output's token_ids and logprobs do not change any more either.
-Progress = namedtuple("Progress", "text num_tokens reason error")
-
-
 class Service:
     """The engine thread, and what the event loop knows of it."""
 
@@ -656,166 +791,10 @@ class Service:
             raise
         self.tell_engine(self.add, call.choices)
 
-    def end(self, call):
-        """Takes a call out, and gives unfinished sequences up."""
-        self.calls.discard(call)
-        self.abort(call)
-
     def abort(self, call):
+        """Gives the sequences up that have not ended."""
         if not call.is_final:
             self.tell_engine(self.llm.abort, [choice.output for choice in call.choices])
-
-
-# --------------------------------------------------------------------------------------------------
-# Answers: whole or streamed
-# --------------------------------------------------------------------------------------------------
-class Choice:
-    """One answer of a call: how far the engine is, and how much of it the client has."""
-
-    def __init__(self, call, index, sequence):
-        self.call = call
-        self.index = index
-        self.sequence = sequence
-        self.output = sequence.output
-        self.progress = Progress("", 0, None, None)
-        self.last_time = call.start         # of the latest token, for the metrics
-        # Sent, or made ready to be sent
-        self.has_opening = False
-        self.num_characters = 0
-        self.has_end = False
-        # Tokens whose log-probabilities were reported, and the characters of these tokens
-        self.num_tokens = 0
-        self.num_token_characters = 0
-        self.decoder = StreamDecoder(call.service.llm.tokenizer)
-
-    @property
-    def num_ready(self):
-        """The number of characters that no stop string can take back: all, or without the longest end
-        of the text that begins a stop string."""
-        text = self.progress.text
-        ready = len(text)
-        if self.progress.reason:
-            return ready
-        for stop in self.call.params.stop:
-            start = text.find(stop[0], max(len(text) - len(stop) + 1, 0), ready)
-            while start >= 0:
-                if stop.startswith(text[start:]):
-                    ready = start
-                start = text.find(stop[0], start + 1, ready)
-        return ready
-
-    @property
-    def stop_reason(self):
-        """The stop string or token id that ended the answer, as vLLM says it; None for an eos token."""
-        if self.progress.reason != "stop":
-            return None
-        last = self.output.token_ids[-1]
-        if last in self.call.params.stop_token_ids:
-            return last
-        text = self.call.service.llm.tokenizer.decode(self.output.token_ids)
-        return next((stop for stop in self.call.params.stop
-                     if text.startswith(stop, len(self.progress.text))), None)
-
-    def take_logprobs(self, end):
-        """The log-probabilities of tokens that begin before the character `end`, in the endpoint's
-        shape; None if none are asked for. No token is taken twice, and none of a stop string at all."""
-        if self.call.params.logprobs is None:
-            return None
-        entries = []
-        while self.num_tokens < self.progress.num_tokens and self.num_token_characters < end:
-            token = self.output.token_ids[self.num_tokens]
-            entries.append((token, self.num_token_characters, self.output.logprobs[self.num_tokens]))
-            self.num_token_characters += len(self.decoder.push(token))
-            self.num_tokens += 1
-        return self.call.logprobs(entries)
-
-    def whole(self):
-        """The choice of an answer that is not streamed."""
-        progress = self.progress
-        return {"index": self.index, **self.call.answer(self),
-                "logprobs": self.take_logprobs(len(progress.text)), "finish_reason": progress.reason,
-                "stop_reason": self.stop_reason}
-
-    def pieces(self):
-        """Yields what is new as JSON, the inside of choices of a stream: the opening, with the first
-        token; text; the end by itself, as OpenAI does."""
-        progress = self.progress
-        if not self.has_opening and (progress.num_tokens or progress.reason):
-            self.has_opening = True
-            opening = self.call.opening(self)
-            if opening:
-                yield f'{opening},"logprobs":null,"finish_reason":null'
-        end = self.num_ready
-        if end > self.num_characters:
-            piece = self.call.piece(progress.text[self.num_characters:end])
-            logprobs = self.take_logprobs(end)
-            self.num_characters = end
-            yield f'{piece},"logprobs":{JSON.encode(logprobs)},"finish_reason":null'
-        if progress.reason and not self.has_end:
-            self.has_end = True
-            reasons = f'"finish_reason":"{progress.reason}","stop_reason":{JSON.encode(self.stop_reason)}'
-            yield f'{self.call.piece("")},"logprobs":null,{reasons}'
-
-
-class Answer:
-    """The response to a call, an ASGI app. It watches for the client to go away all the while."""
-
-    def __init__(self, call):
-        self.call = call
-
-    async def __call__(self, scope, receive, send):
-        call = self.call
-        work = asyncio.create_task(self.stream(send) if call.is_stream else self.whole(scope, receive, send))
-        gone = asyncio.create_task(self.watch(receive))
-        try:
-            while not work.done() and not gone.done():
-                await asyncio.wait((work, gone), timeout=PING_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-                call.look_for_silence()
-            if work.done():
-                work.result()               # raises what has failed
-        finally:
-            work.cancel()
-            gone.cancel()
-            call.service.end(call)
-
-    async def watch(self, receive):
-        """Returns when the client is gone."""
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    async def whole(self, scope, receive, send):
-        """Sends the answer in one piece."""
-        call = self.call
-        while not call.is_final and not call.failure:
-            await call.news.wait()
-            call.news.clear()
-        response = call.failure.response if call.failure else json_response(call.whole())
-        await response(scope, receive, send)
-
-    async def stream(self, send):
-        """Sends the answer as server-sent events, each time all that is new. An error is the last event,
-        without the [DONE] of a whole answer."""
-        call = self.call
-        headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache",
-                   "x-accel-buffering": "no"}
-        raw_headers = [(name.encode(), value.encode()) for name, value in headers.items()]
-        await send({"type": "http.response.start", "status": 200, "headers": raw_headers})
-        while not call.failure and not call.is_sent:
-            text = call.new_events()
-            if not text and call.is_quiet:
-                text = ": ping\n\n"
-            if text:
-                call.is_quiet = False
-                call.num_sends += 1
-                await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
-            else:
-                await call.news.wait()
-                call.news.clear()
-        if call.failure:
-            text = f"data: {JSON.encode(call.failure.body)}\n\n"
-        else:
-            text = call.last_events()
-        await send({"type": "http.response.body", "body": text.encode()})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -895,20 +874,16 @@ class Endpoints:
         self.service = service
 
     def routes(self):
-        get = {"/v1/models": self.models, "/v1/models/{name:path}": self.model, "/health": self.health,
-               "/metrics": self.metrics, "/version": self.version}
-        post = {"/v1/chat/completions": self.chat_completions, "/v1/completions": self.completions,
-                "/tokenize": self.tokenize, "/detokenize": self.detokenize}
-        return ([Route(path, function, methods=["GET"]) for path, function in get.items()]
-                + [Route(path, function, methods=["POST"]) for path, function in post.items()])
+        functions = {
+            "GET /v1/models": self.models, "GET /v1/models/{name:path}": self.model,
+            "GET /health": self.health, "GET /metrics": self.metrics, "GET /version": self.version,
+            "POST /v1/chat/completions": partial(self.complete, ChatCall),
+            "POST /v1/completions": partial(self.complete, TextCall),
+            "POST /tokenize": self.tokenize, "POST /detokenize": self.detokenize}
+        return [Route(name.split()[1], function, methods=name.split()[:1])
+                for name, function in functions.items()]
 
-    async def chat_completions(self, request):
-        return await self.answer(request, ChatCall)
-
-    async def completions(self, request):
-        return await self.answer(request, TextCall)
-
-    async def answer(self, request, kind):
+    async def complete(self, kind, request):
         service = self.service
         body = await read_json(request, service.max_body)
         if service.trouble:
@@ -916,7 +891,7 @@ class Endpoints:
         call = kind(service, body)
         request.state.call = call           # for the log
         await service.submit(call)
-        return Answer(call)
+        return call
 
     def card(self, name):
         return {"id": name, "object": "model", "created": self.service.started, "owned_by": "tiny-vllm",
@@ -993,8 +968,8 @@ class Guard:
         try:
             self.check(scope["path"], headers)
             await self.app(scope, receive, send_with_id)
-        except ClientDisconnect:            # while the request came in
-            pass
+        except (ClientDisconnect, asyncio.CancelledError):
+            pass                            # gone while the request came in; the process ends
         except Exception as error:
             if status is not None:
                 raise                       # in the middle of an answer: the connection is closed
@@ -1070,63 +1045,43 @@ def build_app(llm, model_names=("tiny-vllm",), api_key=None, max_waiting=1024, m
 # Process: connections, signals, the command line
 # --------------------------------------------------------------------------------------------------
 class Connection(H11Protocol):
-    """A connection with deadlines. Nothing in ASGI can set one for a client that sends or reads nothing."""
+    """A connection that closes when the client does not send its request, or reads no answer. Nothing in
+    ASGI can see such a client."""
 
     def connection_made(self, transport):
         super().connection_made(transport)
-        self.arrival = None                 # timer of a request that is coming in
-        self.stall = None                   # timer of a write that does not get on
-        self.expect_request()
-
-    def expect_request(self):
-        self.begin = self.loop.time()
-        self.num_bytes = 0
-        self.arrival = self.loop.call_later(REQUEST_SECONDS, self.check_arrival)
-
-    def check_arrival(self):
-        left = self.begin + REQUEST_SECONDS + self.num_bytes / MEBIBYTE - self.loop.time()
-        if left > 0:
-            self.arrival = self.loop.call_later(left, self.check_arrival)
-        else:
-            self.transport.abort()
+        self.begin = self.loop.time()       # of the request that is coming in; None: nothing is
+        self.num_bytes = 0                  # of the request
+        self.num_unsent = 0                 # bytes of answers
+        self.last_progress = self.begin     # when num_unsent was seen to change
+        self.watch()
 
     def data_received(self, data):
-        if self.arrival is None:
-            self.expect_request()
+        self.begin = self.begin or self.loop.time()
         self.num_bytes += len(data)
         super().data_received(data)
         if self.conn.their_state in (h11.DONE, h11.MUST_CLOSE, h11.CLOSED):
-            self.arrival.cancel()
-            self.arrival = None
+            self.begin = None
+            self.num_bytes = 0
 
     def on_response_complete(self):
-        super().on_response_complete()      # may begin with the next request, of which a part is here
-        if self.arrival is None and self.conn.their_state is h11.SEND_BODY:
-            self.expect_request()
+        super().on_response_complete()      # and the next request may have come with this one, in part
+        if self.conn.their_state is h11.SEND_BODY:
+            self.begin = self.begin or self.loop.time()
 
-    def pause_writing(self):
-        super().pause_writing()
-        self.num_unsent = self.transport.get_write_buffer_size()
-        self.stall = self.loop.call_later(WRITE_SECONDS, self.check_writing)
-
-    def check_writing(self):
-        before = self.num_unsent
-        self.num_unsent = self.transport.get_write_buffer_size()
-        if self.num_unsent < before:
-            self.stall = self.loop.call_later(WRITE_SECONDS, self.check_writing)
-        else:
+    def watch(self):
+        """Looks at the connection now and then, until the connection is lost."""
+        if self not in self.connections:
+            return
+        now = self.loop.time()
+        num_unsent = self.transport.get_write_buffer_size()
+        if num_unsent != self.num_unsent or not num_unsent:
+            self.num_unsent = num_unsent
+            self.last_progress = now
+        late = self.begin and now - self.begin > REQUEST_SECONDS + self.num_bytes / MEBIBYTE
+        if late or now - self.last_progress > WRITE_SECONDS:
             self.transport.abort()
-
-    def resume_writing(self):
-        super().resume_writing()
-        if self.stall:
-            self.stall.cancel()
-
-    def connection_lost(self, error):
-        super().connection_lost(error)
-        for timer in self.arrival, self.stall:
-            if timer:
-                timer.cancel()
+        self.loop.call_later(REQUEST_SECONDS / 10, self.watch)
 
     def send_400_response(self, message):
         super().send_400_response(to_json(RequestError(message).body).decode())
@@ -1158,6 +1113,7 @@ class Server(uvicorn.Server):
             self.should_exit = True
             self.force_exit = True
             self.exit_code = 128 + number
+            logging.disable()               # each task that is cut off would show a traceback
         self.service.is_draining = True
         self.deadline = time.monotonic() + self.shutdown_timeout
 
