@@ -31,24 +31,29 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections import Counter, deque, namedtuple
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
-import h11
-import uvicorn
-from starlette.applications import Starlette
-from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect
-from starlette.responses import Response
-from starlette.routing import Route
-from uvicorn.protocols.http.h11_impl import H11Protocol
+try:
+    import h11
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.datastructures import Headers
+    from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
+    from starlette.middleware.cors import CORSMiddleware
+    from starlette.requests import ClientDisconnect
+    from starlette.responses import Response
+    from starlette.routing import Route
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"tinyvllm: expected the Python package {error.name}, found none: ./run.sh installs all "
+             "packages into .venv, then use .venv/bin/python")
 
 from device import FOLDER, TinyVLLMError, check, first_line, is_int, is_number, shown
 from sampling import SamplingParams
@@ -258,6 +263,7 @@ class Call:
         self.n = 1 if n is None else want("n", n, lambda n: is_int(n, 1, MAX_CHOICES),
                                           f"a whole number from 1 to {MAX_CHOICES}")
         self.prompts = self.read_prompts()
+        self.num_choices = len(self.prompts) * self.n
         if self.num_choices > MAX_CHOICES:
             raise RequestError(f"n: expected {MAX_CHOICES} or less answers of one request, got "
                                f"{len(self.prompts)} prompts * {self.n}", param="n")
@@ -268,10 +274,6 @@ class Call:
         self.num_sends = 0              # of chunks
         self.num_sends_seen = 0         # by look_for_silence
         self.is_quiet = False           # a stream that must show that it is alive
-
-    @property
-    def num_choices(self):
-        return len(self.prompts) * self.n
 
     def refuse_unsupported(self):
         """Raises RequestError for a field that asks for what the server cannot do."""
@@ -333,7 +335,8 @@ class Call:
                 sequence = llm.prepare(ids, params)
                 if sequence.output.error:
                     raise RequestError(sequence.output.error, param="prompt")
-                self.choices.append(Choice(self, len(self.choices), sequence))
+                self.choices.append(Choice(self, len(self.choices), sequence, self.lead(prompt)))
+        self.body = self.prompts = None     # a client may have sent megabytes
 
     @property
     def is_final(self):
@@ -478,10 +481,13 @@ class ChatCall(Call):
             entry(*pair) for pair in list(best.items())[:count]]} for token, _, best in entries]
         return {"content": content, "refusal": None}
 
-    def answer(self, choice):
-        return {"message": {"role": "assistant", "content": choice.progress.text, "refusal": None}}
+    def lead(self, prompt):
+        return ""
 
-    def opening(self, choice):
+    def answer(self, text):
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def opening(self, lead):
         return '"delta":{"role":"assistant","content":""}'
 
     def piece(self, text):
@@ -523,17 +529,17 @@ class TextCall(Call):
                                  for _, _, best in entries],
                 "text_offset": [offset for _, offset, _ in entries]}
 
-    def lead(self, choice):
-        """The prompt's text, if the answer must begin with it."""
-        prompt = self.prompts[choice.index // self.n]
-        text = prompt if isinstance(prompt, str) else self.service.llm.tokenizer.decode(prompt)
-        return text if self.has_echo else ""
+    def lead(self, prompt):
+        """What the answer begins with: the prompt's text, if it must."""
+        if not self.has_echo:
+            return ""
+        return prompt if isinstance(prompt, str) else self.service.llm.tokenizer.decode(prompt)
 
-    def answer(self, choice):
-        return {"text": self.lead(choice) + choice.progress.text}
+    def answer(self, text):
+        return {"text": text}
 
-    def opening(self, choice):
-        return self.piece(self.lead(choice)) if self.has_echo else None
+    def opening(self, lead):
+        return self.piece(lead) if lead else None
 
     def piece(self, text):
         return f'"text":{JSON.encode(text)}'
@@ -547,9 +553,11 @@ Progress = namedtuple("Progress", "text num_tokens reason error")
 class Choice:
     """One answer of a call: how far the engine is, and how much of it the client has."""
 
-    def __init__(self, call, index, sequence):
+    def __init__(self, call, index, sequence, lead):
+        """lead: the text before the answer's own."""
         self.call = call
         self.index = index
+        self.lead = lead
         self.sequence = sequence
         self.output = sequence.output
         self.progress = Progress("", 0, None, None)
@@ -607,7 +615,7 @@ class Choice:
     def whole(self):
         """The choice of an answer that is not streamed."""
         progress = self.progress
-        return {"index": self.index, **self.call.answer(self),
+        return {"index": self.index, **self.call.answer(self.lead + progress.text),
                 "logprobs": self.take_logprobs(len(progress.text)), "finish_reason": progress.reason,
                 "stop_reason": self.stop_reason}
 
@@ -617,7 +625,7 @@ class Choice:
         progress = self.progress
         if not self.has_opening and (progress.num_tokens or progress.reason):
             self.has_opening = True
-            opening = self.call.opening(self)
+            opening = self.call.opening(self.lead)
             if opening:
                 yield f'{opening},"logprobs":null,"finish_reason":null'
         end = self.num_ready
@@ -625,7 +633,7 @@ class Choice:
             piece = self.call.piece(progress.text[self.num_characters:end])
             logprobs = self.take_logprobs(end)
             self.num_characters = end
-            yield f'{piece},"logprobs":{JSON.encode(logprobs)},"finish_reason":null'
+            yield f'{piece},"logprobs":{JSON.encode(logprobs) if logprobs else "null"},"finish_reason":null'
         if progress.reason and not self.has_end:
             self.has_end = True
             reasons = f'"finish_reason":"{progress.reason}","stop_reason":{JSON.encode(self.stop_reason)}'
@@ -711,7 +719,7 @@ class Service:
                 self.step_began = None
                 self.hand_over()
         except BaseException as error:      # nobody else would notice
-            traceback.print_exc()
+            LOGGER.critical("the engine has failed", exc_info=error)
             self.post(self.fail, error)
 
     def add(self, choices):
@@ -742,8 +750,8 @@ class Service:
 
     def deliver(self, batch, now):
         """Takes the news in. In the event loop, like all methods from here on."""
+        self.metrics.add(batch, now)
         for choice, progress in batch:
-            self.metrics.add(choice, progress, now)
             choice.progress = progress
             choice.call.news.set()
             if progress.reason:
@@ -818,25 +826,29 @@ class Metrics:
         self.buckets[name][bisect.bisect_left(BUCKETS, seconds)] += times
         self.sums[name] += seconds * times
 
-    def add(self, choice, progress, now):
-        """Counts the progress of a choice, before the choice has it."""
-        output = choice.output
-        num_new = progress.num_tokens - choice.progress.num_tokens
-        if num_new > 0:
-            if choice.progress.num_tokens == 0:
+    def add(self, batch, now):
+        """Counts the news of a step, before the choices have them."""
+        gaps = Counter()                    # seconds since the latest token -> tokens. Most are equal
+        for choice, progress in batch:
+            output = choice.output
+            num_new = progress.num_tokens - choice.progress.num_tokens
+            if num_new and choice.progress.num_tokens:
+                gaps[(now - choice.last_time) / num_new] += num_new
+            elif num_new:
                 num_prompt = len(output.prompt_token_ids)
                 self.counts["prompt_tokens"] += num_prompt
                 self.counts["prefix_cache_queries"] += num_prompt
                 self.counts["prefix_cache_hits"] += min(output.num_cached_tokens, num_prompt)
-                self.observe(HISTOGRAMS[0], now - choice.call.start)
-            else:
-                self.observe(HISTOGRAMS[1], (now - choice.last_time) / num_new, num_new)
-            choice.last_time = now
-            self.counts["generation_tokens"] += num_new
-        if progress.reason:
-            self.reasons[progress.reason] += 1
-            self.counts["num_preemptions"] += output.num_preemptions
-            self.observe(HISTOGRAMS[2], now - choice.call.start)
+                self.observe("time_to_first_token_seconds", now - choice.call.start)
+            if num_new:
+                choice.last_time = now
+                self.counts["generation_tokens"] += num_new
+            if progress.reason:
+                self.reasons[progress.reason] += 1
+                self.counts["num_preemptions"] += output.num_preemptions
+                self.observe("e2e_request_latency_seconds", now - choice.call.start)
+        for gap, num_tokens in gaps.items():
+            self.observe("inter_token_latency_seconds", gap, num_tokens)
 
     def text(self, scheduler, model_name):
         """All figures, at this moment."""

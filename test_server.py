@@ -641,11 +641,11 @@ def test_logprobs_of_a_completion(parrot):
 
 
 def test_no_logprobs_of_a_stop_string(parrot):
-    stop = "language model of 1.2"
+    stop = " language model of 1.2"         # a token begins here
     [choice] = parrot.client().chat.completions.create(
         model="model", messages=user(QUESTION), temperature=0, logprobs=True, stop=stop).choices
     data = bytes(byte for entry in choice.logprobs.content for byte in entry.bytes)
-    assert data.decode() == ANSWER[:ANSWER.index(stop)]     # here, tokens end where the stop string begins
+    assert data.decode() == ANSWER[:ANSWER.index(stop)]
 
 
 @pytest.mark.parametrize("logprob", [-np.inf, -1e30])
