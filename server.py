@@ -68,6 +68,7 @@ WRITE_SECONDS = 60              # for a client to read anything at all
 PING_SECONDS = 15               # a stream without text for so long shows that it is alive
 LINGER_SECONDS = 1              # of silence, until the rest of a refused body counts as sent
 STUCK_SECONDS = 60              # a step that takes longer has failed
+STOP_SECONDS = 10               # for the last step to end
 LOGGER = logging.getLogger("tinyvllm.server")
 
 
@@ -181,7 +182,7 @@ async def read_json(request, limit):
         raise ValueError(f"{name} is no JSON")
     try:
         value = json.loads(body, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:       # no JSON, no UTF-8, a number of 5,000 digits
+    except ValueError as error:             # no JSON, no UTF-8, a number of 5,000 digits
         raise RequestError(f"the body: expected JSON, got {len(body)} bytes that are none "
                            f"({first_line(error):.100})") from None
     return want("the body", value, lambda value: isinstance(value, dict), "a JSON object")
@@ -690,7 +691,7 @@ class Service:
         with self.condition:
             self.is_stopped = True
             self.condition.notify()
-        self.thread.join(STUCK_SECONDS)
+        self.thread.join(STOP_SECONDS)
 
     def tell_engine(self, function, argument):
         """Calls the function in the engine thread, before the next step."""
@@ -1006,6 +1007,8 @@ class Guard:
         """The RequestError for an exception."""
         if isinstance(error, RequestError):
             return error
+        if isinstance(error, RecursionError):           # read, or shown in the text of another error
+            return RequestError("the body: expected JSON, got too many levels of it")
         LOGGER.error("an error of the server itself", exc_info=error)
         return RequestError("an error of the server itself: its log says more", 500)
 

@@ -602,10 +602,12 @@ def test_stop_tokens(stub):
 # --------------------------------------------------------------------------------------------------
 def test_logprobs_of_a_chat(parrot):
     """Joined tokens are the text, in bytes too. The best come first."""
-    options = dict(model="model", messages=user(QUESTION), temperature=0, logprobs=True, top_logprobs=3)
+    options = dict(model="model", messages=user(QUESTION), temperature=0, max_tokens=20, logprobs=True,
+                   top_logprobs=3)
     [choice] = parrot.client().chat.completions.create(**options).choices
     entries = choice.logprobs.content
-    assert bytes(byte for entry in entries for byte in entry.bytes).decode() == ANSWER
+    assert bytes(byte for entry in entries for byte in entry.bytes).decode() == choice.message.content
+    assert len(entries) == 20 and ANSWER.startswith(choice.message.content)
     for entry in entries:
         best = [top.logprob for top in entry.top_logprobs]
         assert len(best) == 3 and best == sorted(best, reverse=True) and best[0] == entry.logprob
@@ -731,6 +733,14 @@ def test_bodies_that_are_no_request(stub, body):
             continue
         refusal(stub, path, body)
     stub.complete(prompt=[1], max_tokens=1)
+
+
+def test_values_of_many_levels(stub):
+    """Whether a value is too deep to be read, or to be shown, or neither: 400."""
+    for depth in range(10, 1100, 11):
+        for field in "stream", "temperature", "prompt", "tools":
+            data = f'{{"prompt": [1], "{field}": {"[" * depth}{"]" * depth}}}'
+            refusal(stub, "/v1/completions", data.encode())
 
 
 def test_every_field_with_every_value():
