@@ -191,10 +191,10 @@ def events(data):
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
-def send_post(client, body):
+def send_post(client, body, headers=b""):
     """Sends a request for a completion over a raw socket."""
     data = json.dumps(body).encode()
-    client.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(data) + data)
+    client.sendall(HEAD + headers + b"Content-Length: %d\r\n\r\n" % len(data) + data)
 
 
 def read_response(client):
@@ -868,21 +868,28 @@ def test_request_ids(stub):
 # --------------------------------------------------------------------------------------------------
 # Broken clients
 # --------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def guarded():
+    """A server with every option that stands between a client and the app."""
+    with running(stub_llm(), api_key="key", allow_origins=["*"], hosts=("localhost",)) as it:
+        it.llm.engine.model.pause = 0.001
+        yield it
+
+
 @pytest.mark.parametrize("is_stream", [True, False])
 @pytest.mark.parametrize("is_reset", [True, False])
-def test_clients_that_go_away(stub, is_stream, is_reset):
+def test_clients_that_go_away(guarded, is_stream, is_reset):
     """Pages are free again soon after a client has gone, while it decodes."""
-    stub.llm.engine.model.pause = 0.001
-    body = {"prompt": [1, 2, 3], "max_tokens": 100_000, "stream": is_stream, "n": 2}
-    clients = [stub.connect() for _ in range(8)]
+    clients = [guarded.connect() for _ in range(8)]
     for client in clients:
-        send_post(client, body)
-    wait_for(lambda: len(stub.llm.engine.scheduler.running) == 16)
-    wait_for(lambda: len(stub.service.calls) == 8)
+        send_post(client, {"prompt": [1, 2, 3], "max_tokens": 100_000, "stream": is_stream, "n": 2},
+                  b"Authorization: Bearer key\r\nOrigin: https://good.example\r\n")
+    wait_for(lambda: len(guarded.llm.engine.scheduler.running) == 16)
+    before = guarded.service.metrics.reasons["abort"]
     for client in clients:
         hang_up(client, is_reset)
-    wait_for(stub.is_idle)
-    assert stub.service.metrics.reasons["abort"] >= 16
+    wait_for(guarded.is_idle)
+    assert guarded.service.metrics.reasons["abort"] == before + 16
 
 
 def test_clients_that_go_away_early(stub):
