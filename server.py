@@ -223,17 +223,21 @@ def encode_text(llm, prompt, add_bos):
 
 def encoded(llm, text, encode, param):
     """The ids of encode(text), if they fit into the context. Runs in a thread of its own."""
+    def too_long(got):
+        # Clients know the error by this phrase, or by its code.
+        return RequestError(f"{param}: expected less, since this model's maximum context length is "
+                            f"{llm.max_model_len} tokens, got {got}", param=param,
+                            code="context_length_exceeded")
     try:
         llm.check_length(text)
-    except TinyVLLMError as error:
-        raise RequestError(error, param=param, code="context_length_exceeded") from None
+    except TinyVLLMError:
+        raise too_long(f"{len(text)} characters") from None
     try:
         ids = encode(text)
     except TokenizerError as error:
         raise RequestError(error, param=param) from None
     if len(ids) >= llm.max_model_len:
-        raise RequestError(f"{param}: expected less than {llm.max_model_len} tokens, the maximum context "
-                           f"length, got {len(ids)}", param=param, code="context_length_exceeded")
+        raise too_long(f"{len(ids)} tokens")
     return ids
 
 
@@ -1027,7 +1031,7 @@ class Guard:
 
 async def refuse_path(request, error):
     """The answer to a path or a method that is not there."""
-    known = ", ".join(f"{'POST' if 'POST' in route.methods else 'GET'} {route.path}"
+    known = ", ".join(f"{'POST' if 'POST' in route.methods else 'GET'} {route.path.replace(':path', '')}"
                       for route in request.app.routes)
     path = quote(request.url.path)[:60]
     message = f"expected one of {known}; got {request.method} {path}"
@@ -1208,8 +1212,8 @@ def greeting(args, address, name, llm):
 def main(argv=None):
     """Serves until a signal comes. Returns the exit code."""
     args = parse_arguments(argv)
-    logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    LOGGER.setLevel(args.log_level.upper())
     with open_socket(args.host, args.port) as listener:
         address = listener.getsockname()
         is_loopback = ipaddress.ip_address(address[0]).is_loopback
