@@ -431,7 +431,7 @@ def test_a_panic_of_the_package_is_an_error_of_the_text(models_of, monkeypatch):
         ours.encode("a" + " " * 10**7 + "b")
     assert ours.decode(ours.encode("a b", add_bos=False)) == "a b"
     for error in KeyboardInterrupt, SystemExit, GeneratorExit:
-        monkeypatch.setattr(ours, "_hf", SimpleNamespace(encode=Mock(side_effect=error)))
+        monkeypatch.setattr(ours, "_hf", SimpleNamespace(encode_batch=Mock(side_effect=error)))
         with pytest.raises(error):
             ours.encode("a")
 

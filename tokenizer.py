@@ -114,7 +114,8 @@ class Tokenizer:
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
         """A text's ids. `add_bos`: as tokenizer.json says, with BOS (Llama) or none (SmolLM2)."""
         try:
-            return self._hf.encode(text, add_special_tokens=add_bos).ids
+            # Of a batch of one: unlike encode(), encode_batch() lets other threads run.
+            return self._hf.encode_batch([text], add_special_tokens=add_bos)[0].ids
         except TypeError as error:  # no str, or half of a surrogate pair (JSON's "\ud83e")
             raise TokenizerError(f"expected a str of valid Unicode, got {text!a:.80}") from error
         except (KeyboardInterrupt, SystemExit, GeneratorExit):
