@@ -1053,7 +1053,8 @@ class Endpoints:
     async def pool(self, request):
         """The live page pool. It tells how busy others are, so this machine alone may look."""
         if not is_local(request.scope.get("client")):
-            raise RequestError("/debug/pool: expected a request from the server's own machine", 403)
+            raise RequestError("the page pool: expected a client on the server's own machine, got another: "
+                               "watch the engine there", 403)
         if self.service.trouble:
             raise self.service.trouble
         return PoolStream(self.pool_watch)
