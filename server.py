@@ -14,7 +14,7 @@ The life of a request:
      client that reads slowly gets fewer and larger chunks, and costs no memory.
 A client that goes away gives its request up, at whatever point, and the next step frees the pages.
 
-Sections: Errors, Requests and answers, Engine thread, Metrics, App, Process.
+Sections: Errors, Requests and answers, Engine thread, Metrics, Page, App, Process.
 What is not supported is refused with the name of the field, and never ignored in silence.
 """
 import asyncio
@@ -36,6 +36,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from urllib.parse import quote
+from weakref import WeakKeyDictionary
 
 try:
     import h11
@@ -46,7 +47,7 @@ try:
     from starlette.middleware import Middleware
     from starlette.middleware.cors import CORSMiddleware
     from starlette.requests import ClientDisconnect
-    from starlette.responses import Response
+    from starlette.responses import Response, StreamingResponse
     from starlette.routing import Route
     from uvicorn.protocols.http.h11_impl import H11Protocol
 except ModuleNotFoundError as error:
@@ -59,6 +60,7 @@ from device import FOLDER, TinyVLLMError, check, first_line, is_int, is_number, 
 from sampling import SamplingParams
 from tinyvllm import ArgumentParser, EngineArgs, __version__, open_llm, run_program
 from tokenizer import StreamDecoder, TokenizerError
+from views import Recorder, picture
 from weights import HUB_MODEL
 
 MEBIBYTE = 2**20
@@ -681,6 +683,7 @@ class Service:
         self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
         self.choices = {}                   # id(output) -> Choice of all unfinished sequences
         self.news = deque()                 # outputs with a new token or an end: the engine's listener
+        self.names = WeakKeyDictionary()    # sequence -> id and index of its answer, for the page
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app):
@@ -719,6 +722,8 @@ class Service:
                     return
                 for function, argument in inbox:
                     function(argument)
+                if not engine.sequences and not engine.in_flight:
+                    continue                # somebody looked at an idle engine
                 self.step_began = time.monotonic()
                 engine.step()
                 self.step_began = None
@@ -732,6 +737,7 @@ class Service:
         for choice in choices:
             self.choices[id(choice.output)] = choice
             choice.sequence.listeners.append(self.news)
+            self.names[choice.sequence] = [choice.call.id, choice.index]
         self.llm.engine.add([choice.sequence for choice in choices])
 
     def hand_over(self):
@@ -882,6 +888,100 @@ class Metrics:
 
 
 # --------------------------------------------------------------------------------------------------
+# Page: what a browser gets, and the live page pool beside the chat
+# --------------------------------------------------------------------------------------------------
+PAGE = FOLDER / "server.html"
+PAGE_HEADERS = {        # the page talks to its own server only, and stands in no other page
+    "content-security-policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+                               "img-src data:; connect-src 'self'; frame-ancestors 'none'; base-uri 'none'",
+    "cache-control": "no-cache", "vary": "Accept"}
+INTRODUCTION = ("tiny-vLLM serves OpenAI's API under /v1: GET /v1/models, POST /v1/chat/completions. "
+                "A browser gets a page here.\n")
+PICTURE_SECONDS = 0.1           # between two pictures of the pool
+NUM_FINISHED = 32               # finished requests that a picture tells of
+
+
+class PoolWatch:
+    """Shows the page pool to watchers. Between two steps, the engine thread makes a picture when a
+    watcher wants one. There is one picture for all watchers, and the engine is recorded only while
+    somebody watches."""
+
+    def __init__(self, service):
+        self.service = service
+        self.num_watchers = 0
+        self.is_asked = False               # a picture is on its way
+        self.asked_at = 0.0
+        self.event = ""                     # the latest picture, as a server-sent event
+        self.recorder = None                # of the engine thread
+
+    def ask(self):
+        """Wants a new picture, unless the latest is new or a picture is on its way."""
+        now = time.monotonic()
+        if not self.is_asked and now - self.asked_at >= PICTURE_SECONDS:
+            self.is_asked = True
+            self.asked_at = now
+            self.service.tell_engine(self.look, self.service.llm)
+
+    def look(self, llm):
+        """Makes the picture. In the engine thread, which a mistake here must not end; like stop()."""
+        try:
+            if self.recorder not in llm.engine.observers:
+                self.recorder = Recorder(llm, keep=NUM_FINISHED)
+                self.recorder.join(time.perf_counter())
+                llm.engine.observers.append(self.recorder)
+            self.service.post(self.take, picture(self.recorder, self.service.names))
+        except Exception:
+            LOGGER.exception("the page pool is not shown any more")
+
+    def take(self, value):
+        self.event = f"data: {JSON.encode(value)}\n\n"
+        self.is_asked = False
+
+    def stop(self, llm):
+        if self.recorder in llm.engine.observers:
+            llm.engine.observers.remove(self.recorder)
+        self.recorder = None
+
+    async def events(self):
+        """The stream of a watcher: each time the latest picture, if there is a new one. A slow watcher
+        gets fewer."""
+        sent = ""
+        while not self.service.trouble:
+            self.ask()
+            await asyncio.sleep(PICTURE_SECONDS)
+            if self.event != sent:
+                sent = self.event
+                yield sent
+
+
+class PoolStream(StreamingResponse):
+    """The response to a watcher. The last one who goes ends the recording."""
+
+    def __init__(self, watch):
+        super().__init__(watch.events(), 200, {"cache-control": "no-store"}, "text/event-stream")
+        self.watch = watch
+
+    async def __call__(self, scope, receive, send):
+        watch = self.watch
+        watch.num_watchers += 1
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            watch.num_watchers -= 1
+            if not watch.num_watchers:
+                watch.event = ""
+                watch.service.tell_engine(watch.stop, watch.service.llm)
+
+
+def is_local(client):
+    """Whether a request comes from this machine. client: (address, port) or None, as in ASGI."""
+    try:
+        return ipaddress.ip_address(client[0].removeprefix("::ffff:")).is_loopback
+    except (TypeError, ValueError):
+        return False
+
+
+# --------------------------------------------------------------------------------------------------
 # App: the endpoints, and who may use them
 # --------------------------------------------------------------------------------------------------
 class Endpoints:
@@ -889,9 +989,11 @@ class Endpoints:
 
     def __init__(self, service):
         self.service = service
+        self.pool_watch = PoolWatch(service)
 
     def routes(self):
         functions = {
+            "GET /": self.page, "GET /debug/pool": self.pool,
             "GET /v1/models": self.models, "GET /v1/models/{name:path}": self.model,
             "GET /health": self.health, "GET /metrics": self.metrics, "GET /version": self.version,
             "POST /v1/chat/completions": partial(self.complete, ChatCall),
@@ -933,6 +1035,21 @@ class Endpoints:
 
     async def version(self, request):
         return json_response({"version": __version__})
+
+    async def page(self, request):
+        """The page for a browser, one line for others."""
+        if "text/html" in request.headers.get("accept", ""):
+            return Response(PAGE.read_bytes(), headers=PAGE_HEADERS, media_type="text/html")
+        return Response(INTRODUCTION, headers={"vary": "Accept"}, media_type="text/plain")
+
+    async def pool(self, request):
+        """The live page pool. It tells how busy others are, so this machine alone may look."""
+        if not is_local(request.scope.get("client")):
+            raise RequestError("the page pool: expected a client on the server's own machine, got another: "
+                               "watch the engine there", 403)
+        if self.service.trouble:
+            raise self.service.trouble
+        return PoolStream(self.pool_watch)
 
     async def tokenize(self, request):
         """The token ids of a prompt or of messages."""
@@ -1003,7 +1120,8 @@ class Guard:
                                f"loopback only, got {shown(host)}: start it with another --host", 403)
         given = headers.get("authorization", "").encode("utf-8", "replace")
         wanted = f"Bearer {self.api_key}".encode()
-        if self.api_key and path != "/health" and not hmac.compare_digest(given, wanted):
+        # The page holds no secrets, and asks for the key itself.
+        if self.api_key and path not in ("/health", "/") and not hmac.compare_digest(given, wanted):
             raise RequestError("Authorization: expected Bearer and the server's API key", 401,
                                code="invalid_api_key")
 
