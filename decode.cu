@@ -68,7 +68,7 @@
 // same input gives the same bits.
 //
 //   logits [S, V].   embed [V, D].   norm [D]: the weight of the last norm; the matrices contain the
-//   weights of all other norms, see rms_norm.   token_ids [S]: ~i is sampled[i], see gather_rows.
+//   weights of all other norms, see rms_norm.   token_ids [S]: see rows of gather_rows.
 //   weights [4 L + 1]: the addresses of qkv, o, gate_up and down of each layer, and of the head.
 //   layers: L, which is NUM_LAYERS. (As a constant, L makes the compiler spill more registers.)
 //   kv_cache [L, 2, N, K, B, h].   query_scale: log2(e) / sqrt(h), see rope_and_cache.
@@ -223,7 +223,8 @@ EXPORT(DECODE_SPLITS, 32);                   // of all contexts together, at mos
 struct Step {    // the kernel's arguments
     bf16* logits;
     const bf16 *embed, *norm, *biases;
-    const int *token_ids, *sampled;
+    int* token_ids;
+    const int* sampled;
     int layers;
     const float* cos_sin;
     const int* positions;
@@ -952,6 +953,7 @@ __device__ void merge_all(Shared& shared, const Step& step, int merger, int lane
     for (int i = 32 * worker + lane; i < step.sequences * EIGHTS; i += 32 * workers) {
         const int id = step.token_ids[i / EIGHTS];
         const int token = id < 0 ? step.sampled[~id] : id;
+        if (id < 0 && i % EIGHTS == 0) step.token_ids[i / EIGHTS] = token;    // no hazard: see gather_rows
         const bf16* row = step.embed + (size_t)token * HIDDEN;
         publish(Vectors(step, 0).x + 8 * i, reinterpret_cast<const Words*>(row)[i % EIGHTS]);
     }
@@ -990,7 +992,7 @@ __device__ inline void prepare(Shared& shared, const Step& step, const u64* weig
 }
 
 extern "C" __global__ __launch_bounds__(DECODE_THREADS, 1) void decode(
-        bf16* logits, const bf16* embed, const bf16* norm, const int* token_ids, const int* sampled,
+        bf16* logits, const bf16* embed, const bf16* norm, int* token_ids, const int* sampled,
         const u64* weights, int layers, const float* cos_sin, const int* positions,
         const long long* slot_mapping, bf16* kv_cache, int num_blocks, const int* block_tables,
         const int* cu_blocks, const int* context_lens, float query_scale, int* words, int sequences,

@@ -71,16 +71,21 @@ __device__ inline Bf16x8 to_bf16(const Float8& x) {
 // gather_rows: out[r] = table[rows[r]], the embedding lookup
 //
 // The CPU launches a step before it has read the tokens that the step before sampled. rows names
-// such a token ~i: token i of `sampled`, which the GPU has.
+// such a token ~i: token i of `sampled`, which the GPU has. The kernel replaces ~i by the token, for
+// `sample`: there, at the end of the step, `sampled` gets the next tokens.
 //   out [T, D], table [V, D], rows [T], sampled [R of the step before], null if no row is negative.
 //   Grid (T): a thread block copies one row, a thread 16 bytes of the row at a time.
+//   Hazard: thread 0 replaces a number that other threads may not have read. No barrier is needed: each
+//     thread reads the number once, and finds the same row by ~i and by the token.
 // -------------------------------------------------------------------------------------------------
 EXPORT(GATHER_THREADS, 128);
 extern "C" __global__ __launch_bounds__(GATHER_THREADS) void gather_rows(
-        bf16* out, const bf16* table, const int* rows, const int* sampled) {
-    const int row = rows[blockIdx.x];
+        bf16* out, const bf16* table, int* rows, const int* sampled) {
+    const int id = rows[blockIdx.x];
+    const int row = id < 0 ? sampled[~id] : id;
+    if (id < 0 && threadIdx.x == 0) rows[blockIdx.x] = row;
     // 64 bits: 256,000 rows of 16,384 numbers are more numbers than an int can count.
-    const bf16* source = table + (size_t)(row < 0 ? sampled[~row] : row) * HIDDEN;
+    const bf16* source = table + (size_t)row * HIDDEN;
     bf16* target = out + (size_t)blockIdx.x * HIDDEN;
     for (int i = 8 * threadIdx.x; i < HIDDEN; i += 8 * GATHER_THREADS) vec8(target + i) = vec8(source + i);
 }
@@ -768,18 +773,24 @@ extern "C" __global__ __launch_bounds__(NORM_THREADS) void rms_norm(
 // -------------------------------------------------------------------------------------------------
 // sample: the next token of each sequence, and the token's log-probability
 //
-// Greedy where the temperature is 0. Elsewhere: keep the top k logits; of these keep the most
-// probable that together reach probability top_p; draw a kept token with probability proportional
-// to exp(logit / temperature).
+// First the logits of a few tokens change, see change(). Greedy where the temperature is 0. Elsewhere:
+// drop the tokens with less than min_p times the greatest probability; of the others keep the top k
+// logits; of these keep the most probable that together reach probability top_p; draw a kept token
+// with probability proportional to exp(logit / temperature).
+//
+// A changed logit is a float32. In the row, a bf16 of 20 is 0.125 from the next, and a penalty of 0.05
+// would be lost. So the changed logit stands in a list, in the token's entry, and the row has -inf in
+// its place: a pass over the row and the entries meets every logit, and -inf is never chosen. At the
+// end the row gets its logits back, for best_logprobs.
 //
 // To keep the top of 128,256 logits looks like sorting. But a bf16 logit has 16 bits, so only
 // 65,536 values are possible, and top-k and top-p need just one value: the lowest that is still
 // kept. cutoff() finds the value in two passes over the row. A histogram over the upper 8 bits
 // tells in which of 256 bins the running sum, from the top down, reaches the target. A histogram
-// over the lower 8 bits, of that bin's logits only, tells at which value. For top-k the sum counts
-// logits; for top-p the sum adds probabilities. Nothing is approximate: equal logits are kept or
-// dropped together (so top-k may keep more than k), and the value at which the sum reaches the
-// target is kept.
+// over the lower 8 bits, of that bin's logits only, tells at which value. (A changed logit has 32 bits:
+// a row with entries takes four passes.) For top-k the sum counts logits; for top-p the sum adds
+// probabilities. Nothing is approximate: equal logits are kept or dropped together (so top-k may keep
+// more than k), and the value at which the sum reaches the target is kept.
 //
 // A draw needs no running sum either. Give every kept token an independent exponential random
 // number E, and take the token with the least E / exp(logit / temperature): token t with
@@ -791,11 +802,18 @@ extern "C" __global__ __launch_bounds__(NORM_THREADS) void rms_norm(
 // Histograms are sums of integers (probabilities are multiples of 2^-40 of the most probable
 // token's). No order of addition changes an integer sum: threads add as they come, and equal logits
 // give equal bits.
-//   token [R].   logits [R, V].
-//   logprob [R]: log-softmax of the logits as given, before temperature and cuts. NaN, with any token,
-//     for a row with a NaN, a +inf, or nothing above -inf.
-//   temperature [R].   top_k [R]: off if <= 0 or >= V.   top_p [R]: off if >= 1.
+//   token [R].   logits [R, V]: changed, and restored bit for bit.
+//   logprob [R]: log-softmax of the logits as given, before changes, temperature and cuts. NaN, with any
+//     token, for a row with a NaN, a +inf, or nothing above -inf.
+//   temperature [R].   top_k [R]: off if <= 0 or >= V.   top_p [R]: off if >= 1.   min_p [R]: off if 0.
 //   seed [R].   position [R]: of the new token in its text.
+//   given [R]: -1, or the token to report without a choice (a prompt's own token).
+//   penalties [R, 3]: presence, frequency, repetition.
+//   lists, cu_entries [R + 1]: lists[cu_entries[r]] to lists[cu_entries[r + 1] - 1] are row r's entries,
+//     three numbers each, see Entry. The kernel overwrites them.
+//   newest [R]: -1, or the index in token_ids of a token of row r's text that the entries do not count.
+//   token_ids [T]: the step's, after gather_rows. Hazard: in `sampled` the newest token of row r may be
+//     overwritten already, by the thread block of another row.
 //   Grid (R): a thread block owns one row, a thread every 1,024th group of eight logits.
 //   Shared memory: Scratch (33 KB), and block_reduce's.
 // -------------------------------------------------------------------------------------------------
@@ -811,8 +829,6 @@ __device__ inline unsigned ordered(float x) {
     return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-// A logit comes from a bf16, so the lower 16 bits of the float are zeros.
-__device__ inline int key_of(float logit) { return ordered(logit) >> 16; }
 // A candidate as one integer: the greater score wins, and of equal scores the lower token.
 __device__ inline u64 candidate(float score, int token) {
     return (u64)ordered(score) << 32 | ~(unsigned)token;
@@ -858,31 +874,83 @@ __device__ inline void for_each_logit(const bf16* logits, Body body) {
     if (last < VOCAB) body(last, __bfloat162float(logits[last]));
 }
 
-// cutoff()'s shared memory. (Declared inside cutoff(), each instance of the template would have its
-// own.)
+// A token whose logit changes. The entries of a row have different tokens.
+struct Entry {
+    int token;                              // -1: none; nobody visits the entry
+    union { int count; bf16 raw; };         // change() reads the count and the bias, and puts the row's
+    union { float bias; float changed; };   // own logit and the changed logit in their places
+};
+
+// The thread block's shared memory. (Declared inside cutoff(), each instance of the template would
+// have its own.)
 struct Scratch {
+    Entry* entries;                // of the row. (Here, since threads have no registers left.)
+    int num_entries;
     u64 histogram[BINS][COPIES];
     u64 remaining;                 // the target, less the sum of the bins above the found bin
     int found;                     // the bin in which the sum reaches the target
 };
 
+// Calls body(entry) for every entry with a token. A thread gets the same entries each time.
+template <class Body>
+__device__ inline void for_each_entry(const Scratch& shared, Body body) {
+    #pragma unroll 1    // most rows have no entries
+    for (int i = threadIdx.x; i < shared.num_entries; i += SAMPLE_THREADS)
+        if (shared.entries[i].token >= 0) body(shared.entries[i]);
+}
+
+// Calls body(token, logit) for every logit of the row and every changed logit.
+template <class Body>
+__device__ inline void for_each_logit(const Scratch& shared, const bf16* row, Body body) {
+    for_each_logit(row, body);
+    for_each_entry(shared, [&](const Entry& entry) { body(entry.token, entry.changed); });
+}
+
+// Computes the changed logits: first the bias, then the penalties (presence, frequency, repetition).
+// count: how often the token stands in the answer; 0: in the prompt alone; -1: in neither. newest: -1,
+// or a token to be counted. If the token has no entry, it gets the last, which has no token.
+__device__ inline void change(const Scratch& shared, bf16* row, int newest, const float* penalties) {
+    bool is_mine = false;
+    for_each_entry(shared, [&](Entry& entry) {
+        if (entry.token != newest) return;
+        entry.count = max(entry.count, 0) + 1;
+        is_mine = true;
+    });
+    const bool has_entry = __syncthreads_or(is_mine);
+    const int last = shared.num_entries - 1;
+    if (newest >= 0 && !has_entry && threadIdx.x == last % SAMPLE_THREADS)    // the thread that visits `last`
+        shared.entries[last] = {newest, {1}, {0}};
+    for_each_entry(shared, [&](Entry& entry) {
+        bf16& logit = row[entry.token];
+        float x = __bfloat162float(logit) + entry.bias;
+        if (entry.count >= 0) x = x > 0 ? x / penalties[2] : x * penalties[2];
+        if (entry.count > 0) x = x - penalties[1] * entry.count - penalties[0];
+        entry.raw = logit;
+        entry.changed = min(x, -LOWEST);    // x / 1e-40 is inf, and inf - inf would be NaN
+        logit = __float2bfloat16(-INF);
+    });
+    __syncthreads();    // all logits are changed before any thread reads another's
+}
+
 // The greatest key such that the weights of all logits with this key or a greater key add up to the
 // target or more. Logits with keys below `lowest` weigh nothing. get_target(sum of all weights) is
 // 1 to that sum.
 template <class Weight, class Target>
-__device__ inline int cutoff(
-        Scratch& shared, const bf16* logits, int lowest, Weight weight, Target get_target) {
+__device__ inline unsigned cutoff(
+        Scratch& shared, const bf16* row, unsigned lowest, Weight weight, Target get_target) {
     const int bin = threadIdx.x;    // where 256 threads own one bin each
-    int prefix = 0;                 // the key's upper bits, as far as they are known
+    const int last_shift = shared.num_entries > 0 ? 0 : 16;    // a bf16 has no lower 16 bits
+    unsigned prefix = 0;            // the key's upper bits, as far as they are known
     u64 target = 0;
-    for (int shift = 8; shift >= 0; shift -= 8) {
+    for (int shift = 24; shift >= last_shift; shift -= 8) {
         for (int i = threadIdx.x; i < BINS * COPIES; i += SAMPLE_THREADS)
             shared.histogram[i / COPIES][i % COPIES] = 0;
         __syncthreads();    // all bins are zero before the first is added to
-        for_each_logit(logits, [&](int, float logit) {
-            const int key = key_of(logit);
-            if (key >= lowest && key >> (shift + 8) == prefix)    // an integer sum: the same in any order
-                atomicAdd(&shared.histogram[key >> shift & (BINS - 1)][threadIdx.x % COPIES], weight(logit));
+        for_each_logit(shared, row, [&](int, float logit) {
+            const unsigned key = ordered(logit);
+            const unsigned upper = key >> shift;
+            if (key >= lowest && upper >> 8 == prefix)    // an integer sum: the same in any order
+                atomicAdd(&shared.histogram[upper & (BINS - 1)][threadIdx.x % COPIES], weight(logit));
         });
         __syncthreads();    // all weights are added before the bins are read
         if (bin < BINS)
@@ -896,7 +964,7 @@ __device__ inline int cutoff(
                 total += sum;
                 if (b > bin) above += sum;
             }
-            if (shift == 8) target = get_target(total);
+            if (shift == 24) target = get_target(total);
             if (above < target && target <= above + shared.histogram[bin][0]) {    // true for one bin
                 shared.found = bin;
                 shared.remaining = target - above;
@@ -906,27 +974,30 @@ __device__ inline int cutoff(
         prefix = prefix << 8 | shared.found;
         target = shared.remaining;
     }
-    return prefix;
+    return prefix << last_shift;
 }
 
-// The lowest key that top_k and top_p keep. highest: the greatest logit that this thread has seen;
-// greatest: the row's.
-__device__ inline int lowest_kept(
-        Scratch& scratch, const bf16* row, float highest, float greatest, float tau, const int* top_k,
-        const float* top_p) {    // (pointers: values would take registers from the start)
-    int lowest = 0;
+// The lowest key that min_p, top_k and top_p keep. highest: the greatest logit that this thread has
+// seen; greatest: the row's.
+__device__ inline unsigned lowest_kept(
+        Scratch& scratch, const bf16* row, float highest, float greatest, float tau, const float* min_p,
+        const int* top_k, const float* top_p) {    // (pointers: values would take registers from the start)
+    // exp((logit - greatest) / tau) must be min_p or more. The logarithm of 0 is -inf: all are kept.
+    unsigned lowest = ordered(greatest + tau * logf(*min_p));
     if (0 < *top_k && *top_k < VOCAB) {
         // The least of all threads' greatest logits has as many logits at or above it as there are
         // threads. So the k-th greatest logit is not below it; most logits are, and need not be
         // counted.
-        if (*top_k <= SAMPLE_THREADS) lowest = -block_reduce(-key_of(highest), Max());
-        lowest = cutoff(scratch, row, lowest, [](float) { return (u64)1; }, [&](u64) { return (u64)*top_k; });
+        if (*top_k <= SAMPLE_THREADS) lowest = max(lowest, ~block_reduce(~ordered(highest), Max()));
+        lowest = cutoff(scratch, row, lowest, [](float) { return (u64)1; }, [&](u64 total) {
+            return min((u64)*top_k, total);    // min_p may leave less than k
+        });
     }
     if (*top_p < 1) {
         // Hazard: divide, do not multiply by 1 / tau, which may be inf: the greatest logit would
         // get 0 * inf = NaN.
         const auto weight = [&](float logit) { return mass((greatest - logit) / tau); };
-        // A part of the mass that top-k left. In double: float has 24 bits, the sum up to 58. At
+        // A part of the mass that is left. In double: float has 24 bits, the sum up to 58. At
         // least 1: top_p = 0 keeps the most probable token.
         lowest = cutoff(scratch, row, lowest, weight, [&](u64 total) {
             return max((u64)1, (u64)ceil(*top_p * (double)total));
@@ -968,35 +1039,64 @@ __device__ inline Softmax softmax_of(const bf16* row) {
     return {highest, at, best, greatest, block_reduce(share, Sum())};
 }
 
+// The same of the changed logits, without a denominator.
+__device__ inline Softmax greatest_of(const Scratch& shared, const bf16* row) {
+    Softmax changed = {-INF};
+    for_each_logit(shared, row, [&](int t, float logit) {
+        changed.highest = max(changed.highest, logit);
+        changed.best = max(changed.best, candidate(logit, t));
+    });
+    changed.greatest = block_reduce(changed.highest, Max());
+    changed.best = block_reduce(changed.best, Max());
+    return changed;
+}
+
 extern "C" __global__ __launch_bounds__(SAMPLE_THREADS, 2) void sample(
-        int* token, float* logprob, const bf16* logits, const float* temperature, const int* top_k,
-        const float* top_p, const u64* seed, const int* position) {
+        int* token, float* logprob, bf16* logits, const float* temperature, const int* top_k,
+        const float* top_p, const float* min_p, const u64* seed, const int* position, const int* given,
+        const float* penalties, int* lists, const int* cu_entries, const int* newest, const int* token_ids) {
     __shared__ Scratch scratch;
     const int s = blockIdx.x;
-    const bf16* row = logits + (size_t)s * VOCAB;
+    bf16* row = logits + (size_t)s * VOCAB;
+    if (threadIdx.x == 0) {    // softmax_of() has a barrier before the others read these two
+        scratch.entries = reinterpret_cast<Entry*>(lists + cu_entries[s]);
+        scratch.num_entries = (cu_entries[s + 1] - cu_entries[s]) / 3;
+    }
 
     // 1. The greatest logit: greedy's choice.
     const Softmax softmax = softmax_of(row);
-    int chosen = token_of(softmax.best);
 
-    // tau, the cuts and the softmax are the thread block's: all threads meet the barriers below, or
-    // none. A NaN is no denominator: then nothing can be drawn.
-    const float tau = temperature[s];
-    if (tau > 0 && softmax.denominator > 0) {
-        // 2. The cuts.
-        const int lowest = lowest_kept(
-            scratch, row, softmax.highest, softmax.greatest, tau, top_k + s, top_p + s);
+    // 2. The changed logits, and the greatest of all. (softmax_of() ends with a barrier: no thread
+    // needs the row as it was.) The entries, tau, the cuts and the softmax are the thread block's: all
+    // threads meet the barriers below, or none.
+    Softmax changed = softmax;
+    if (scratch.num_entries > 0) {
+        change(scratch, row, newest[s] < 0 ? -1 : token_ids[newest[s]], penalties + 3 * s);
+        changed = greatest_of(scratch, row);
+    }
+    const float tau = given[s] < 0 ? temperature[s] : 0;
+    int chosen = given[s] < 0 ? token_of(changed.best) : given[s];
 
-        // 3. The race. The noise depends on the request's seed, the position and the token alone.
+    // A NaN is no denominator: then nothing can be drawn. Nor where all tokens are banned.
+    if (tau > 0 && softmax.denominator > 0 && changed.greatest > -INF) {
+        // 3. The cuts.
+        const unsigned lowest = lowest_kept(
+            scratch, row, changed.highest, changed.greatest, tau, min_p + s, top_k + s, top_p + s);
+
+        // 4. The race. The noise depends on the request's seed, the position and the token alone.
         const u64 stream = scramble(scramble(seed[s] + GOLDEN) + position[s]);
         u64 best = candidate(-INF, chosen);    // stays only if nothing else is finite
-        for_each_logit(row, [&](int t, float logit) {
-            if (key_of(logit) < lowest) return;
-            best = max(best, candidate((logit - softmax.greatest) / tau - log_exponential(stream, t), t));
+        for_each_logit(scratch, row, [&](int t, float logit) {
+            if (ordered(logit) < lowest) return;
+            best = max(best, candidate((logit - changed.greatest) / tau - log_exponential(stream, t), t));
         });
         best = block_reduce(best, Max());
         chosen = token_of(best);
     }
+
+    // 5. The row as it was. (A block_reduce came after each pass: all threads are done with the row.)
+    for_each_entry(scratch, [&](const Entry& entry) { row[entry.token] = entry.raw; });
+    if (scratch.num_entries > 0) __syncthreads();    // all is restored before thread 0 reads a logit
     if (threadIdx.x == 0) {
         token[s] = chosen;
         logprob[s] = softmax.log_of(__bfloat162float(row[chosen]));

@@ -293,6 +293,9 @@ def test_answers_that_are_not_whole(llm, monkeypatch, capsys):
     conversation.take(WHO)
     assert capsys.readouterr().err.endswith("\ncut short by --max-tokens 3\n")
     before = list(conversation.turns)
+    for line in "x" * 10**5, "/system " + "x" * 10**5:          # refused before anybody counts its tokens
+        with pytest.raises(TinyVLLMError, match="got 100000 characters"):
+            conversation.take(line)
 
     monkeypatch.setattr(llm, "stream", lambda ids, params: [RequestOutput([1], finish_reason="stop")])
     conversation.take(FROG)

@@ -89,7 +89,7 @@ def bad_command(line):
     if program in ("git", ".venv/bin/hf", ".venv/bin/pip"):
         return []
     if program == "./run.sh":
-        return [] if arguments in ([], ["--quick"]) else bad_arguments(line, arguments)
+        return [] if arguments in ([], ["--quick"], ["--chat"]) else bad_arguments(line, arguments)
     if program not in (".venv/bin/python", "python3"):
         return [f"unknown command: {line}"]
     if arguments[0] == "tinyvllm.py":

@@ -175,6 +175,7 @@ def test_gather_rows(model):
         out = poison(len(rows) + 1, hidden)
         launch(model, "gather_rows", (len(rows),), out, table, given, sampled)
         assert (out[:-1] == table[rows]).all() and np.isnan(np.float32(out[-1])).all()
+        assert (given == rows).all()        # for `sample`
 
 
 # rms_norm
@@ -456,10 +457,35 @@ def test_silu_mul(model):
 
 
 # sample
-def kept_twin(logits, temperature, k, p):
-    """Probabilities [V] after top-k and then top-p; a token that either cuts off has 0."""
+NEUTRAL = (0, 0, 1)                         # presence, frequency and repetition penalty
+ENTRY = np.dtype([("token", np.int32), ("count", np.int32), ("bias", np.float32)])
+
+
+def changed_twin(logits, entries, newest, penalties):
+    """The logits [V] for the choice, in float32. entries: [(token, count, bias)]; newest: -1, or a token
+    that the entries do not count."""
+    bias = np.zeros(len(logits), np.float32)
+    count = np.full(len(logits), -1)        # of the answer; 0: in the prompt alone; -1: nowhere
+    for token, number, added in entries:
+        bias[token] = added
+        count[token] = number
+    if newest >= 0:
+        count[newest] = max(count[newest], 0) + 1
+    presence, frequency, repetition = floats(penalties)
+    with np.errstate(over="ignore", invalid="ignore"):
+        x = np.float32(logits) + bias
+        x = np.where(count < 0, x, np.where(x > 0, x / repetition, x * repetition))
+        x = x - frequency * np.float32(np.maximum(count, 0)) - presence * (count > 0)
+        return np.minimum(x, np.float32(3.4e38))
+
+
+def kept_twin(logits, temperature, k, p, min_p=0.0):
+    """Probabilities [V] after min_p, top-k and top-p, in this order; a token that one cuts off has 0."""
     x = np.float64(logits)
-    keep = x >= np.sort(x)[-k] if 0 < k < len(x) else x == x
+    with np.errstate(divide="ignore"):
+        keep = (x.max() - x) / temperature <= -np.log(min_p)
+    if 0 < k < len(x):
+        keep &= x >= np.sort(x[keep])[-min(k, keep.sum())]
     weights = np.where(keep, np.exp((x - x.max()) / temperature), 0)
     if p < 1:
         falling = np.sort(x[keep])[::-1]
@@ -485,12 +511,16 @@ def noise_twin(seed, position, tokens):
         return -np.log(-np.log1p(-bits.astype(np.float64) * 2.0 ** -64))
 
 
-def assert_drawn(token, logits, temperature, k, p, seed, position):
-    """Of the tokens that top-k and top-p keep, `token` has the greatest sum of logit and noise."""
+def assert_drawn(token, logits, temperature, k, p, seed, position, min_p=0.0):
+    """Of the tokens that min_p, top-k and top-p keep, `token` has the greatest sum of logit and noise.
+    Where the temperature is 0, `token` has the greatest logit: of several, it is the lowest token."""
     x = np.float64(logits)
+    if temperature == 0:
+        assert token == x.argmax(), (token, x.argmax())
+        return
     t = np.float64(np.float32(temperature))
     noise = noise_twin(seed, position, np.arange(len(x)))
-    kept = kept_twin(x, t, k, np.float32(p)) > 0
+    kept = kept_twin(x, t, k, np.float32(p), np.float32(min_p)) > 0
     score = np.where(kept, (x - x.max()) / t + noise, -np.inf)
     assert score[token] > score.max() - 1e-4, (token, score.argmax())
 
@@ -508,8 +538,9 @@ def model_of(V):
     return next(model for model in MODELS if model["VOCAB"] == V)
 
 
-def sample(logits, temperature, k=0, p=1.0, seed=0, position=0):
-    """(tokens [S], log-probabilities [S]) for logits [S, V].
+def sample(logits, temperature, k=0, p=1.0, seed=0, position=0, *, min_p=0.0, given=-1, penalties=NEUTRAL,
+           entries=None, newest=-1):
+    """(tokens [S], log-probabilities [S]) for logits [S, V]. entries: of S requests, see changed_twin.
 
     Each other argument is one value for every request, or S of them.
     """
@@ -519,15 +550,27 @@ def sample(logits, temperature, k=0, p=1.0, seed=0, position=0):
     def column(value, dtype):
         return np.broadcast_to(np.asarray(value, dtype), S).copy()
 
+    token_ids = column(newest, np.int32)[::-1].copy()                   # in another order than the rows
+    index = np.where(token_ids[::-1] < 0, -1, np.arange(S)[::-1]).astype(np.int32)
+    spare = (-1, -1, 0)
+    rows = [[*row, spare] if i >= 0 else row for row, i in zip(entries or [[]] * S, index)]
+    guard = (1, 2, 3)
+    lists = np.array([guard, *itertools.chain(*rows), guard], ENTRY)
+    cu_entries = ints(np.cumsum([3] + [3 * len(row) for row in rows]))
     token = poison(S + 1, dtype=np.int32)
     logprob = np.full(S + 1, 77, np.float32)
-    model = model_of(V)
-    launch(model, "sample", (S,), token, logprob, logits, column(temperature, np.float32),
-           column(k, np.int32), column(p, np.float32), column(seed, np.uint64), column(position, np.int32))
-    assert token[S] == -77 and logprob[S] == 77
+    want = log_softmax_twin(logits)
+    before = logits.tobytes()
+    launch(model_of(V), "sample", (S,), token, logprob, logits, column(temperature, np.float32),
+           column(k, np.int32), column(p, np.float32), column(min_p, np.float32), column(seed, np.uint64),
+           column(position, np.int32), column(given, np.int32),
+           np.broadcast_to(floats(penalties), (S, 3)).copy(), lists.view(np.int32), cu_entries, index,
+           token_ids)
+    assert token[S] == -77 and logprob[S] == 77 and lists[[0, -1]].tolist() == [guard] * 2
+    assert logits.tobytes() == before
     token = token[:S]
     assert ((token >= 0) & (token < V)).all(), token
-    want = log_softmax_twin(logits)[np.arange(S), token]
+    want = want[np.arange(S), token]
     assert np.allclose(logprob[:S], want, rtol=1e-5, atol=1e-5, equal_nan=True), (logprob[:S], want)
     return token, logprob[:S]
 
@@ -647,6 +690,224 @@ def test_noise_is_exact_in_the_tail():
     assert ((counts - 2048.0) ** 2 / 2048).sum() < 63 + 5 * math.sqrt(126)
 
 
+# Changed logits
+def random_changes(rng, logits, most=40, step=1 / 64):
+    """Arguments of sample() for logits [S, V]: up to `most` entries in most rows, penalties, and a newest
+    token. Most of the tokens are probable ones.
+
+    Biases and penalties are multiples of `step`: float32 sums have no rounding, but ties.
+    """
+    S, V = logits.shape
+    entries = []
+    newest = []
+    for row in np.float32(logits):
+        tokens = np.argsort(-row - 4 * rng.standard_normal(V))[:min(V, most)]
+        tokens = rng.permutation(tokens)[:rng.integers(0, len(tokens) + 1) * (rng.random() < 0.8)]
+        counts = rng.integers(-1, 4, len(tokens))
+        biases = step * np.round(rng.uniform(-2, 2, len(tokens)) / step) * (rng.random(len(tokens)) < 0.5)
+        biases[rng.random(len(tokens)) < 0.1] = -np.inf
+        entries.append(list(zip(tokens, counts, biases)))
+        newest.append(rng.choice([-1, row.argmax(), *tokens[:3]]))      # with an entry, or without
+    penalties = step * np.round(rng.uniform(-2, 2, (S, 3)) / step)
+    penalties[:, 2] = rng.choice([0.5, 0.75, 1, 1.25, 2], S)
+    return dict(entries=entries, newest=newest, penalties=penalties)
+
+
+def changed_rows(logits, entries, newest, penalties):
+    return np.stack([changed_twin(*row) for row in zip(logits, entries, newest, penalties)])
+
+
+@pytest.mark.parametrize("entries, newest, want", [
+    ([], -1, 8), ([(10, -1, 0)], -1, 8), ([(10, 0, 0)], -1, 4), ([(10, 2, 0)], -1, 3),
+    ([], 10, 3.25), ([(10, -1, 0)], 10, 3.25), ([(10, 0, 0)], 10, 3.25), ([(10, 2, 0)], 10, 2.75),
+    ([(10, -1, 1)], 10, 3.75), ([(10, 1, -16)], -1, -16.75), ([(9, 4, 9), (11, 0, 0)], 10, 3.25)])
+def test_sample_changes_a_logit(entries, newest, want):
+    """A logit of 8, by hand: plus bias; halved in a text, or doubled below 0; minus 0.5 and 0.25 a count."""
+    logits = np.full((2, 1001), -100, np.float32)
+    logits[:, 10] = 8
+    logits[:, 700] = [want - 0.125, want + 0.125]
+    token, _ = sample(logits, 0.0, entries=[entries] * 2, newest=newest, penalties=(0.5, 0.25, 2))
+    assert token.tolist() == [10, 700]
+
+
+@every_model
+def test_sample_greedily_of_changed_logits(model):
+    """Rows with and without entries together. Of equal logits, changed or not, the lowest token wins."""
+    rng = RNG(20)
+    V = model["VOCAB"]
+    S = 24
+    logits = np.round(2 * rng.standard_normal((S, V))).astype(bfloat16)
+    changes = random_changes(rng, logits, most=2000, step=1)
+    changed = changed_rows(logits, **changes)
+    token, _ = sample(logits, 0.0, k=3, p=0.5, min_p=0.5, **changes)
+    assert (token == changed.argmax(-1)).all()
+    assert (changed.argmax(-1) != np.float32(logits).argmax(-1)).any()
+
+
+@pytest.mark.parametrize("k, p, min_p", [
+    (0, 1.0, 0), (0, 1.0, 0.05), (0, 1.0, 1), (7, 1.0, 0), (1000, 1.0, 0), (1000, 1.0, 0.01), (40, 1.0, 0.3),
+    (0, 0.9, 0), (0, 0.0, 0), (0, 0.999, 1e-4), (50, 0.8, 0), (3, 0.5, 0.2), (300, 0.95, 0.01)])
+def test_sample_of_changed_logits_equals_its_twin(k, p, min_p):
+    rng = RNG(21)
+    S = 24
+    V = 1001
+    logits = randn(rng, S, V, scale=2)
+    logits[1::4] = np.round(np.float32(logits[1::4]))       # many ties
+    logits[2::4, rng.random(V) < 0.9] = -np.inf             # fewer than k are left
+    temperature = rng.uniform(0.3, 2, S)
+    seed = rng.integers(0, 1 << 63, S)
+    position = rng.integers(0, 10 ** 6, S)
+    changes = random_changes(rng, logits, most=V)
+    token, _ = sample(logits, temperature, k, p, seed, position, min_p=min_p, **changes)
+    for s, changed in enumerate(changed_rows(logits, **changes)):
+        assert_drawn(token[s], changed, temperature[s], k, p, seed[s], position[s], min_p)
+
+
+def test_sample_with_entries_in_any_order_and_company():
+    """The same token, wherever entries stand; a row's log-probabilities are those of the raw logits."""
+    rng = RNG(22)
+    S = 16
+    logits = np.tile(randn(rng, 1001, scale=2), (S, 1))
+    own = [(t, rng.integers(-1, 4), rng.uniform(-2, 2)) for t in rng.permutation(1001)[:300]]
+    penalties = (0.5, -0.25, 1.25)
+    for newest in -1, own[5][0], 1000:
+        entries = [[own[i] for i in rng.permutation(len(own))] for _ in range(S)]
+        token, logprob = sample(logits, 0.8, 400, 0.95, 123, 45, min_p=1e-3, entries=entries, newest=newest,
+                                penalties=penalties)
+        assert len(set(token.tolist())) == 1 and len(set(logprob.tolist())) == 1
+        other = random_changes(rng, logits, most=300)
+        for name, value in dict(entries=entries[0], newest=newest, penalties=penalties).items():
+            other[name][11] = value
+        assert sample(logits, 0.8, 400, 0.95, 123, 45, min_p=1e-3, **other)[0][11] == token[0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+@pytest.mark.parametrize("k, p, min_p", [(0, 1.0, 0), (30, 1.0, 0), (0, 0.9, 0), (30, 0.9, 0.01)])
+def test_sample_with_entries_that_change_nothing(temperature, k, p, min_p):
+    """Such a row passes through float32 keys, and gives the token of a row without entries."""
+    rng = RNG(23)
+    S = 40
+    logits = randn(rng, S, 1001)
+    logits[0] = 1
+    plain = sample(logits, temperature, k, p, range(S), min_p=min_p)
+    entries = [[(t, rng.integers(-1, 3), 0) for t in rng.permutation(1001)[:n]]
+               for n in rng.integers(1, 1002, S)]
+    entries[0] = [(t, -1, 0) for t in range(0, 1001, 2)]    # a thread that has token 0 also has token 1
+    listed = sample(logits, temperature, k, p, range(S), min_p=min_p, entries=entries,
+                    newest=rng.integers(-1, 1001, S))
+    assert (plain[0] == listed[0]).all() and (plain[1] == listed[1]).all()
+
+
+def test_sample_with_thousands_of_entries():
+    """Thousands of entries. best_logprobs reads the row after `sample`: it finds the raw logits."""
+    rng = RNG(24)
+    V = 128256
+    logits = randn(rng, 4, V, scale=3)
+    order = np.argsort(-np.float64(logits), -1, kind="stable")
+    entries = [[(t, 1, bias) for t in row[1:n]]             # the most probable tokens, but for the first
+               for row, n, bias in zip(order, [20_000, 3000, 0, 1026], [-50, -0.1, 0, -1])]
+    newest = [order[0, 0], order[1, 2], -1, order[3, 0]]    # without an entry, with one, none, without
+    changes = dict(entries=entries, newest=newest, penalties=[[0.5, 0.25, 3]] * 4)
+    temperature = [100, 0.0, 1.0, 1.0]
+    k = [1000, 0, 40, 1]                    # of the 1,000 best in the first row, none was near the best
+    p = [1.0, 1.0, 0.9, 1.0]
+    token, _ = sample(logits, temperature, k, p, 9, range(4), **changes)
+    for s, changed in enumerate(changed_rows(logits, **changes)):
+        assert_drawn(token[s], changed, temperature[s], k[s], p[s], 9, s)
+    best = poison(4, 5, dtype=np.int32)
+    launch(model_of(V), "best_logprobs", (4,), best, np.zeros((4, 5), np.float32), logits, 5)
+    assert (best == order[:, :5]).all()
+
+
+def test_sample_counts_changes_below_a_step_of_bf16():
+    """Penalties and biases count in full: logits of 20 are 0.125 apart."""
+    logits = np.full((6, 1001), -5, np.float32)
+    logits[:, 10] = 20
+    logits[:3, 700] = 20
+    logits[3:, 700] = 20 - 0.125
+    one = [(10, 1, 0)]
+    biased = [(10, -1, -0.05)]
+    entries = [one, biased, [], one, biased, []]
+    token, _ = sample(logits, 0.0, entries=entries, penalties=(0.05, 0, 1))
+    assert token.tolist() == [700, 700, 10, 10, 10, 10]
+    # 0.1 after a temperature of 0.01 is a factor of exp(10).
+    many = dict(seed=range(50), entries=[one] * 50)
+    token, _ = sample(np.tile(logits[0], (50, 1)), 0.005, penalties=(0, 0.1, 1), **many)
+    assert (token == 700).all()             # exp(0.1 / 0.005) times as probable as token 10
+    token, _ = sample(np.tile(logits[0], (50, 1)), 1.0, k=1, penalties=(-2.0 ** -15, 0, 1), **many)
+    assert (token == 10).all()              # the logits are not equal any more: 20 + 2^-15 is a float32
+
+
+@pytest.mark.parametrize("V", [5, 7, 1001])
+@pytest.mark.parametrize("temperature, k, p", [(0.0, 0, 1.0), (1.0, 0, 1.0), (1.0, 2, 0.9)])
+def test_sample_with_bans(V, temperature, k, p):
+    """A banned token is not chosen while another is left; if all are banned, no harm is done."""
+    rng = RNG(25)
+    S = 20
+    logits = randn(rng, S, V)
+    left = rng.integers(0, V, S)
+    banned = [[(t, -1, -np.inf) for t in rng.permutation(V) if t != left[s]] for s in range(S)]
+    logits[np.arange(S), left] = -30        # improbable before
+    for newest in -1, left:                 # the ban stays, whether the spare entry is used or not
+        token, _ = sample(logits, temperature, k, p, range(S), entries=banned, newest=newest, min_p=0.5)
+        assert (token == left).all()
+    all_banned = [(t, 0, -np.inf) for t in range(V)]
+    _, logprob = sample(logits, temperature, k, p, range(S), entries=[all_banned] * S)
+    assert np.isfinite(logprob).all()
+    finite = logits.copy()
+    finite[:, 1:] = -np.inf                 # the only token of the model is banned
+    sample(finite, temperature, k, p, range(S), entries=[[(0, -1, -np.inf)]] * S)
+
+
+def test_sample_with_extreme_repetition_penalties():
+    """x / 1e-40 would be inf, and inf - inf NaN: such tokens are equal, and the only ones to be drawn."""
+    logits = np.full((30, 1001), 3.0)
+    logits[:, 8] = -2
+    entries = [[(500, 0, 0), (40, 3, 0), (8, 1, 0)]] * 30
+    for repetition in 1e-40, 3.4e38:
+        seen = set()
+        for cut in {}, {"k": 1}, {"p": 0.5}, {"min_p": 0.9}, {"temperature": 0.0}:
+            cut = {"temperature": 1.0} | cut
+            token, _ = sample(logits, seed=range(30), entries=entries, penalties=(0, 0, repetition), **cut)
+            seen |= set(token.tolist())
+            if cut["temperature"] == 0:
+                assert (token == (40 if repetition < 1 else 0)).all()
+        assert seen == {40, 500} if repetition < 1 else not seen & {8, 40, 500}
+
+
+def test_sample_of_given_tokens():
+    """The log-probability of a token that is not chosen, beside rows that are drawn."""
+    rng = RNG(26)
+    S = 30
+    logits = randn(rng, S, 1001, scale=2)
+    logits[0, 5] = -np.inf
+    free = sample(logits, 0.7, 40, 0.9, range(S))[0]
+    given = np.where(np.arange(S) % 3 == 0, rng.integers(0, 1001, S), -1)
+    given[0] = 5
+    token, logprob = sample(logits, 0.7, 40, 0.9, range(S), given=given)
+    assert (token == np.where(given < 0, free, given)).all() and logprob[0] == -np.inf
+
+
+def test_sample_draws_the_changed_distribution():
+    """Chi-square of draws of one row with penalties, as in test_sample_draws_the_distribution."""
+    rng = RNG(27)
+    n = 1500
+    logits = randn(rng, 1001, scale=2)
+    order = np.argsort(-np.float32(logits))
+    entries = [(order[0], 2, 0), (order[1], 0, 0), (order[3], -1, -0.7), (order[4], -1, -np.inf),
+               (order[60], -1, 3)]
+    penalties = (0.1, 0.2, 1.05)
+    p = kept_twin(changed_twin(logits, entries, order[2], penalties), 1.3, 25, np.float32(0.9), 0.03)
+    token, _ = sample(np.tile(logits, (n, 1)), 1.3, 25, 0.9, range(n), min_p=0.03, entries=[entries] * n,
+                      newest=order[2], penalties=penalties)
+    counts = np.bincount(token, minlength=1001)
+    kept = p > 0
+    assert not counts[~kept].any() and kept[order[[0, 1, 2, 3, 60]]].all()
+    chi2 = ((counts - n * p)[kept] ** 2 / (n * p[kept])).sum()
+    freedom = kept.sum() - 1
+    assert abs(chi2 - freedom) < 5 * math.sqrt(2 * freedom), (chi2, freedom)
+
+
 def test_sample_random_rows():
     """Fuzz: rows of all kinds beside one another, each drawn as its twin says.
 
@@ -668,14 +929,14 @@ def test_sample_random_rows():
         p = np.where(rng.random(S) < 0.3, 1, rng.random(S))
         seed = rng.integers(0, 2**63, S)
         position = rng.integers(0, 100_000, S)
-        tokens, logprobs = sample(logits, temperature, k, p, seed, position)
-        assert ((0 <= tokens) & (tokens < V)).all() and (np.isnan(logprobs) == bad).all(), number
-        for row in np.flatnonzero(~bad):
-            if temperature[row] == 0:
-                assert tokens[row] == np.float32(logits[row]).argmax(), (number, row)
-            else:
-                assert_drawn(tokens[row], logits[row], temperature[row], k[row], p[row], seed[row],
-                             position[row])
+        min_p = np.where(rng.random(S) < 0.5, 0, rng.random(S))
+        changes = random_changes(rng, logits)
+        tokens, logprobs = sample(logits, temperature, k, p, seed, position, min_p=min_p, **changes)
+        assert (np.isnan(logprobs) == bad).all(), number
+        for row, changed in enumerate(changed_rows(logits, **changes)):
+            if not bad[row] and changed.max() > -np.inf:        # else there is nothing to choose from
+                assert_drawn(tokens[row], changed, temperature[row], k[row], p[row], seed[row],
+                             position[row], min_p[row])
 
 
 def test_sample_large_vocabulary():
