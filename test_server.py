@@ -28,6 +28,7 @@ import numpy as np
 import openai
 import pytest
 
+import completions
 import server
 from reference import PARROT, ROOT, StandIn, expected
 from tinyvllm import LLM, BlockAllocator, Engine, ModelConfig, SamplingParams, Scheduler
@@ -586,7 +587,7 @@ def test_half_a_stop_string_at_the_end(parrot):
 def test_what_is_held_back(text, stops, held):
     call = SimpleNamespace(params=SamplingParams(stop=stops))
     choice = SimpleNamespace(progress=SimpleNamespace(text=text, reason=None), call=call)
-    assert text[server.Choice.num_ready.fget(choice):] == held
+    assert text[completions.Choice.num_ready.fget(choice):] == held
 
 
 def test_stop_tokens(stub):
@@ -749,7 +750,7 @@ def test_every_field_with_every_value():
     for _ in range(500):
         deep = [deep]
     values = [None, "", "1", -1, 0, 2**70, 1e308, [], {}, [None], {"a": {}}, deep, "x" * 5000, True]
-    fields = [*server.SAMPLING_FIELDS, *server.NEUTRAL_VALUES, *server.NEUTRAL_CHAT_VALUES, "model", "n",
+    fields = [*completions.SAMPLING_FIELDS, *completions.NEUTRAL_VALUES, *completions.NEUTRAL_CHAT_VALUES, "model", "n",
               "stream", "stream_options", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs",
               "echo", "user", "prompt", "messages"]
     statuses = set()
