@@ -750,8 +750,8 @@ def test_every_field_with_every_value():
     for _ in range(500):
         deep = [deep]
     values = [None, "", "1", -1, 0, 2**70, 1e308, [], {}, [None], {"a": {}}, deep, "x" * 5000, True]
-    fields = [*completions.SAMPLING_FIELDS, *completions.NEUTRAL_VALUES, *completions.NEUTRAL_CHAT_VALUES, "model", "n",
-              "stream", "stream_options", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs",
+    fields = [*completions.SAMPLING_FIELDS, *completions.NEUTRAL_VALUES, *completions.NEUTRAL_CHAT_VALUES,
+              "model", "n", "stream", "stream_options", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs",
               "echo", "user", "prompt", "messages"]
     statuses = set()
     with running(stub_llm(num_blocks=8)) as it:         # answers are short
