@@ -514,7 +514,7 @@ def test_a_slow_client_gets_larger_chunks():
 
 
 def test_a_ping_where_nothing_happens(stub, monkeypatch):
-    monkeypatch.setattr(server, "PING_SECONDS", 0.05)
+    monkeypatch.setattr(completions, "PING_SECONDS", 0.05)
     stub.llm.engine.model.pause = 0.5
     status, _, data = stub.post("/v1/completions", {"prompt": [1], "max_tokens": 2, "stream": True})
     assert status == 200 and data.startswith(b": ping\n\n") and data.endswith(b"data: [DONE]\n\n")
@@ -751,8 +751,8 @@ def test_every_field_with_every_value():
         deep = [deep]
     values = [None, "", "1", -1, 0, 2**70, 1e308, [], {}, [None], {"a": {}}, deep, "x" * 5000, True]
     fields = [*completions.SAMPLING_FIELDS, *completions.NEUTRAL_VALUES, *completions.NEUTRAL_CHAT_VALUES,
-              "model", "n", "stream", "stream_options", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs",
-              "echo", "user", "prompt", "messages"]
+              "model", "n", "stream", "stream_options", "max_tokens", "max_completion_tokens", "logprobs",
+              "top_logprobs", "echo", "user", "prompt", "messages"]
     statuses = set()
     with running(stub_llm(num_blocks=8)) as it:         # answers are short
         connection = http.client.HTTPConnection("127.0.0.1", it.port, timeout=30)
@@ -792,7 +792,7 @@ def test_openai_sees_our_sentences(stub):
 
 
 def test_paths_and_methods(stub):
-    for method, path, status in [("GET", "/", 404), ("GET", "/v1/nothing", 404),
+    for method, path, status in [("GET", "/v1/nothing", 404),
                                  ("DELETE", "/v1/models", 405),
                                  ("GET", "/v1/completions", 405), ("POST", "/health", 405),
                                  ("GET", "/v1/models/", 404), ("OPTIONS", "/v1/completions", 405),
