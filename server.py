@@ -18,6 +18,7 @@ completions.py knows the fields of requests and the shape of answers.
 Sections: Engine thread, Metrics, Page, App, Process.
 """
 import asyncio
+import base64
 import bisect
 import contextlib
 import hmac
@@ -491,6 +492,18 @@ class Endpoints:
         return json_response({"prompt": await asyncio.to_thread(llm.tokenizer.decode, ids)})
 
 
+def given_key(headers):
+    """The API key of a request. A program sends Bearer KEY. A browser asks its user for a name and a
+    password, and sends Basic and base64 of NAME:KEY with every request of the page."""
+    scheme, _, value = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return value.encode("latin-1")
+    if scheme.lower() == "basic":
+        with contextlib.suppress(ValueError):       # no base64
+            return base64.b64decode(value).partition(b":")[2]
+    return b""
+
+
 class Guard:
     """Stands before the app: gives each request an id, checks who may ask, writes the log, and turns
     every exception into an answer."""
@@ -524,7 +537,10 @@ class Guard:
         except Exception as error:
             if status is not None:
                 raise                       # in the middle of an answer: the connection is closed
-            await self.explain(error).response(scope, receive, send_with_id)
+            response = self.explain(error).response
+            if response.status_code == 401 and "text/html" in headers.get("accept", ""):
+                response.headers["www-authenticate"] = 'Basic realm="tiny-vLLM"'
+            await response(scope, receive, send_with_id)
         finally:
             self.log(scope, request_id, status or "gone", time.perf_counter() - start)
 
@@ -535,12 +551,10 @@ class Guard:
         if self.hosts and host and host not in self.hosts:
             raise RequestError(f"Host: expected {' or '.join(self.hosts)}, since the server listens on "
                                f"loopback only, got {shown(host)}: start it with another --host", 403)
-        given = headers.get("authorization", "").encode("utf-8", "replace")
-        wanted = f"Bearer {self.api_key}".encode()
-        # The page holds no secrets, and asks for the key itself.
-        if self.api_key and path not in ("/health", "/") and not hmac.compare_digest(given, wanted):
-            raise RequestError("Authorization: expected Bearer and the server's API key", 401,
-                               code="invalid_api_key")
+        is_open = not self.api_key or path == "/health"
+        if not is_open and not hmac.compare_digest(given_key(headers), self.api_key.encode()):
+            raise RequestError("Authorization: expected Bearer and the server's API key, or any name and the "
+                               "key as the password", 401, code="invalid_api_key")
 
     def explain(self, error):
         """The RequestError for an exception."""
@@ -733,15 +747,17 @@ def open_socket(host, port):
 
 
 def greeting(args, address, name, llm):
-    """Where the server is, and a command to try."""
+    """Where the server is, and what to try."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address[0], address[0])
     url = f"http://[{host}]:{address[1]}" if ":" in host else f"http://{host}:{address[1]}"
     key = ' -H "Authorization: Bearer $TINYVLLM_API_KEY"' if args.api_key else ""
     path = "chat/completions" if llm.tokenizer.has_chat_template else "completions"
     body = ('{"messages": [{"role": "user", "content": "Who are you?"}]}' if path.startswith("chat")
             else '{"prompt": "Once upon a time"}')
+    password = " The page's password is the key, under any name." if args.api_key else ""
     return (f"tiny-vLLM: {name} at {url}/v1 on {llm.device.name}. Try:\n"
-            f"  curl {url}/v1/{path} -H 'Content-Type: application/json'{key} -d '{body}'")
+            f"  curl {url}/v1/{path} -H 'Content-Type: application/json'{key} -d '{body}'\n"
+            f"Or open {url} in a browser.{password}")
 
 
 def main(argv=None):

@@ -9,6 +9,7 @@ tested on processes.
     broken clients    limits    metrics and log    processes
 """
 import asyncio
+import base64
 import contextlib
 import http.client
 import itertools
@@ -816,26 +817,42 @@ def test_a_body_of_another_type(stub):
 # --------------------------------------------------------------------------------------------------
 # Who may ask
 # --------------------------------------------------------------------------------------------------
+def basic(text):
+    """The header of a browser whose user has typed NAME and PASSWORD. text: NAME:PASSWORD"""
+    return {"Authorization": "Basic " + base64.b64encode(text.encode()).decode()}
+
+
 def test_api_key():
-    """Without the key 401 on every route but /health."""
-    with running(stub_llm(), api_key="s3cret") as it:
-        for route in it.app.routes:
+    """Without the key 401 on every route but /health. A program is told to send Bearer, a browser is told
+    to ask its user."""
+    with running(stub_llm(), api_key="s3cr\xe9t") as it:
+        bad = [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "s3cr\xe9t"}, {"Authorization": "Bearer"},
+               {"Authorization": "Bearer s3cr\xe9t".encode() + b"\xe9"}, basic("s3cr\xe9t"), basic(":wrong"),
+               basic("s3cr\xe9t:"), {"Authorization": "Basic s3cr\xe9t"}, {"Authorization": "Basic x"}]
+        for route, headers in itertools.product(it.app.routes, bad):
             path = route.path.replace("{name:path}", "model")
             for method in route.methods:
-                for headers in {}, {"Authorization": "Bearer wrong"}, {"Authorization": "s3cret"}, {
-                        "Authorization": "Bearer s3cret\xe9"}:
-                    status, answer, data = it.request(method, path, b"{}", headers)
-                    if path == "/health":
-                        assert status == 200
-                        continue
-                    assert status == 401 and answer["www-authenticate"] == "Bearer"
-                    if method != "HEAD":
-                        assert json.loads(data)["error"]["code"] == "invalid_api_key"
-        assert len(it.app.routes) >= 9
+                status, answer, data = it.request(method, path, b"{}", headers)
+                if path == "/health":
+                    assert status == 200
+                    continue
+                assert status == 401 and answer["www-authenticate"] == "Bearer"
+                if method != "HEAD":
+                    assert json.loads(data)["error"]["code"] == "invalid_api_key"
+        assert {"/", "/debug/pool"} < {route.path for route in it.app.routes}
+        browser = {"Accept": "text/html,*/*;q=0.8"}
+        status, answer, _ = it.request("GET", "/", headers=browser)
+        assert (status, answer["www-authenticate"]) == (401, 'Basic realm="tiny-vLLM"')
+        for headers in basic(":s3cr\xe9t"), basic("anyone:s3cr\xe9t"), {
+                "Authorization": "Bearer s3cr\xe9t".encode()}:
+            assert it.request("GET", "/", headers=browser | headers)[0] == 200
+            assert it.post("/v1/completions", {"prompt": [1], "max_tokens": 1}, headers)[0] == 200
         with pytest.raises(openai.AuthenticationError):
             it.client().models.list()
-        good = openai.OpenAI(base_url=it.url, api_key="s3cret", max_retries=0)
+    with running(stub_llm(), api_key="s3cret:x") as it:
+        good = openai.OpenAI(base_url=it.url, api_key="s3cret:x", max_retries=0)
         assert good.completions.create(model="model", prompt=[1], max_tokens=1).choices
+        assert it.request("GET", "/", headers=basic("anyone:s3cret:x"))[0] == 200
 
 
 def test_foreign_hosts_and_origins(stub):
