@@ -532,22 +532,6 @@ class Choice:
         self.decoder = StreamDecoder(call.service.llm.tokenizer)
 
     @property
-    def num_ready(self):
-        """The number of characters that no stop string can take back: all, or without the longest end
-        of the text that begins a stop string."""
-        text = self.progress.text
-        ready = len(text)
-        if self.progress.reason:
-            return ready
-        for stop in self.call.params.stop:
-            start = text.find(stop[0], max(len(text) - len(stop) + 1, 0), ready)
-            while start >= 0:
-                if stop.startswith(text[start:]):
-                    ready = start
-                start = text.find(stop[0], start + 1, ready)
-        return ready
-
-    @property
     def stop_reason(self):
         """The stop string or token id that ended the answer, as vLLM says it; None for an eos token."""
         if self.progress.reason != "stop":
@@ -559,13 +543,14 @@ class Choice:
         return next((stop for stop in self.call.params.stop
                      if text.startswith(stop, len(self.progress.text))), None)
 
-    def take_logprobs(self, end):
-        """The log-probabilities of tokens that begin before the character `end`, in the endpoint's
-        shape; None if none are asked for. No token is taken twice, and none of a stop string at all."""
+    def take_logprobs(self):
+        """The log-probabilities of tokens that begin in the text so far, in the endpoint's shape; None if
+        none are asked for. No token is taken twice, and none of a stop string at all."""
         if self.call.params.logprobs is None:
             return None
         entries = []
-        while self.num_tokens < self.progress.num_tokens and self.num_token_characters < end:
+        length = len(self.progress.text)
+        while self.num_tokens < self.progress.num_tokens and self.num_token_characters < length:
             token = self.output.token_ids[self.num_tokens]
             entries.append((token, self.num_token_characters, self.output.logprobs[self.num_tokens]))
             self.num_token_characters += len(self.decoder.push(token))
@@ -576,7 +561,7 @@ class Choice:
         """The choice of an answer that is not streamed."""
         progress = self.progress
         return {"index": self.index, **self.call.answer(self.lead + progress.text),
-                "logprobs": self.take_logprobs(len(progress.text)), "finish_reason": progress.reason,
+                "logprobs": self.take_logprobs(), "finish_reason": progress.reason,
                 "stop_reason": self.stop_reason}
 
     def pieces(self):
@@ -588,11 +573,11 @@ class Choice:
             opening = self.call.opening(self.lead)
             if opening:
                 yield f'{opening},"logprobs":null,"finish_reason":null'
-        end = self.num_ready
-        if end > self.num_characters:
-            piece = self.call.piece(progress.text[self.num_characters:end])
-            logprobs = self.take_logprobs(end)
-            self.num_characters = end
+        new_text = progress.text[self.num_characters:]
+        if new_text:
+            self.num_characters = len(progress.text)
+            piece = self.call.piece(new_text)
+            logprobs = self.take_logprobs()
             yield f'{piece},"logprobs":{JSON.encode(logprobs) if logprobs else "null"},"finish_reason":null'
         if progress.reason and not self.has_end:
             self.has_end = True

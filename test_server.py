@@ -581,16 +581,6 @@ def test_half_a_stop_string_at_the_end(parrot):
     assert parts[-1]["choices"][0]["finish_reason"] == "length"
 
 
-@pytest.mark.parametrize("text, stops, held", [
-    ("abc", ["cde"], "c"), ("abc", ["bcd", "c!"], "bc"), ("abab", ["ababc"], "abab"), ("aab", ["aba"], "ab"),
-    ("abc", ["xyz"], ""), ("", ["a"], ""), ("abc", ["c"], ""), ("aaa", ["aaaa"], "aaa"),
-    ("xaay", ["aab"], "")])
-def test_what_is_held_back(text, stops, held):
-    call = SimpleNamespace(params=SamplingParams(stop=stops))
-    choice = SimpleNamespace(progress=SimpleNamespace(text=text, reason=None), call=call)
-    assert text[completions.Choice.num_ready.fget(choice):] == held
-
-
 def test_stop_tokens(stub):
     tokens, _ = expected([1], SamplingParams(max_tokens=9), 99)
     answer = stub.complete(prompt=[1], temperature=0, max_tokens=9, stop_token_ids=[tokens[4]])
@@ -826,9 +816,10 @@ def test_api_key():
     """Without the key 401 on every route but /health. A program is told to send Bearer, a browser is told
     to ask its user."""
     with running(stub_llm(), api_key="s3cr\xe9t") as it:
-        bad = [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "s3cr\xe9t"}, {"Authorization": "Bearer"},
-               {"Authorization": "Bearer s3cr\xe9t".encode() + b"\xe9"}, basic("s3cr\xe9t"), basic(":wrong"),
-               basic("s3cr\xe9t:"), {"Authorization": "Basic s3cr\xe9t"}, {"Authorization": "Basic x"}]
+        bad = [{}, basic("s3cr\xe9t"), basic(":wrong"), basic("s3cr\xe9t:")]
+        bad += [{"Authorization": text} for text in (
+            "Bearer", "Bearer wrong", "s3cr\xe9t", "Basic s3cr\xe9t", "Basic x",
+            "Bearer s3cr\xe9t".encode() + b"\xe9")]
         for route, headers in itertools.product(it.app.routes, bad):
             path = route.path.replace("{name:path}", "model")
             for method in route.methods:
