@@ -25,6 +25,7 @@ import hmac
 import ipaddress
 import itertools
 import logging
+import math
 import os
 import re
 import socket
@@ -327,18 +328,9 @@ class PoolWatch:
     def __init__(self, service):
         self.service = service
         self.num_watchers = 0
-        self.is_asked = False               # a picture is on its way
-        self.asked_at = 0.0
+        self.next_time = 0.0                # of a picture; infinite while a picture is on its way
         self.event = ""                     # the latest picture, as a server-sent event
         self.recorder = None                # of the engine thread
-
-    def ask(self):
-        """Wants a new picture, unless the latest is new or a picture is on its way."""
-        now = time.monotonic()
-        if not self.is_asked and now - self.asked_at >= PICTURE_SECONDS:
-            self.is_asked = True
-            self.asked_at = now
-            self.service.tell_engine(self.look, self.service.llm)
 
     def look(self, llm):
         """Makes the picture. In the engine thread, which a mistake here must not end; like stop()."""
@@ -353,7 +345,7 @@ class PoolWatch:
 
     def take(self, value):
         self.event = f"data: {JSON.encode(value)}\n\n"
-        self.is_asked = False
+        self.next_time = time.monotonic() + PICTURE_SECONDS
 
     def stop(self, llm):
         if self.recorder in llm.engine.observers:
@@ -365,30 +357,25 @@ class PoolWatch:
         gets fewer."""
         sent = ""
         while not self.service.trouble:
-            self.ask()
+            if time.monotonic() >= self.next_time:
+                self.next_time = math.inf
+                self.service.tell_engine(self.look, self.service.llm)
             await asyncio.sleep(PICTURE_SECONDS)
             if self.event != sent:
                 sent = self.event
                 yield sent
 
-
-class PoolStream(StreamingResponse):
-    """The response to a watcher. The last one who goes ends the recording."""
-
-    def __init__(self, watch):
-        super().__init__(watch.events(), 200, {"cache-control": "no-store"}, "text/event-stream")
-        self.watch = watch
-
     async def __call__(self, scope, receive, send):
-        watch = self.watch
-        watch.num_watchers += 1
+        """The response to a watcher, as an ASGI app. The last one who goes ends the recording."""
+        self.num_watchers += 1
         try:
-            await super().__call__(scope, receive, send)
+            headers = {"cache-control": "no-store"}
+            await StreamingResponse(self.events(), 200, headers, "text/event-stream")(scope, receive, send)
         finally:
-            watch.num_watchers -= 1
-            if not watch.num_watchers:
-                watch.event = ""
-                watch.service.tell_engine(watch.stop, watch.service.llm)
+            self.num_watchers -= 1
+            if not self.num_watchers:
+                self.event = ""
+                self.service.tell_engine(self.stop, self.service.llm)
 
 
 def is_local(client):
@@ -467,7 +454,7 @@ class Endpoints:
                                "watch the engine there", 403)
         if self.service.trouble:
             raise self.service.trouble
-        return PoolStream(self.pool_watch)
+        return self.pool_watch
 
     async def tokenize(self, request):
         """The token ids of a prompt or of messages."""
@@ -658,22 +645,16 @@ class Connection(H11Protocol):
 class Server(uvicorn.Server):
     """uvicorn's server, but a signal lets the answers come to their ends."""
 
-    def __init__(self, app, greeting="", shutdown_timeout=30):
+    def __init__(self, app, shutdown_timeout=30):
         # Clients keep a connection for up to 90 s: close an idle one later than they do.
         config = uvicorn.Config(app, http=Connection, ws="none", loop="asyncio", lifespan="on",
                                 access_log=False, log_config=None, server_header=False, backlog=2048,
                                 timeout_keep_alive=120, timeout_graceful_shutdown=5)
         super().__init__(config)
         self.service = app.state.service
-        self.greeting = greeting
         self.shutdown_timeout = shutdown_timeout
         self.deadline = None
         self.exit_code = 0
-
-    async def startup(self, sockets=None):
-        await super().startup(sockets)
-        if self.greeting:
-            print(self.greeting, file=sys.stderr, flush=True)
 
     def handle_exit(self, number, frame):
         """The first signal: no new requests, and the others get time to end. The second: at once."""
@@ -726,11 +707,10 @@ def parse_arguments(argv):
 
 def public_name(args, llm):
     """What clients call the model: the Hugging Face id, or the name of the folder."""
-    given = args.model or os.environ.get("TINYVLLM_MODEL")
-    if not given:
-        return "parrot" if llm.folder == FOLDER / "parrot" else HUB_MODEL
-    folder = Path(given).expanduser()
-    return folder.resolve().name if folder.is_dir() else given
+    default = "parrot" if llm.folder == FOLDER / "parrot" else HUB_MODEL
+    name = args.model or os.environ.get("TINYVLLM_MODEL") or default
+    folder = Path(name).expanduser()
+    return folder.resolve().name if folder.is_dir() else name
 
 
 def open_socket(host, port):
@@ -775,7 +755,9 @@ def main(argv=None):
         names = args.served_model_name or [public_name(args, llm)]
         hosts = ("localhost", "127.0.0.1", "[::1]", args.host.lower()) if is_loopback else ()
         app = build_app(llm, names, args.api_key, args.max_waiting, args.max_body, args.allow_origin, hosts)
-        server = Server(app, greeting(args, address, names[0], llm), args.shutdown_timeout)
+        server = Server(app, args.shutdown_timeout)
+        listener.listen()                   # whoever follows the greeting waits a moment, and is not refused
+        print(greeting(args, address, names[0], llm), file=sys.stderr, flush=True)
         server.run([listener])
         app.state.service.stop()
     return 1 if server.service.error else server.exit_code
