@@ -6,7 +6,7 @@ answer is parsed by openai's own strict models, or read from a raw socket. Signa
 tested on processes.
 
     what is shared    answers    streams    stop strings    log-probabilities    refusals    who may ask
-    broken clients    limits    metrics and log    processes
+    broken clients    limits    metrics and log    processes    replicas
 """
 import asyncio
 import base64
@@ -15,7 +15,9 @@ import http.client
 import itertools
 import json
 import logging
+import os
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -23,7 +25,11 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
+from urllib.request import urlopen
 
 import numpy as np
 import openai
@@ -1263,3 +1269,153 @@ def test_an_address_in_use(stub):
     done = subprocess.run([sys.executable, "server.py", "--port", str(stub.port)], cwd=ROOT,
                           capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Address already in use" in done.stderr
+
+
+# --------------------------------------------------------------------------------------------------
+# Replicas: what the course's chapter shows, where the router is installed
+# --------------------------------------------------------------------------------------------------
+CHAPTER = (ROOT / "course" / "15-server.md").read_text("utf-8")
+ROUTER = Path(sys.executable).with_name("vllm-router")
+
+
+def file_of_chapter(name):
+    """The block of the chapter whose first line has the file's name."""
+    [text] = re.findall(rf"^```\w+\n(# {re.escape(name)}: .*?)^```$", CHAPTER, re.S | re.M)
+    return text
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def with_ports(text, ports):
+    """The text with other ports in place of 8000, 8001 and 8002."""
+    for old, new in zip(("8000", "8001", "8002"), ports):
+        assert old in text
+        text = re.sub(rf"\b{old}\b", str(new), text)
+    return text
+
+
+@contextlib.contextmanager
+def replicas():
+    """Two servers, and the port of the router to come."""
+    with running(stub_llm()) as first, running(stub_llm()) as second:
+        for it in first, second:
+            it.llm.engine.model.pause = 0.002
+        yield [first, second], [free_port(), first.port, second.port]
+
+
+@contextlib.contextmanager
+def router(command, port, folder):
+    """A process that answers at the port after a while."""
+    log = folder / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file)
+
+    def is_ready():
+        assert process.poll() is None, log.read_text()
+        with contextlib.suppress(OSError):
+            return urlopen(f"http://127.0.0.1:{port}/health").status == 200
+    try:
+        wait_for(is_ready, 120)
+        yield
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+
+
+def num_tokens(it):
+    return it.service.metrics.counts["generation_tokens"]
+
+
+def check_streams(port):
+    """Asks 32 questions over the router, eight at a time. Every text must be exact."""
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="key", max_retries=0)
+
+    def ask(number):
+        chunks = client.completions.create(model="model", prompt=[number], seed=number, max_tokens=40,
+                                           stream=True)
+        return "".join(chunk.choices[0].text for chunk in chunks)
+    with ThreadPoolExecutor(8) as pool:
+        texts = list(pool.map(ask, range(32)))
+    assert texts == [stub_answer([number], seed=number, max_tokens=40)[0] for number in range(32)]
+
+
+def check_replicas(servers, port):
+    """Both replicas have some of the streams. A client that hangs up gives its pages back. What a full
+    replica refuses, the other answers."""
+    full, other = servers
+    check_streams(port)
+    assert num_tokens(full) and num_tokens(other) and num_tokens(full) + num_tokens(other) == 32 * 40
+    for is_stream in True, False:
+        with socket.create_connection(("127.0.0.1", port), 20) as client:
+            send_post(client, {"model": "model", "prompt": [1], "max_tokens": 100_000, "stream": is_stream})
+            wait_for(lambda: any(it.llm.engine.scheduler.running for it in servers))
+        wait_for(lambda: all(it.is_idle() for it in servers))
+    assert sum(it.service.metrics.reasons["abort"] for it in servers) == 2
+    before = num_tokens(other)
+    full.service.max_waiting = -1000
+    check_streams(port)
+    full.service.max_waiting = 1000
+    assert num_tokens(other) == before + 32 * 40
+
+
+@pytest.mark.skipif(not shutil.which("nginx"), reason="nginx is not installed")
+def test_behind_nginx(tmp_path):
+    with replicas() as (servers, ports):
+        text = with_ports(file_of_chapter("replicas.conf"), ports)
+        paths = "".join(f"{name}_temp_path {tmp_path}/{name};\n"      # the default ones are root's
+                        for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+        text = text.replace("http {\n", f"http {{\naccess_log off;\n{paths}")
+        (tmp_path / "replicas.conf").write_text(text)
+        command = ["nginx", "-p", tmp_path, "-c", "replicas.conf", "-e", "stderr",
+                   "-g", f"daemon off; pid {tmp_path}/pid;"]
+        with router(command, ports[0], tmp_path):
+            check_replicas(servers, ports[0])
+            before = num_tokens(servers[0])         # which was full a moment ago
+            check_streams(ports[0])
+            assert num_tokens(servers[0]) > before
+
+
+@pytest.mark.skipif(not ROUTER.exists(), reason="vllm-router is not installed")
+def test_behind_vllm_router(tmp_path):
+    with replicas() as (servers, ports):
+        [line] = re.findall(r"^vllm-router (.*?)\n```", CHAPTER, re.S | re.M)
+        line = with_ports(line, ports).replace("cache_aware", "round_robin")
+        options = line.replace("\\\n", " ").split()
+        with router([ROUTER, *options, "--prometheus-port", str(free_port())], ports[0], tmp_path):
+            check_replicas(servers, ports[0])
+
+
+RAY = """
+import sys
+from ray import serve
+import replicas
+serve.start(http_options={"port": int(sys.argv[1])})
+serve.run(replicas.replicas, blocking=True)
+"""
+
+
+@pytest.mark.skipif(not find_spec("ray"), reason="Ray Serve is not installed")
+def test_behind_ray_serve(tmp_path):
+    """Parrot's texts, streamed, from two replicas without a GPU."""
+    text = file_of_chapter("replicas.py")
+    assert '"num_gpus": 1' in text
+    (tmp_path / "replicas.py").write_text(text.replace('"num_gpus": 1', '"num_cpus": 0.1'))
+    port = free_port()
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    command = ["env", f"PYTHONPATH={path}", "RAY_USAGE_STATS_ENABLED=0", sys.executable, "-c", RAY, str(port)]
+    with router(command, port, tmp_path):
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="key", max_retries=0)
+
+        def ask(question):
+            stream = client.chat.completions.create(
+                model="parrot", messages=user(question), temperature=0, stream=True)
+            return "".join(map(text_of, stream))
+        questions = [text["questions"][0] for text in TEXTS if len(text["answer"]) == 1][:24]
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(ask, questions)) == [ANSWERS[question] for question in questions]
+        figures = {urlopen(f"http://127.0.0.1:{port}/metrics").read() for _ in range(40)}
+        made = [float(re.search(rb"generation_tokens_total\{.*\} (\S+)", text)[1]) for text in figures]
+        assert len(made) == 2 and all(made)
