@@ -26,6 +26,8 @@ import exercises
 import figures
 import make
 import pictures
+import program
+import sampling
 import server
 import simulator
 import tinyvllm
@@ -34,7 +36,8 @@ import views
 import weights
 
 ROOT = Path(__file__).parent
-MODULES = [tinyvllm, weights, device, bench, views, tokenizer, simulator, server, completions]
+MODULES = [tinyvllm, program, sampling, weights, device, bench, views, tokenizer, simulator, server,
+           completions]
 CUDA_FILES = sorted(path.name for path in ROOT.iterdir() if path.suffix in (".cu", ".h"))
 SOURCES = [*(f"{module.__name__}.py" for module in MODULES), *CUDA_FILES]
 TEXT = {name: (ROOT / name).read_text("utf-8") for name in SOURCES}
@@ -88,7 +91,7 @@ def is_quoted(code):
 def bad_command(line):
     """A list with the mistake of a command line of ours, or an empty list."""
     program, *arguments = shlex.split(line.split(" < ")[0])
-    if program in ("git", "nginx", "serve", "vllm-router", ".venv/bin/hf", ".venv/bin/pip"):
+    if program in ("git", "curl", "vllm-router", ".venv/bin/hf", ".venv/bin/pip"):
         return []
     if program == "./run.sh":
         is_known = arguments in ([], ["--quick"], ["--chat"], ["--serve"])

@@ -283,6 +283,22 @@ def test_curl_and_the_greeting(parrot, parrot_llm):
     assert "http://[::1]:80/v1" in server.greeting(args, ("::", 80), "model", parrot_llm)
 
 
+def test_readme(parrot, capsys):
+    """The examples of curl and of openai-python work. The table of options is the command line's."""
+    readme = (ROOT / "README.md").read_text("utf-8").replace("127.0.0.1:8000", f"127.0.0.1:{parrot.port}")
+    [command] = re.findall(r"^```sh\n(curl .*?)```", readme, re.S | re.M)
+    answer = json.loads(subprocess.check_output(command, shell=True, stderr=subprocess.DEVNULL))
+    assert answer["choices"][0]["message"]["content"] == ANSWER
+    [code] = re.findall(r"^```python\n(from openai .*?)```", readme, re.S | re.M)
+    exec(code.replace('"parrot"', '"model"'), {})
+    assert capsys.readouterr().out == ANSWER
+    names = {program: subprocess.check_output([sys.executable, program, "--help"], cwd=ROOT, text=True)
+             for program in ("server.py", "tinyvllm.py")}
+    options = {program: set(re.findall(r"^  (--[\w-]+)", text, re.M)) for program, text in names.items()}
+    table = readme[readme.index("| server option |"):].split("\n\n")[0]
+    assert set(re.findall(r"`(--[\w-]+)`", table)) == options["server.py"] - options["tinyvllm.py"]
+
+
 def test_models(parrot):
     client = parrot.client()
     cards = client.models.list().data

@@ -1670,7 +1670,7 @@ def test_readme_links_and_options():
 
 def test_readme_runs(capsys, monkeypatch):
     """The Python example runs as it stands. The quick start shows Parrot's answer."""
-    [code] = re.findall(r"```python\n(.*?)```", README, re.S)
+    [code] = re.findall(r"```python\n(from tinyvllm .*?)```", README, re.S)
     monkeypatch.chdir(ROOT)
     exec(code, {})
     out = capsys.readouterr().out

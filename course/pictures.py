@@ -532,9 +532,9 @@ def chunks(seconds, num_tokens):
 
 def draw_server():
     """The steps of the engine thread, and the chunks of three clients who read at different speeds."""
-    num_steps = 14
-    width = 42
-    left = 150
+    num_steps = 13
+    width = 40
+    left = 170
     picture = Picture(left + width * (num_steps + 4), 190, "Steps, and the chunks of three clients")
     picture.text(0, 24, "The engine thread steps", "b")
     for step in range(num_steps):
