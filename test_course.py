@@ -14,6 +14,7 @@ import re
 import shlex
 import sys
 from functools import cache
+from itertools import dropwhile
 from pathlib import Path
 
 import pytest
@@ -90,7 +91,8 @@ def is_quoted(code):
 
 def bad_command(line):
     """A list with the mistake of a command line of ours, or an empty list."""
-    program, *arguments = shlex.split(line.split(" < ")[0])
+    words = shlex.split(line.split(" < ")[0])
+    program, *arguments = dropwhile(lambda word: "=" in word, words)         # NAME=VALUE before a command
     if program in ("git", "curl", "vllm-router", ".venv/bin/hf", ".venv/bin/pip"):
         return []
     if program == "./run.sh":
@@ -163,6 +165,8 @@ def test_code_is_quoted():
             ("course/10-memory.md", "`test_scheduler_random_events` fails", "It fails"),
             ("course/00-run-it.md", "./run.sh --trace run.html", "./run.sh --traces run.html"),
             ("course/00-run-it.md", "-k test_forward_equals_numpy\n", "-k test_forward_is_numpy\n"),
+            ("course/15-server.md", "server.py --port 8001", "server.py --ports 8001"),
+            ("course/15-server.md", "# replicas.py: serve", "# a file: serve"),
             ("README.md", "bench.py --model", "bench.py --models"),
             ("README.md", "A KV cache keeps the key", "A KV cache keeps a key")]:
         assert wrong_code(changed(page, old, new)), (page, old)
