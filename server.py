@@ -380,10 +380,7 @@ class PoolWatch:
 
 def is_local(client):
     """Whether a request comes from this machine. client: (address, port) or None, as in ASGI."""
-    try:
-        return ipaddress.ip_address(client[0].removeprefix("::ffff:")).is_loopback
-    except (TypeError, ValueError):
-        return False
+    return bool(client and re.fullmatch(r"(::ffff:)?127(\.\d+){3}|::1", client[0]))
 
 
 # --------------------------------------------------------------------------------------------------

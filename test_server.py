@@ -885,6 +885,7 @@ def test_foreign_hosts_and_origins(stub):
                          "Access-Control-Request-Headers": "authorization,content-type"}
             status, headers, _ = it.request("OPTIONS", "/v1/chat/completions", headers=preflight)
             assert (status == 200) == bool(allowed) and headers["access-control-allow-origin"] == allowed
+            assert headers["access-control-allow-credentials"] is None      # a browser keeps the key to itself
             _, headers, _ = it.request("GET", "/v1/models", headers={"Origin": name} | key)
             assert headers["access-control-allow-origin"] == allowed
 
