@@ -1009,6 +1009,9 @@ def test_slow_senders(monkeypatch):
         beginnings = [b"", b"P", HEAD, HEAD + length, HEAD + length + b"{"]
         for number, client in enumerate(clients):
             client.sendall(beginnings[number % len(beginnings)])
+        with it.connect() as client:        # a whole request, and the beginning of another
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" + beginnings[-1])
+            assert read_response(client)[0] == 200 and client.recv(100) == b""
         it.complete(prompt=[1], max_tokens=1)
         for client in clients:
             with contextlib.suppress(ConnectionResetError):
