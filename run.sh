@@ -2,6 +2,7 @@
 # ./run.sh "What is a KV cache?"    set-up, then: python tinyvllm.py "What is a KV cache?"
 # ./run.sh --chat [OPTION ...]      set-up, then: python chat.py [OPTION ...]
 # ./run.sh                          set-up, then the whole check, in minutes: all tests and recitations
+# ./run.sh --serve                  set-up, then an OpenAI-compatible server: python server.py
 # ./run.sh --quick                  set-up, then a check of about a minute: a few tests, one recitation
 #
 # A check prints a table; its last line says passed or failed.
@@ -68,13 +69,14 @@ if [[ $* == --quick ]]; then check=quick; fi
 python=${TINYVLLM_PYTHON:-$venv/bin/python}
 if [[ $python == "$venv/bin/python" ]]; then
     set_up
-    if [[ $check ]] && ! "$python" -c 'import pytest' 2>/dev/null; then install pytest; fi
+    if [[ $check ]] && ! "$python" -c 'import pytest, openai' 2>/dev/null; then install pytest openai; fi
 else
     check_version "$python"
     error=$("$python" -c "import numpy, ml_dtypes, safetensors, tokenizers, jinja2${check:+, pytest}" 2>&1) ||
         fail "$python needs the packages of requirements.txt${check:+, and pytest}: ${error##*$'\n'}"
 fi
 if [[ ${1:-} == --chat ]]; then exec "$python" "$here/chat.py" "${@:2}"; fi
+if [[ ${1:-} == --serve ]]; then exec "$python" "$here/server.py" "${@:2}"; fi
 if [[ ! $check ]]; then exec "$python" "$here/tinyvllm.py" "$@"; fi
 
 exec "$python" - "$here" "$check" <<'EOF_PYTHON'

@@ -14,17 +14,22 @@ import re
 import shlex
 import sys
 from functools import cache
+from itertools import dropwhile
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "course"))
 import bench
+import completions
 import device
 import exercises
 import figures
 import make
 import pictures
+import program
+import sampling
+import server
 import simulator
 import tinyvllm
 import tokenizer
@@ -32,7 +37,8 @@ import views
 import weights
 
 ROOT = Path(__file__).parent
-MODULES = [tinyvllm, weights, device, bench, views, tokenizer, simulator]
+MODULES = [tinyvllm, program, sampling, weights, device, bench, views, tokenizer, simulator, server,
+           completions]
 CUDA_FILES = sorted(path.name for path in ROOT.iterdir() if path.suffix in (".cu", ".h"))
 SOURCES = [*(f"{module.__name__}.py" for module in MODULES), *CUDA_FILES]
 TEXT = {name: (ROOT / name).read_text("utf-8") for name in SOURCES}
@@ -85,17 +91,20 @@ def is_quoted(code):
 
 def bad_command(line):
     """A list with the mistake of a command line of ours, or an empty list."""
-    program, *arguments = shlex.split(line.split(" < ")[0])
-    if program in ("git", ".venv/bin/hf", ".venv/bin/pip"):
+    words = shlex.split(line.split(" < ")[0])
+    program, *arguments = dropwhile(lambda word: "=" in word, words)         # NAME=VALUE before a command
+    if program in ("git", "curl", "vllm-router", ".venv/bin/hf", ".venv/bin/pip"):
         return []
     if program == "./run.sh":
-        return [] if arguments in ([], ["--quick"], ["--chat"]) else bad_arguments(line, arguments)
+        is_known = arguments in ([], ["--quick"], ["--chat"], ["--serve"])
+        return [] if is_known else bad_arguments(line, arguments)
     if program not in (".venv/bin/python", "python3"):
         return [f"unknown command: {line}"]
     if arguments[0] == "tinyvllm.py":
         return bad_arguments(line, arguments[1:])
-    if arguments[0] == "bench.py":
-        unknown = [word for word in arguments if word.startswith("--") and word not in options(bench)]
+    if arguments[0] in ("bench.py", "server.py"):
+        known = options(bench if arguments[0] == "bench.py" else server)
+        unknown = [word for word in arguments if word.startswith("--") and word not in known]
         return [f"{line}: no option {word}" for word in unknown]
     if arguments[:2] == ["-m", "pytest"]:
         names = arguments[arguments.index("-k") + 1:] if "-k" in arguments else []
@@ -114,14 +123,15 @@ def bad_arguments(line, arguments):
 
 
 def bad_block(page, language, code):
-    """The mistakes of a fenced block: it must be commands, an example, an exercise, lines of the source, or
-    an answer of Parrot's."""
+    """The mistakes of a fenced block: it must be commands, an example, an exercise, lines of the source, an
+    answer of Parrot's, or a file of the chapter on the server, which test_server.py runs."""
     if language == "sh" or code.startswith((".venv", "./run.sh", "python3 -m venv")):
         lines = code.replace("\\\n", " ").splitlines()
         return [mistake for line in lines for part in line.split(" && ") for mistake in bad_command(part)]
     is_example = code.startswith(">>> ") or (page, language) == ("README.md", "python")
     is_answer = language == "" and " ".join(code.split()) in PARROT
-    if language == "diff" or is_example or is_answer or is_quoted(code):
+    is_file = page == "course/15-server.md" and code.startswith("# replicas.")
+    if language == "diff" or is_example or is_answer or is_file or is_quoted(code):
         return []
     return [f"{page}: {code}"]
 
@@ -155,6 +165,8 @@ def test_code_is_quoted():
             ("course/10-memory.md", "`test_scheduler_random_events` fails", "It fails"),
             ("course/00-run-it.md", "./run.sh --trace run.html", "./run.sh --traces run.html"),
             ("course/00-run-it.md", "-k test_forward_equals_numpy\n", "-k test_forward_is_numpy\n"),
+            ("course/15-server.md", "server.py --port 8001", "server.py --ports 8001"),
+            ("course/15-server.md", "# replicas.py: serve", "# a file: serve"),
             ("README.md", "bench.py --model", "bench.py --models"),
             ("README.md", "A KV cache keeps the key", "A KV cache keeps a key")]:
         assert wrong_code(changed(page, old, new)), (page, old)
@@ -210,7 +222,7 @@ def has_attribute(path):
 def is_unknown(name):
     """Whether a name in backticks looks like an option, a function, a member or a file, but we have none."""
     if name.startswith("--"):
-        return name.split()[0] not in options(tinyvllm) | options(bench)
+        return name.split()[0] not in options(tinyvllm) | options(bench) | options(server)
     if re.fullmatch(r"\w+\(\)", name):
         return name[:-2] not in functions()
     if re.fullmatch(r"[A-Z]\w*[a-z]\w*\.[a-z_]+", name):
@@ -236,7 +248,7 @@ def missing_names(pages):
         tests = re.findall(r"`(test_\w+)`", text)
         missing += [f"{page}: {name}" for name in tests if f"def {name}(" not in TESTS]
         missing += [f"{page}: {name}" for name in names if is_unknown(name)]
-    dictionary = first_column(pages["course/15-real-engines.md"], "| here | vLLM |")
+    dictionary = first_column(pages["course/16-real-engines.md"], "| here | vLLM |")
     readme = pages["README.md"]
     places = re.findall(r"`([^`]+)`", readme[readme.index("| to add |"):].split("\n\n")[0])
     for name in dictionary + places:
@@ -256,8 +268,8 @@ def test_named_things_exist():
             ("course/04-forward.md", "`numpy_llama()`", "`numpy_lama()`"),
             ("course/04-forward.md", "`forward()`", "`forwards()`"),
             ("course/05-kernels.md", "`simulator.h`", "`simulators.h`"),
-            ("course/15-real-engines.md", "| `Scheduler.preempt` |", "| `Scheduler.evict` |"),
-            ("course/15-real-engines.md", "| `--no-overlap` |", "| `--not-overlap` |"),
+            ("course/16-real-engines.md", "| `Scheduler.preempt` |", "| `Scheduler.evict` |"),
+            ("course/16-real-engines.md", "| `--no-overlap` |", "| `--not-overlap` |"),
             ("README.md", "`SUPPORTED`", "`SUPPORT`")]:
         assert missing_names(changed(page, old, new)), (page, old)
 
@@ -301,7 +313,7 @@ def wrong_shape(pages):
     for i, name in enumerate(CHAPTERS):
         text = pages[f"course/{name}"]
         headings = [heading for heading in re.findall(r"^## (.+)$", text, re.M) if heading in HEADINGS]
-        expected = {0: ["The test", "Break it"], 15: ["Break it"]}.get(i, HEADINGS)
+        expected = {0: ["The test", "Break it"], 16: ["Break it"]}.get(i, HEADINGS)
         next_page = [*CHAPTERS, "../README.md"][i + 1]
         if headings != expected:
             wrong.append(f"{name}: {headings}")
@@ -312,7 +324,7 @@ def wrong_shape(pages):
         if f"]({next_page})" not in text:
             wrong.append(f"{name} does not lead on")
         wrong += [f"{name} says {word}" for word in ("TODO", "Incoming") if word in text]
-    if len(CHAPTERS) != 16:
+    if len(CHAPTERS) != 17:
         wrong.append(f"{len(CHAPTERS)} chapters")
     return wrong
 

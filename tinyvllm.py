@@ -1281,6 +1281,7 @@ class LLM:
         """options: EngineArgs' fields."""
         args = EngineArgs(model, **options)
         folder, config = open_config(args)
+        self.folder = folder
         self.tokenizer = Tokenizer(folder)
         self.config = replace(config, eos_token_ids=config.eos_token_ids | self.tokenizer.end_ids)
         self.default_sampling = generation_defaults(folder)     # {name of SamplingParams: value}

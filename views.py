@@ -1,9 +1,10 @@
-"""Looking inside a run: tinyvllm.py --watch, --trace FILE.json, --trace FILE.html or --stats.
+"""Looking inside a run: tinyvllm.py --watch, --trace FILE.json, --trace FILE.html or --stats, and
+the page of server.py.
 
 The engine tells its observers when an activity begins or ends (Engine.tell). The Recorder is an
 observer and keeps the facts: the tokens of each step, the pages of each request, and the times.
 Every view is made from a Recorder: the live view on a terminal, the two kinds of trace, the table
-of times.
+of times, the live picture on the server's page.
 
 Which step owns a moment? Steps lie end to end, although the engine launches step n + 1 before the
 tokens of step n are read. The time of step n begins when the tokens of step n - 1 arrive, or with
@@ -742,3 +743,71 @@ class Watch:
             return sign.ljust(wide)
         text = str(min(len(numbers), 9)) if len(numbers) > 1 else ""
         return mark(numbers[0], text, wide)
+
+
+# ==================================================================================================
+# The picture of now, for the server's page
+# ==================================================================================================
+MAX_CELLS = 1024                # a cell of a larger pool stands for several pages
+MAX_LOOKS = 4096                # pages of requests that one picture looks at
+MAX_ROWS = 64                   # live requests
+NUM_BARS = 60                   # of the latest steps
+
+
+def picture(recorder, names):
+    """The pool, the requests and the latest steps, as values for JSON and without any text. The cost
+    is bounded, whatever the pool's size. names: {sequence: what the caller calls the request}."""
+    live = list(recorder.live.values())
+    with_pages = [request for request in live if request.num_pages]
+    without = [request for request in live if not request.num_pages]
+    steps = [(step.decode, step.prefill) for step in islice(reversed(recorder.steps), NUM_BARS)]
+
+    def describe(request):
+        output = request.output
+        shared = takewhile(recorder.shared.__contains__, request.table[:request.num_pages])
+        return {"letters": name_of(request.number), "number": request.number,
+                "name": names.get(request.sequence), "state": request.state, "pages": request.num_pages,
+                "shared": sum(1 for _ in shared), "prompt": len(output.prompt_token_ids),
+                "found": output.num_cached_tokens, "answer": len(output.token_ids),
+                "account": output.account}
+
+    return {"block_size": recorder.allocator.block_size,
+            "num_blocks": recorder.allocator.num_blocks,
+            "num_shown": recorder.num_shown,
+            "pages_a_cell": pages_of_a_cell(recorder),
+            "cells": picture_cells(recorder),
+            "used": recorder.allocator.num_blocks - len(recorder.allocator.free),
+            "shared": len(recorder.shared),
+            "cached": len(recorder.kept),
+            "running": len(recorder.scheduler.running),
+            "waiting": len(recorder.scheduler.waiting),
+            "num_steps": recorder.num_steps,
+            "num_tokens": recorder.num_tokens,
+            "budget": recorder.scheduler.max_num_batched_tokens,
+            "steps": steps[::-1],
+            "requests": [describe(request) for request in (with_pages + without)[:MAX_ROWS]],
+            "finished": [describe(request) for request in recorder.finished]}
+
+
+def pages_of_a_cell(recorder):
+    return math.ceil(recorder.num_shown / MAX_CELLS)
+
+
+def picture_cells(recorder):
+    """The cells of the pool, in order: 0 for free, -1 for cached, else the numbers of the requests
+    that have the page, of nine at most. A cell of several pages shows the page with most requests."""
+    each = pages_of_a_cell(recorder)
+    stride = 1 + sum(request.num_pages for request in recorder.running) // MAX_LOOKS
+    users = {}                  # cell -> numbers of requests
+    for request in recorder.running:
+        for page in request.table[:request.num_pages:stride]:
+            cell = page // each
+            if len(recorder.users[page]) > len(users.get(cell, ())):
+                users[cell] = recorder.users[page]
+    cells = []
+    for first in range(0, recorder.num_shown, each):
+        if first // each in users:
+            cells.append(users[first // each][:9])
+        else:
+            cells.append(-int(any(page in recorder.kept for page in range(first, first + each))))
+    return cells

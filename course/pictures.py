@@ -517,5 +517,37 @@ def draw_ablation():
     return picture
 
 
+def chunks(seconds, num_tokens):
+    """(start, number of tokens) of each chunk to a client that reads a chunk in so many seconds. A token
+    comes every second, and a chunk holds all that have come."""
+    now = 0.0
+    num_sent = 0
+    while num_sent < num_tokens:
+        now = max(now, num_sent + 1)
+        num_here = min(int(now), num_tokens)
+        yield now, num_here - num_sent
+        num_sent = num_here
+        now += seconds
+
+
+def draw_server():
+    """The steps of the engine thread, and the chunks of three clients who read at different speeds."""
+    num_steps = 13
+    width = 40
+    left = 170
+    picture = Picture(left + width * (num_steps + 4), 190, "Steps, and the chunks of three clients")
+    picture.text(0, 24, "The engine thread steps", "b")
+    for step in range(num_steps):
+        picture.cell(left + step * width, 8, width - 3, 24, None, step + 1, "t")
+    for number, (name, seconds) in enumerate([("reads at once", 0.3), ("takes 1.5 steps", 1.5),
+                                              ("takes 4 steps", 4.0)], 1):
+        y = 14 + 38 * number
+        picture.text(0, y + 17, f"Client {letter(number)} {name}")
+        for start, num_tokens in chunks(seconds, num_steps):
+            picture.cell(left + start * width, y, max(seconds * width - 3, 14), 24, hue(number), num_tokens)
+    picture.text(0, 180, "A box is a chunk with its number of tokens, as long as the client reads it.", "s")
+    return picture
+
+
 PICTURES = {f"{name.removeprefix('draw_').replace('_', '-')}.svg": draw
             for name, draw in list(globals().items()) if name.startswith("draw_")}
