@@ -529,7 +529,7 @@ def write_config(engine_args, folder):
     A shape has more ids than Parrot's tokenizer: the others get a text, too, or a stream of random
     tokens would have nothing to send."""
     source, config = tinyvllm.open_config(engine_args)
-    values = {"architectures": ["LlamaForCausalLM"], **asdict(config)}
+    values = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **asdict(config)}
     values["eos_token_id"] = sorted(values.pop("eos_token_ids"))
     if config.rope_scaling:
         values["rope_scaling"]["rope_type"] = "llama3"

@@ -407,3 +407,39 @@ def test_arrivals_are_a_poisson_process():
     assert abs(np.mean(gaps) - 0.02) < 0.001 and abs(np.std(gaps) - 0.02) < 0.002 and min(gaps) > 0
     assert abs(sum(job.kind == "gone" for job in jobs) / len(jobs) - 0.2) < 0.03
     assert jobs[0].kind == "whole" and all(job.excused == (0,) for job in jobs)
+
+
+# --------------------------------------------------------------------------------------------------
+# vLLM on the bench's rows
+# --------------------------------------------------------------------------------------------------
+FAKE_VLLM = '''
+from types import SimpleNamespace
+__version__ = "9.9"
+def SamplingParams(**fields):
+    assert fields.keys() <= {"temperature", "max_tokens", "ignore_eos", "detokenize", "top_p", "top_k"}
+    return SimpleNamespace(**fields)
+class LLM:
+    def __init__(self, model, max_model_len, **options):
+        self.longest = max_model_len
+    def generate(self, prompts, params, use_tqdm):
+        assert all(len(p["prompt_token_ids"]) + q.max_tokens <= self.longest for p, q in zip(prompts, params))
+        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[0] * q.max_tokens)]) for q in params]
+'''
+
+
+def test_peers(tmp_path):
+    """peers.py measures the rows of bench.py with the `vllm` that is there, or says that none is."""
+    command = [sys.executable, str(ROOT / "course" / "peers.py"), "--json", str(tmp_path / "peers.json")]
+    none = subprocess.run(command, capture_output=True, text=True)
+    assert none.returncode == 2 and "vLLM: expected it in this Python" in none.stderr.splitlines()[-1]
+    (tmp_path / "vllm.py").write_text(FAKE_VLLM)
+    (tmp_path / "torch.py").write_text("from unittest.mock import MagicMock\n"
+                                       "cuda = MagicMock(get_device_name=lambda: 'a card')\n")
+    fake = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(tmp_path)})
+    assert fake.returncode == 0, fake.stderr
+    peers = json.loads((tmp_path / "peers.json").read_text())
+    assert (peers["card"]["name"], peers["engine"], peers["version"]) == ("a card", "vLLM", "9.9")
+    rows = bench.bench_rows()
+    assert {"start", "decode-1-16384", "batch-256-sampled", "prefill-16-1024", "mix", "shared-prefix"} \
+        <= peers["rows"].keys() <= rows.keys()
+    assert all(peers["rows"][name]["unit"] == "tokens/s" for name in ("mix", "prefill-1-2048", "batch-8"))
