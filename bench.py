@@ -536,7 +536,8 @@ def write_config(engine_args, folder):
     (folder / "config.json").write_text(json.dumps(values), "utf-8")
     tokenizer = json.loads((source / "tokenizer.json").read_text("utf-8"))
     vocab = tokenizer["model"]["vocab"]
-    known = set(vocab.values()) | {token["id"] for token in tokenizer["added_tokens"]}
+    vocab.update({token["content"]: token["id"] for token in tokenizer["added_tokens"]})    # keeps the ids
+    known = set(vocab.values())
     vocab.update({f"\u0120t{i}": i for i in range(config.vocab_size) if i not in known})
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer), "utf-8")
     shutil.copy(source / "tokenizer_config.json", folder)

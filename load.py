@@ -100,7 +100,7 @@ class Reply:
             body = b"".join(chunks(body))
         events = [event[6:] for event in body.split(b"\n\n") if event.startswith(b"data: ")]
         if events and events[-1] == b"[DONE]":
-            *pieces, last = [json.loads(event) for event in events[:-1]]
+            *pieces, last = json.loads(b"[%s]" % b",".join(events[:-1]))
             choices = [piece["choices"][0] for piece in pieces]
             usage = last["usage"]
             text = "".join(choice["text"] for choice in choices)
@@ -180,11 +180,12 @@ async def run_job(address, key, job, start):
     seconds = job.stays if job.kind in LEAVING else PATIENCE
     try:
         data = await asyncio.wait_for(exchange(address, request, reply), seconds)
+        reply.end = clock()
         if data and job.kind not in LEAVING:
             reply.read(bytes(data))
-    except (OSError, asyncio.TimeoutError, ValueError) as error:
+    except (OSError, asyncio.TimeoutError, ValueError, LookupError) as error:
         reply.error = f"({type(error).__name__} {error})"
-    reply.end = clock()
+    reply.end = reply.end or clock()
     return reply
 
 
@@ -398,9 +399,13 @@ class LoadTest:
 
     @cached_property
     def server(self):
-        """The running server, its kernels compiled, its CUDA graphs recorded, its caches full."""
+        """The running server, its kernels compiled, its CUDA graphs recorded, its caches full. The first
+        load ends one answer after another, so the batch has every size once."""
         server = Server(self.command)
-        Load(server, self.rounds(self.sizes.streams, 2)).wait()
+        streams = self.sizes.streams
+        ends = [[self.random_job(1 + i * self.sizes.new // streams)] for i in range(streams)]
+        for load in ends, self.rounds(streams, 2):
+            check_replies(Load(server, load).wait())
         return server
 
     def stop(self):

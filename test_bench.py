@@ -259,6 +259,11 @@ def test_bench_start_from_file(monkeypatch, tmp_path, capsys, as_if_on_gpu):
     assert from_file.logprobs == made.logprobs
 
     monkeypatch.setattr(bench.shutil, "disk_usage", lambda folder: type("usage", (), {"free": 10**6}))
+    bench.write_config(EngineArgs("llama-3.2-1b", load_format="dummy"), tmp_path)
+    tokenizer = tinyvllm.Tokenizer(tmp_path)            # Parrot's, with a text for every further id
+    assert [tokenizer.decode([i]) for i in (300, 100_000, 128_255)] == ["ch", " t100000", " t128255"]
+    assert tokenizer.encode("Hello") == tinyvllm.Tokenizer(PARROT).encode("Hello")
+
     with pytest.raises(TinyVLLMError, match=r"weights have 0.002 GB, .* 0.001 GB of free space: set TMPDIR"):
         bench.write_model(dummy, tmp_path)
 
