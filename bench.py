@@ -563,6 +563,7 @@ def server_test(engine_args, sizes):
         if engine_args.load_format == "dummy":
             write_config(engine_args, Path(folder))
             engine_args = replace(engine_args, model=folder)
+        engine_args = replace(engine_args, num_blocks=engine_args.num_blocks or sizes.num_blocks)
         offline = in_new_process(measure_offline, engine_args, sizes)
         command = [sys.executable, str(Path(__file__).with_name("server.py")), "--port", "0", "--log-level",
                    "error", "--max-waiting", str(sizes.streams), *command_line(engine_args)]

@@ -366,9 +366,12 @@ class Sizes:
     new: int = 256                      # new tokens; of an answer to QUESTIONS half as many, at most
     seconds: float = 5                  # for which requests arrive
     kill_seconds: float = 1             # until the pages of killed clients must be free
+    num_blocks: int | None = None       # pages of the KV cache, unless an option says otherwise
 
 
-SIMULATED = Sizes(streams=8, prompt=16, new=16, seconds=10, kill_seconds=10)
+# The simulator's pages are the process's own memory, which grows until each page was used once: a small
+# pool is soon as large as it gets, and no growth is mistaken for a leak.
+SIMULATED = Sizes(streams=8, prompt=16, new=16, seconds=10, kill_seconds=10, num_blocks=256)
 
 
 @dataclass
