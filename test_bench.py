@@ -352,8 +352,9 @@ def test_every_kind_of_client():
     server = Server(command)
     [known] = LLM(PARROT, device="cpu").generate([[1, 2, 3]], SamplingParams(max_tokens=20, ignore_eos=True))
     body = {"prompt": [1, 2, 3], "max_tokens": 20, "temperature": 0, "ignore_eos": True}
-    jobs = [Job(body, due=0.1, kind=kind, expected=(known.text, "length", 20), stays=0.3)
-            for kind in ("whole", "slow", "gone", "reset", "half", *load.STATUS)]
+    jobs = [Job(body, due=0.1, kind=kind, expected=(known.text, "length", 20))
+            for kind in ("whole", "slow", "half", *load.STATUS)]
+    jobs += [Job(body | {"max_tokens": 2000}, due=0.1, kind=kind, stays=0.3) for kind in load.LEAVING]
     Load(server, [[Job(body)]]).wait()
     before = server.state()
     clients = Load(server, [[job] for job in jobs], num_processes=2)
