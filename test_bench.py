@@ -344,12 +344,13 @@ def test_load_notices_a_leak(monkeypatch):
         check((reply, Reply(Job(HELLO), due=0.0, end=1.0)))
 
 
-def test_every_kind_of_client():
+def test_every_kind_of_client(request):
     """One client of each kind at once, in two processes. Only who reads to the end gets an answer; the
     server keeps nothing of the others, ends by SIGTERM, and then no longer answers."""
     command = [sys.executable, str(ROOT / "server.py"), "--port", "0", "--device", "cpu"]
     command += ["--model", str(PARROT)]
     server = Server(command)
+    request.addfinalizer(server.process.kill)
     [known] = LLM(PARROT, device="cpu").generate([[1, 2, 3]], SamplingParams(max_tokens=20, ignore_eos=True))
     body = {"prompt": [1, 2, 3], "max_tokens": 20, "temperature": 0, "ignore_eos": True}
     jobs = [Job(body, due=0.1, kind=kind, expected=(known.text, "length", 20))
