@@ -5,12 +5,21 @@
     python bench.py ablation --json figures.json                    the rows with names that begin so
 
 First the card is measured: bytes read from memory a second, and operations of matrix products a
-second. A step must read all weights and all keys and values of the step's sequences, and must
-multiply every token with all weights. The step's floor is the longer of two times: the bytes over
-the first rate, and the operations over the second rate. The table shows each figure beside its floor.
+second. A kernel takes at least the longer of two times: its bytes over the first rate, and its
+operations over the second rate. The kernels of a step run one after another, so the floor of a step is
+the sum over its kernels. The table shows each figure beside its floor. A step of 256 sequences with a
+context of 1,001 (Llama-3.2-1B; 4,532 GB/s and 734 TFLOP/s of an H200; the longer time counts):
 
-Sections: Card and floors, Rows, Measurements, New processes, Program.
+    products of 16 layers     1.95 GB: 0.43 ms      498 G operations: 0.68 ms
+    attention                 8.40 GB: 1.85 ms       34 G operations: 0.05 ms
+    head                      0.53 GB: 0.12 ms      135 G operations: 0.18 ms       sum: 2.72 ms
+
+The rows serve-* put a load on server.py, and check that nothing is lost and nothing leaks. These rows
+also run in the simulator, small: python bench.py serve-soak --soak 1200 --device cpu --model parrot
+
+Sections: Card and floors, Rows, Measurements, New processes, Load on the server, Program.
 """
+import argparse
 import contextlib
 import json
 import multiprocessing
@@ -22,15 +31,16 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
 
+import load
 import tinyvllm
 from tinyvllm import (BYTES, DummyCheckpoint, EngineArgs, SamplingParams, TinyVLLMError, cdiv,
-                      decode_weight_bytes, kv_bytes_per_token, weight_bytes)
+                      kv_bytes_per_token, weight_bytes)
 
 # ======================================================================================================
 # Card and floors
@@ -96,13 +106,25 @@ def step_at_best(config, card, tokens, rows, pairs, context):
     rows: tokens that go through the head. pairs: how often a query meets a key. context: tokens with
     keys and values that attention reads from the cache."""
     c = config
-    head = c.vocab_size * c.hidden_size
-    layers = decode_weight_bytes(c) / BYTES - head          # weights, each multiplied with every token
+    D = c.hidden_size
+    F = c.intermediate_size
+
+    def kernel(num_bytes, operations):
+        return max(num_bytes / card["bytes_per_second"], operations / card["operations_per_second"])
+
+    def product(num_tokens, rows, columns):
+        """A weight has two bytes, and takes a multiplication and an addition for each token."""
+        return kernel(BYTES * rows * columns, 2 * num_tokens * rows * columns)
+
+    qkv = product(tokens, c.qkv_size, D)
     # Query times key, then probability times value: two operations for each of head_dim numbers.
-    a_pair = 4 * c.num_hidden_layers * c.num_attention_heads * c.head_dim
-    num_bytes = decode_weight_bytes(c) + kv_bytes_per_token(c) * context
-    operations = 2 * (tokens * layers + rows * head) + a_pair * pairs
-    return max(num_bytes / card["bytes_per_second"], operations / card["operations_per_second"])
+    attention = kernel(kv_bytes_per_token(c) / c.num_hidden_layers * context, 4 * c.heads_size * pairs)
+    o = product(tokens, D, c.heads_size)
+    gate_up = product(tokens, 2 * F, D)
+    down = product(tokens, D, F)
+    norm = kernel(BYTES * D, 0)
+    head = product(rows, c.vocab_size, D)
+    return c.num_hidden_layers * (qkv + attention + o + gate_up + down) + norm + head
 
 
 def seconds_at_best(config, card, requests):
@@ -119,6 +141,14 @@ def seconds_at_best(config, card, requests):
     return prefill, decode
 
 
+def row_at_best(config, card, row):
+    """The value of a row that a card of the given rates allows: milliseconds of a decode step, or tokens
+    a second of a whole run."""
+    if row.measure is measure_decode:
+        return 1e3 * seconds_at_best(config, card, [(prompt, 2) for prompt, _ in row.requests])[1]
+    return row.num_tokens / sum(seconds_at_best(config, card, row.requests))
+
+
 # ======================================================================================================
 # Rows
 #
@@ -131,13 +161,20 @@ class BenchRow:
 
     measure: function (llm, row, card) -> figures: "value", "unit", and more. Rows with a floor have
     "best", the value that the card's rates allow, and "share", the part of "best" that is reached.
-    Only measure_start takes (engine_args, row): an LLM would hold the memory that new processes need.
+    measure_start takes (engine_args, row), and the rows serve-* take a LoadTest: an LLM would hold the
+    memory that new processes need.
     """
     measure: object
     what: str                   # for the table
     requests: list              # (prompt tokens, new tokens) of each
     params: dict = field(default_factory=dict)      # of SamplingParams; none: greedy
     setup: dict = field(default_factory=dict)       # more for `measure`; "off": ideas to turn off
+
+    @property
+    def num_tokens(self):
+        """The tokens that count: of the answers, or of the prompts if each answer is only one token."""
+        new = sum(new for _, new in self.requests)
+        return new if new > len(self.requests) else sum(prompt for prompt, _ in self.requests)
 
 
 def bench_rows():
@@ -152,20 +189,21 @@ def bench_rows():
     add("start-compiling", measure_start, "the same, kernels not compiled before", [], compiling=True)
     add("start-from-file", measure_start, "as start, weights from a folder (page cache warm)", [],
         from_file=True)
+    rows |= server_rows(load.Sizes())
     shapes = [(1, 128), (1, 640), (1, 2048), (1, 16384), (4, 128), (8, 128), (64, 4000), (256, 1000)]
     for batch, context in shapes:
         what = f"a decode step, {batch} x context {context:,}"
         add(f"decode-{batch}-{context}", measure_decode, what, [(context, 256)] * batch)
     for batch in 8, 32, 128, 256:
-        add(f"batch-{batch}", measure_output, f"{batch} x (prompt 128, 256 new)", [(128, 256)] * batch)
-    add("batch-256-sampled", measure_output, "the same, temperature 0.8, top_p 0.95, top_k 50",
+        add(f"batch-{batch}", measure_run, f"{batch} x (prompt 128, 256 new)", [(128, 256)] * batch)
+    add("batch-256-sampled", measure_run, "the same, temperature 0.8, top_p 0.95, top_k 50",
         [(128, 256)] * 256, {"temperature": 0.8, "top_p": 0.95, "top_k": 50, "seed": 1})
     for batch, prompt in (1, 2048), (1, 3500), (1, 8192), (1, 16384), (16, 1024):
         what = f"{batch} x (prompt {prompt:,}, 1 new)"
-        add(f"prefill-{batch}-{prompt}", measure_prefill, what, [(prompt, 1)] * batch)
-    add("mix", measure_output, "256 x (prompt 100 to 1,024, 100 to 1,024 new)", mix)
-    add("mix-sampled", measure_output, "the same, temperature 0.6", mix, {"temperature": 0.6, "seed": 1})
-    add("mix-small-pool", measure_output, "the mix in a tenth of the pages that it fills", mix, pool=0.1)
+        add(f"prefill-{batch}-{prompt}", measure_run, what, [(prompt, 1)] * batch)
+    add("mix", measure_run, "256 x (prompt 100 to 1,024, 100 to 1,024 new)", mix)
+    add("mix-sampled", measure_run, "the same, temperature 0.6", mix, {"temperature": 0.6, "seed": 1})
+    add("mix-small-pool", measure_run, "the mix in a tenth of the pages that it fills", mix, pool=0.1)
     add("shared-prefix", measure_shared_prefix, "63 x (prompt 2,000 cached + 32): last one's first token",
         [(2032, 1)] * 63, shared=2000)
     for budget in 512, 1024, 2048, 4096:
@@ -286,26 +324,17 @@ def measure_decode(llm, row, card, steps=64):
     llm.abort(outputs)
     llm.engine.step()                   # ends the aborted requests
     need("batch", len(outputs), running)
-    _, best = seconds_at_best(llm.config, card, [(prompt, 2) for prompt, _ in row.requests])
-    return {"value": 1e3 * seconds, "unit": "ms", "best": 1e3 * best, "share": best / seconds,
+    best = row_at_best(llm.config, card, row)
+    return {"value": 1e3 * seconds, "unit": "ms", "best": best, "share": best / (1e3 * seconds),
             "tokens_per_second": len(outputs) / seconds}
 
 
-def measure_output(llm, row, card):
-    """New tokens a second, over the whole run."""
-    return throughput(llm, row, card, sum(new for _, new in row.requests))
-
-
-def measure_prefill(llm, row, card):
-    """Prompt tokens a second, over the whole run."""
-    return throughput(llm, row, card, sum(prompt for prompt, _ in row.requests))
-
-
-def throughput(llm, row, card, tokens):
-    """`tokens` a second, from the first arrival to the last token; and the times of the requests."""
+def measure_run(llm, row, card):
+    """Tokens a second, from the first arrival to the last token; and the times of the requests."""
     seconds, busy, outputs = time_run(llm, row)
-    best = sum(seconds_at_best(llm.config, card, row.requests))
-    figures = {"value": tokens / seconds, "unit": "tokens/s", "best": tokens / best, "share": best / seconds,
+    best = row_at_best(llm.config, card, row)
+    value = row.num_tokens / seconds
+    figures = {"value": value, "unit": "tokens/s", "best": best, "share": value / best,
                "gpu_busy": busy / seconds, "preemptions": sum(o.num_preemptions for o in outputs)}
     first = [o.first_token_time - o.arrival_time for o in outputs]
     each = [(o.finish_time - o.first_token_time) / max(len(o.token_ids) - 1, 1) for o in outputs]
@@ -433,9 +462,7 @@ def measure_start(engine_args, row):
 def time_start(engine_args, environment):
     """Seconds from the start of a new process to the first token."""
     command = [sys.executable, tinyvllm.__file__, "--raw", "--max-tokens", "1", "Once upon a time",
-               "--load-format", engine_args.load_format]
-    if engine_args.model:
-        command += ["--model", engine_args.model]
+               *command_line(engine_args)]
     pipe = subprocess.PIPE
     start = time.perf_counter()
     with subprocess.Popen(command, env=os.environ | environment, stdout=pipe, stderr=pipe) as process:
@@ -448,19 +475,35 @@ def time_start(engine_args, environment):
     return seconds
 
 
+def command_line(engine_args):
+    """The engine's options as words of a command line."""
+    words = []
+    for option in fields(engine_args):
+        value = getattr(engine_args, option.name)
+        if value != option.default:
+            words.append(option.metadata["flag"] or "--" + option.name.replace("_", "-"))
+            if not isinstance(value, bool):
+                words.append(str(value))
+    return words
+
+
+def in_new_process(function, *arguments):
+    """function(*arguments), computed by a new process: as it ends, the card's memory is free again."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
+
+
 def written_model(engine_args, folder):
     """Writes the model of --load-format dummy into a folder; returns options that load the folder."""
     if engine_args.load_format != "dummy":
         raise TinyVLLMError("row start reads weights from files already, this row needs --load-format dummy")
-    # Written by a new process: as soon as the process ends, the card's memory is free again.
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        process.submit(write_model, engine_args, folder).result()
+    in_new_process(write_model, engine_args, folder)
     return replace(engine_args, model=str(folder), load_format="auto")
 
 
 def write_model(engine_args, folder):
     """Writes the model of --load-format dummy into a folder, in the Hugging Face layout."""
-    source, config = tinyvllm.open_config(engine_args)
+    config = write_config(engine_args, folder)
     free = shutil.disk_usage(folder).free
     if weight_bytes(config) > 0.9 * free:
         raise TinyVLLMError(
@@ -479,12 +522,82 @@ def write_model(engine_args, folder):
     checkpoint.take = take_and_keep
     tinyvllm.load_weights(checkpoint, config, device)           # takes every tensor of the model
     save_file(tensors, folder / "model.safetensors")
-    fields = {"architectures": ["LlamaForCausalLM"], **asdict(config)}
-    fields["eos_token_id"] = sorted(fields.pop("eos_token_ids"))
+
+
+def write_config(engine_args, folder):
+    """Writes the configuration of a model and its tokenizer into a folder, and returns the ModelConfig.
+    A shape has more ids than Parrot's tokenizer: the others get a text, too, or a stream of random
+    tokens would have nothing to send."""
+    source, config = tinyvllm.open_config(engine_args)
+    values = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **asdict(config)}
+    values["eos_token_id"] = sorted(values.pop("eos_token_ids"))
     if config.rope_scaling:
-        fields["rope_scaling"]["rope_type"] = "llama3"
-    (folder / "config.json").write_text(json.dumps(fields), "utf-8")
-    shutil.copy(source / "tokenizer.json", folder)
+        values["rope_scaling"]["rope_type"] = "llama3"
+    (folder / "config.json").write_text(json.dumps(values), "utf-8")
+    tokenizer = json.loads((source / "tokenizer.json").read_text("utf-8"))
+    vocab = tokenizer["model"]["vocab"]
+    vocab.update({token["content"]: token["id"] for token in tokenizer["added_tokens"]})    # keeps the ids
+    known = set(vocab.values())
+    vocab.update({f"\u0120t{i}": i for i in range(config.vocab_size) if i not in known})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), "utf-8")
+    shutil.copy(source / "tokenizer_config.json", folder)
+    return config
+
+
+# ======================================================================================================
+# Load on the server
+#
+# server.py runs in a process of its own, and client processes put the load on it: see load.py. A row
+# fails if an answer is lost or wrong, or if the server keeps anything when the load is over.
+# ======================================================================================================
+def server_rows(sizes):
+    """{name: BenchRow} of the load on the server. sizes: load.Sizes."""
+    return {f"serve-{name}": BenchRow(measure, what, [], setup=setup)
+            for name, measure, what, setup in load.rows(sizes)}
+
+
+@contextlib.contextmanager
+def server_test(engine_args, sizes):
+    """A LoadTest with the bench's model."""
+    with tempfile.TemporaryDirectory() as folder:
+        if engine_args.load_format == "dummy":
+            write_config(engine_args, Path(folder))
+            engine_args = replace(engine_args, model=folder)
+        engine_args = replace(engine_args, num_blocks=engine_args.num_blocks or sizes.num_blocks)
+        offline = in_new_process(measure_offline, engine_args, sizes)
+        command = [sys.executable, str(Path(__file__).with_name("server.py")), "--port", "0", "--log-level",
+                   "error", "--max-waiting", str(sizes.streams), *command_line(engine_args)]
+        with load.LoadTest(command, offline, sizes) as test:
+            yield test
+
+
+def measure_offline(engine_args, sizes):
+    """What the engine does without a server: load.Offline."""
+    llm = tinyvllm.open_llm(engine_args)
+    row = BenchRow(None, "", [(sizes.prompt, sizes.new)] * sizes.streams)
+    for _ in range(2):
+        prompts = random_prompts(llm, row)
+        start = time.perf_counter()
+        for _ in llm.run(submit(llm, row, prompts)):
+            pass
+        seconds = time.perf_counter() - start
+    first = []
+    short = SamplingParams(max_tokens=2, ignore_eos=True)
+    for _ in range(20):
+        [output] = llm.generate([random_prompt(llm, sizes.prompt)], short)
+        first.append(output.first_token_time - output.arrival_time)
+    as_chat = argparse.Namespace(raw=False, system=None)
+    prompts = [tinyvllm.prompt_ids(llm, question, as_chat) for question in load.QUESTIONS]
+    params = SamplingParams(max_tokens=sizes.new // 2)
+    together = llm.generate(prompts * cdiv(sizes.streams, len(prompts)), params)
+    questions = []
+    for i, ids in enumerate(prompts):
+        [alone] = llm.generate([ids], params)
+        is_sure = all(output.text == alone.text for output in together[i::len(prompts)])
+        answer = (alone.text, alone.finish_reason, len(alone.token_ids))
+        questions.append((ids, answer if is_sure else None))
+    return load.Offline(row.num_tokens / seconds, 1e3 * float(np.median(first)), llm.config.vocab_size,
+                        questions)
 
 
 # ======================================================================================================
@@ -500,19 +613,32 @@ def measure_warm(llm, row, card):
         return row.measure(llm, row, card)
 
 
-def figures_or_error(measure, *args):
-    """The figures that measure(*args) returns; {"error": reason} if the row cannot be measured."""
+def figures_or_error(measure, *arguments):
+    """The figures that measure(*arguments) returns; {"error": reason} if the row cannot be measured, or
+    failed a check."""
     try:
-        return measure(*args)
+        return measure(*arguments)
     except TinyVLLMError as error:
-        return {"error": str(error)}
+        return {"error": f"not measured: {error}"}
+    except load.LoadError as error:
+        return {"error": f"FAILED: {error}"}
+
+
+def print_head(card, model, config):
+    """The lines above the table."""
+    line = card["name"]
+    if "bytes_per_second" in card:
+        line += (f": reads {card['bytes_per_second'] / 1e9:,.0f} GB/s, multiplies "
+                 f"{card['operations_per_second'] / 1e12:,.0f} TFLOP/s in bf16")
+    print(f"{line}; {model or 'default model'} has {weight_bytes(config) / 1e9:.2f} GB of weights\n\n"
+          f"{'row':<34} {'':<56} {'measured':>10} {'':<8}{'at best':>10} {'share':>6}", flush=True)
 
 
 def print_row(name, row, figures):
-    """A line of the table, and for the mix a second line."""
+    """A line of the table, and for some rows a second line."""
     line = f"{name:<34} {row.what:<56} "
     if "error" in figures:
-        print(f"{line}not measured: {figures['error']}", flush=True)
+        print(f"{line}{figures['error']}", flush=True)
         return
     digits = 0 if figures["unit"] == "tokens/s" else 3
     line += f"{figures['value']:>10,.{digits}f} {figures['unit']:<8}"
@@ -524,6 +650,8 @@ def print_row(name, row, figures):
         if key in figures:
             line += text.format(figures[key])
     print(line.rstrip(), flush=True)
+    if "note" in figures:
+        print(f"{'':<34} {figures['note']}", flush=True)
     if name.startswith("mix"):
         first = percentiles(figures, "time_to_first_token")
         each = percentiles(figures, "time_per_output_token")
@@ -555,33 +683,59 @@ def main(argv=None):
     parser.add_argument("row", nargs="?", metavar="ROW",
                         help="a row of the table, or a group such as ablation (default: all)")
     parser.add_argument("--json", metavar="FILE", help="where to write the figures")
+    parser.add_argument("--soak", type=float, default=20, metavar="S",
+                        help="seconds of row serve-soak (default: %(default)s)")
     EngineArgs.add_to(parser)
     args = parser.parse_args(argv)
     engine_args = EngineArgs.from_namespace(args)
     rows = chosen_rows(args.row)
     if args.json:
         tinyvllm.check_writable("--json", args.json)
-    if tinyvllm.open_device(engine_args.device).is_simulated:
-        raise TinyVLLMError("the bench needs an NVIDIA GPU: figures from the simulator say nothing")
-    results = {}
-    for name, row in rows.items():
-        if row.measure is measure_start:
-            results[name] = figures_or_error(measure_start, engine_args, row)
-    llm = tinyvllm.open_llm(engine_args)
-    card = measure_card(llm.device)
-    print(f"{card['name']}: reads {card['bytes_per_second'] / 1e9:,.0f} GB/s, multiplies "
-          f"{card['operations_per_second'] / 1e12:,.0f} TFLOP/s in bf16; {args.model or 'default model'} has "
-          f"{weight_bytes(llm.config) / 1e9:.2f} GB of weights\n\n"
-          f"{'row':<34} {'':<56} {'measured':>10} {'':<8}{'at best':>10} {'share':>6}", flush=True)
-    for name, row in rows.items():
-        if name not in results:
-            results[name] = figures_or_error(measure_warm, llm, row, card)
-        print_row(name, row, results[name])
+    device = tinyvllm.open_device(engine_args.device)
+    sizes = load.Sizes()
+    card = {"name": device.name}
+    if not device.is_simulated:
+        card = measure_card(device)
+    elif all(name.startswith("serve-") for name in rows):
+        sizes = load.SIMULATED
+        rows = {name: server_rows(sizes)[name] for name in rows}
+    else:
+        raise TinyVLLMError("the bench needs an NVIDIA GPU: figures from the simulator say nothing (but "
+                            "`bench.py serve` checks the server there, too)")
+    if "serve-soak" in rows:
+        rows["serve-soak"].setup["seconds"] = args.soak
+    print_head(card, args.model, tinyvllm.open_config(engine_args)[1])
+    results = measure_rows(rows, engine_args, card, sizes)
     if args.json:
         figures = {name: result for name, result in results.items() if "error" not in result}
         text = json.dumps({"card": card, "model": args.model, "rows": figures}, indent=2)
         Path(args.json).write_text(text, "utf-8")
-    return 0
+    return int(any(result.get("error", "").startswith("FAILED") for result in results.values()))
+
+
+def measure_rows(rows, engine_args, card, sizes):
+    """Measures and prints rows; returns {name: figures}. Rows with processes of their own come first, while
+    no LLM holds the card's memory."""
+    results = {}
+
+    def measure(name, function, *arguments):
+        results[name] = figures_or_error(function, *arguments)
+        print_row(name, rows[name], results[name])
+
+    for name, row in rows.items():
+        if row.measure is measure_start:
+            measure(name, measure_start, engine_args, row)
+    served = [name for name in rows if name.startswith("serve-")]
+    if served:
+        with server_test(engine_args, sizes) as test:
+            for name in served:
+                measure(name, test.measure, rows[name].measure, rows[name].setup)
+    others = [name for name in rows if name not in results]
+    if others:
+        llm = tinyvllm.open_llm(engine_args)
+        for name in others:
+            measure(name, measure_warm, llm, rows[name], card)
+    return results
 
 
 if __name__ == "__main__":

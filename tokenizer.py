@@ -291,8 +291,8 @@ def plain_message(message):
         fields = {name: value for name, value in message.items() if value is not None}
         role = "system" if fields["role"] == "developer" else fields["role"]
         content = fields.get("content", "" if role == "assistant" else None)
-        if isinstance(content, list):  # parts of a text, as in OpenAI's API: vLLM joins them like this
-            content = "\n".join(part["text"] for part in content)
+        if isinstance(content, list):  # parts of a text, as in OpenAI's API
+            content = "".join(part["refusal" if part["type"] == "refusal" else "text"] for part in content)
         if not (ROLE.fullmatch(role) and isinstance(content, str)):
             raise TypeError
     except (AttributeError, KeyError, TypeError) as error:

@@ -1,7 +1,8 @@
 """The figures, tables and quoted code of README.md and the chapters: everything that a mark may name.
 
-A measured figure comes from h200.json, a prediction from the engine's own scheduler and arithmetic, a
-moment of a run from Parrot in the simulator, a quotation from the source. So nobody types a figure, and
+A measured figure comes from h200.json, or from the file that its mark names; a prediction from the
+engine's own scheduler and arithmetic; a moment of a run from Parrot in the simulator; a quotation from
+the source. So nobody types a figure, and
 a change of the engine changes the course.
 """
 import ast
@@ -64,14 +65,14 @@ def times(row, other, key="value"):
     return f"{ROWS[row][key] / ROWS[other][key]:.1f}"
 
 
-def reads():
+def reads(card=CARD):
     """The card's bandwidth."""
-    return f"{CARD['bytes_per_second'] / 1e9:,.0f} GB/s"
+    return f"{card['bytes_per_second'] / 1e9:,.0f} GB/s"
 
 
-def multiplies():
+def multiplies(card=CARD):
     """The card's rate of bfloat16 arithmetic."""
-    return f"{CARD['operations_per_second'] / 1e12:,.0f} TFLOP/s"
+    return f"{card['operations_per_second'] / 1e12:,.0f} TFLOP/s"
 
 
 def crossing():
@@ -80,24 +81,65 @@ def crossing():
     return round(CARD["operations_per_second"] / CARD["bytes_per_second"])
 
 
-def bench_table(*names):
+def shown(figures):
+    """A row's value and unit, without digits that nobody has measured."""
+    digits = None if figures["unit"] == "tokens/s" else 3
+    return f"{round(figures['value'], digits):,} {figures['unit']}"
+
+
+def bench_table(*names, rows=ROWS):
     """Rows as bench.py prints them."""
     lines = ["", "| row | | measured | at best | share |", "| --- | --- | ---: | ---: | ---: |"]
     for name in names:
-        row = ROWS[name]
+        row = rows[name]
         digits = 0 if row["unit"] == "tokens/s" else 3
         best = f"{row['best']:,.{digits}f} | {row['share']:.0%}" if "best" in row else "|"
-        lines.append(f"| `{name}` | {BENCH[name].what} | {row['value']:,.{digits}f} {row['unit']} | {best} |")
+        lines.append(f"| `{name}` | {BENCH[name].what} | {shown(row)} | {best} |")
     return "\n".join([*lines, ""])
 
 
+def kept(name):
+    """The content of a file with figures beside this one."""
+    return json.loads((COURSE / name).read_text("utf-8"))
+
+
 def readme_table():
-    """The card, and the rows of README.md."""
+    """The cards, and the rows of README.md: of a small model, and of a large one."""
     names = ["start", "decode-1-128", "decode-1-640", "decode-4-128", "decode-64-4000", "decode-256-1000",
              "batch-32", "batch-256", "prefill-1-2048", "prefill-1-16384", "mix", "mix-sampled",
              "shared-prefix"]
     card = f"Some rows of an {CARD['name']} (reads {reads()}, multiplies {multiplies()} in bf16):"
-    return f"\n{card}\n{bench_table(*names)}"
+    return f"\n{card}\n{bench_table(*names)}{large_table('h100-8b.json')}"
+
+
+def large_table(name):
+    """The rows of a file, under a line on card, model and date."""
+    large = kept(name)
+    card = large["card"]
+    names = [name for name in ("decode-1-128", "decode-1-16384", "decode-4-128", "decode-64-4000",
+                               "decode-256-1000", "batch-32", "batch-256", "prefill-1-2048",
+                               "prefill-16-1024", "mix") if name in large["rows"]]
+    head = (f"And of {large['model']} on an {card['name']} (reads {reads(card)}, multiplies "
+            f"{multiplies(card)} in bf16; {large['date']}):")
+    return f"\n{head}\n{bench_table(*names, rows=large['rows'])}"
+
+
+def peers_table(ours_name, peers_name, *names):
+    """Two engines on rows that both files have, of one card and one model. No names: all such rows."""
+    ours = kept(ours_name)
+    peers = kept(peers_name)
+    assert (ours["card"]["name"], ours["model"]) == (peers["card"]["name"], peers["model"]), "two cards"
+    head = f"{peers['model']} on an {peers['card']['name']}, {peers['date']}. {peers.get('note', '')}"
+    lines = ["", textwrap.fill(head, 100), "",
+             f"| row | | tiny-vLLM | {peers['engine']} {peers['version']} | times as fast |",
+             "| --- | --- | ---: | ---: | ---: |"]
+    for name in names or [name for name in BENCH if name in ours["rows"] and name in peers["rows"]]:
+        our = ours["rows"][name]
+        their = peers["rows"][name]
+        assert our["unit"] == their["unit"], name
+        ratio = our["value"] / their["value"] if our["unit"] == "tokens/s" else their["value"] / our["value"]
+        lines.append(f"| `{name}` | {BENCH[name].what} | {shown(our)} | {shown(their)} | {ratio:.2f} |")
+    return "\n".join([*lines, ""])
 
 
 def command():
