@@ -693,7 +693,7 @@ def test_contents(models_of):
     ours = models_of["chatml"].ours
     part = {"type": "text", "text": "Hi"}
     assert ours.chat([user([part])]) == ours.chat([user("Hi")])
-    assert ours.chat([user([part, part])]) == ours.chat([user("Hi\nHi")])
+    assert ours.chat([user([part, part])]) == ours.chat([user("HiHi")])
     answer = {"role": "assistant", "content": "", "name": "x"}
     wanted = ours.chat([user("1"), answer, user("2")])
     for content in {"content": None}, {}, {"content": [], "tool_calls": None}:
