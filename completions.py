@@ -23,6 +23,7 @@ from tinyvllm import __version__
 from tokenizer import StreamDecoder, TokenizerError
 
 MAX_CHOICES = 256               # sequences of one HTTP request
+CHUNK_SECONDS = 0.01            # between two chunks of a stream: one for ten tokens costs as much as for one
 PING_SECONDS = 15               # a stream without text for so long shows that it is alive
 LINGER_SECONDS = 1              # of silence, until the rest of a refused body counts as sent
 
@@ -359,6 +360,8 @@ class Call:
                 self.is_quiet = False
                 self.num_sends += 1
                 await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+                if not self.is_sent:
+                    await asyncio.sleep(CHUNK_SECONDS)
             else:
                 await self.news.wait()
                 self.news.clear()
