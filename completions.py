@@ -95,7 +95,7 @@ SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "presence_penalty",
                    "stop_token_ids")
 # Fields that would change an answer and are not supported, and the values that ask for nothing.
 NEUTRAL_VALUES = {
-    "response_format": (None, {"type": "text"}), "structured_outputs": (None,),
+    "structured_outputs": (None,),
     "guided_json": (None,), "guided_regex": (None,), "guided_choice": (None,), "guided_grammar": (None,),
     "tools": (None, []), "tool_choice": (None, "none", "auto"),
     "functions": (None, []), "function_call": (None, "none", "auto"),
@@ -141,6 +141,23 @@ async def read_json(request, limit):
         raise RequestError(f"the body: expected JSON, got {len(body)} bytes that are none "
                            f"({first_line(error):.100})") from None
     return want("the body", value, lambda value: isinstance(value, dict), "a JSON object")
+
+
+def read_response_format(body):
+    """SamplingParams.structured_outputs, from the field response_format."""
+    given = body.get("response_format")
+    if given is None:
+        return None
+    kinds = ("text", "json_object", "json_schema")
+    want("response_format", given, lambda given: given.get("type") in kinds,
+         f"an object of type {' or '.join(kinds)}")
+    if given["type"] == "text":
+        return None
+    if given["type"] == "json_object":
+        return {"json": {"type": "object"}}
+    inner = want("response_format", given.get("json_schema"), lambda inner: isinstance(
+        inner.get("schema"), dict), "json_schema, an object with a schema that is an object")
+    return {"json": inner["schema"]}
 
 
 def flag(body, name, default=False):
@@ -267,6 +284,7 @@ class Call:
             given["logit_bias"] = {int(token): bias for token, bias in given["logit_bias"].items()}
         given["max_tokens"] = self.read_max_tokens()
         given["logprobs"] = self.read_logprobs()
+        given["structured_outputs"] = read_response_format(self.body)
         try:
             return llm.copied(SamplingParams(**({"temperature": 1.0} | llm.default_sampling | given)))
         except TinyVLLMError as error:
@@ -294,7 +312,9 @@ class Call:
                     params = replace(params, seed=(params.seed + i) % 2**64)
                 sequence = llm.prepare(ids, params)
                 if sequence.output.error:
-                    raise RequestError(sequence.output.error, param="prompt")
+                    is_grammar = params.structured_outputs and not sequence.matcher
+                    raise RequestError(sequence.output.error,
+                                       param="response_format" if is_grammar else "prompt")
                 self.choices.append(Choice(self, len(self.choices), sequence, self.lead(prompt)))
         self.body = self.prompts = None     # a client may have sent megabytes
 

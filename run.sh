@@ -69,8 +69,8 @@ if [[ $* == --quick ]]; then check=quick; fi
 python=${TINYVLLM_PYTHON:-$venv/bin/python}
 if [[ $python == "$venv/bin/python" ]]; then
     set_up
-    if [[ $check ]] && ! "$python" -c 'import pytest, jinja2, openai' 2>/dev/null; then
-        install pytest jinja2 openai
+    if [[ $check ]] && ! "$python" -c 'import pytest, jinja2, openai, llguidance' 2>/dev/null; then
+        install pytest jinja2 openai llguidance
     fi
 else
     check_version "$python"
