@@ -14,6 +14,7 @@ import os
 import time
 from collections import namedtuple
 from dataclasses import replace
+from functools import cached_property
 
 from starlette.responses import Response
 
@@ -21,6 +22,7 @@ from device import TinyVLLMError, check, first_line, is_int, is_number, shown
 from sampling import SamplingParams
 from tinyvllm import __version__
 from tokenizer import StreamDecoder, TokenizerError
+from tools import Tools, with_arguments
 
 MAX_CHOICES = 256               # sequences of one HTTP request
 PING_SECONDS = 15               # a stream without text for so long shows that it is alive
@@ -97,7 +99,6 @@ SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "presence_penalty",
 NEUTRAL_VALUES = {
     "structured_outputs": (None,),
     "guided_json": (None,), "guided_regex": (None,), "guided_choice": (None,), "guided_grammar": (None,),
-    "tools": (None, []), "tool_choice": (None, "none", "auto"),
     "functions": (None, []), "function_call": (None, "none", "auto"),
     "modalities": (None, [], ["text"]), "audio": (None,), "web_search_options": (None,),
     "prediction": (None,), "best_of": (None, 1), "suffix": (None, ""), "use_beam_search": (None, False),
@@ -177,11 +178,30 @@ def texts_of(messages):
                 yield text
 
 
+def read_tools(llm, body):
+    """The Tools of a chat, None without. Raises RequestError."""
+    choice = body.get("tool_choice") or ("auto" if body.get("tools") else "none")
+    if choice == "none" or (choice == "auto" and not body.get("tools")):
+        return None
+    try:
+        return Tools(body.get("tools"), choice, llm.tokenizer)
+    except TinyVLLMError as error:
+        raise RequestError(error, param=str(error).partition(":")[0]) from None
+
+
 def encode_chat(llm, body):
     """The token ids of a chat."""
     messages = want("messages", body.get("messages"), lambda m: isinstance(m, list) and m,
                     "a list of one message or more")
-    return encoded(llm, "".join(texts_of(messages)), lambda _: llm.tokenizer.chat(messages), "messages")
+    tools = read_tools(llm, body)
+    definitions = tools.definitions if tools else None
+    try:
+        messages = with_arguments(messages)
+    except (TypeError, ValueError, LookupError, AttributeError):
+        raise RequestError('messages: expected tool_calls as a list of {"function": {"name": word, '
+                           '"arguments": text of an object}}', param="messages") from None
+    text = "".join(texts_of(messages)) + (JSON.encode(definitions) if tools else "")
+    return encoded(llm, text, lambda _: llm.tokenizer.chat(messages, tools=definitions), "messages")
 
 
 def encode_text(llm, prompt, add_bos):
@@ -221,6 +241,7 @@ async def disconnection(receive):
 
 class Call:
     """A request for completions, and its response: the fields, and the choices, which are the answers."""
+    tools = None                        # the Tools of a chat
 
     def __init__(self, service, body):
         """Checks all fields but the prompt. Raises RequestError."""
@@ -284,11 +305,18 @@ class Call:
             given["logit_bias"] = {int(token): bias for token, bias in given["logit_bias"].items()}
         given["max_tokens"] = self.read_max_tokens()
         given["logprobs"] = self.read_logprobs()
-        given["structured_outputs"] = read_response_format(self.body)
+        given["structured_outputs"] = self.read_grammar()
         try:
             return llm.copied(SamplingParams(**({"temperature": 1.0} | llm.default_sampling | given)))
         except TinyVLLMError as error:
             raise RequestError(error, param=str(error).partition(":")[0]) from None
+
+    def read_grammar(self):
+        """SamplingParams.structured_outputs: of a required call, or of response_format."""
+        grammar = read_response_format(self.body)
+        if grammar and self.tools:
+            raise RequestError("response_format: expected none beside tools", param="response_format")
+        return self.tools.structured_outputs if self.tools else grammar
 
     def read_max_tokens(self):
         for name in "max_completion_tokens", "max_tokens":
@@ -313,8 +341,8 @@ class Call:
                 sequence = llm.prepare(ids, params)
                 if sequence.output.error:
                     is_grammar = params.structured_outputs and not sequence.matcher
-                    raise RequestError(sequence.output.error,
-                                       param="response_format" if is_grammar else "prompt")
+                    source = "tools" if self.tools else "response_format"
+                    raise RequestError(sequence.output.error, param=source if is_grammar else "prompt")
                 self.choices.append(Choice(self, len(self.choices), sequence, self.lead(prompt)))
         self.body = self.prompts = None     # a client may have sent megabytes
 
@@ -439,6 +467,7 @@ class ChatCall(Call):
     default_max_tokens = None           # what the context allows
 
     def read_prompts(self):
+        self.tools = read_tools(self.service.llm, self.body)
         return [self.body]
 
     def read_logprobs(self):
@@ -464,8 +493,11 @@ class ChatCall(Call):
     def lead(self, prompt):
         return ""
 
-    def answer(self, text):
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+    def answer(self, text, tool_calls):
+        message = {"role": "assistant", "content": text, "refusal": None}
+        if tool_calls:
+            message |= {"content": text.strip() or None, "tool_calls": tool_calls}
+        return {"message": message}
 
     def opening(self, lead):
         return '"delta":{"role":"assistant","content":""}'
@@ -473,13 +505,17 @@ class ChatCall(Call):
     def piece(self, text):
         return f'"delta":{{"content":{JSON.encode(text)}}}' if text else '"delta":{}'
 
+    def calls_piece(self, tool_calls):
+        numbered = [{"index": index} | call for index, call in enumerate(tool_calls)]
+        return f'"delta":{JSON.encode({"tool_calls": numbered})}'
+
 
 class TextCall(Call):
     """POST /v1/completions"""
     prefix = "cmpl-"
     kind = "text_completion"
     chunk_kind = "text_completion"
-    neutral_values = {}
+    neutral_values = {"tools": (None, []), "tool_choice": (None, "none", "auto")}
     default_max_tokens = 16
 
     def read_prompts(self):
@@ -515,7 +551,7 @@ class TextCall(Call):
             return ""
         return prompt if isinstance(prompt, str) else self.service.llm.tokenizer.decode(prompt)
 
-    def answer(self, text):
+    def answer(self, text, tool_calls):
         return {"text": text}
 
     def opening(self, lead):
@@ -551,12 +587,26 @@ class Choice:
         self.num_token_characters = 0
         self.decoder = StreamDecoder(call.service.llm.tokenizer)
 
+    @cached_property
+    def tool_calls(self):
+        """The calls in the whole answer."""
+        return self.call.tools.calls(self.progress.text) if self.call.tools else []
+
+    @property
+    def finish_reason(self):
+        is_call = self.progress.reason == "stop" and self.tool_calls
+        return "tool_calls" if is_call else self.progress.reason
+
     @property
     def num_ready(self):
-        """The number of characters that no stop string can take back: all, or without the longest end
-        of the text that begins a stop string."""
+        """The number of characters that are the client's for good: all, or without what may be a call of
+        a tool, or without the longest end of the text that begins a stop string."""
         text = self.progress.text
         ready = len(text)
+        if self.progress.reason and not self.tool_calls:
+            return ready
+        if self.call.tools:
+            ready = self.call.tools.start(text)
         if self.progress.reason:
             return ready
         for stop in self.call.params.stop:
@@ -595,8 +645,9 @@ class Choice:
     def whole(self):
         """The choice of an answer that is not streamed."""
         progress = self.progress
-        return {"index": self.index, **self.call.answer(self.lead + progress.text),
-                "logprobs": self.take_logprobs(len(progress.text)), "finish_reason": progress.reason,
+        text = self.lead + progress.text[:self.num_ready]
+        return {"index": self.index, **self.call.answer(text, self.tool_calls),
+                "logprobs": self.take_logprobs(len(progress.text)), "finish_reason": self.finish_reason,
                 "stop_reason": self.stop_reason}
 
     def pieces(self):
@@ -616,7 +667,11 @@ class Choice:
             yield f'{piece},"logprobs":{JSON.encode(logprobs) if logprobs else "null"},"finish_reason":null'
         if progress.reason and not self.has_end:
             self.has_end = True
-            reasons = f'"finish_reason":"{progress.reason}","stop_reason":{JSON.encode(self.stop_reason)}'
+            if self.tool_calls:
+                piece = self.call.calls_piece(self.tool_calls)
+                logprobs = self.take_logprobs(len(progress.text))
+                yield f'{piece},"logprobs":{JSON.encode(logprobs)},"finish_reason":null'
+            reasons = f'"finish_reason":"{self.finish_reason}","stop_reason":{JSON.encode(self.stop_reason)}'
             yield f'{self.call.piece("")},"logprobs":null,{reasons}'
 
 

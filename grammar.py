@@ -29,13 +29,13 @@ MAX_COMPILED = 32                       # grammars that are kept, for the next r
 class Grammars:
     """Makes the matchers for one model. Any thread may ask for one."""
 
-    def __init__(self, tokenizer_file, vocab_size, end_ids):
+    def __init__(self, tokenizer, vocab_size, end_ids):
         """end_ids: the tokens that end an answer."""
-        self.tokenizer_file = tokenizer_file
+        self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.end_ids = sorted(end_ids)
         self.lock = threading.Lock()
-        self.tokenizer = None           # llguidance's. For a large vocabulary it takes a second to make
+        self.vocabulary = None          # llguidance's. For 128,256 tokens it takes a second to make
         self.compiled = lru_cache(MAX_COMPILED)(self.compile)
 
     def matcher(self, structured_outputs):
@@ -57,12 +57,33 @@ class Grammars:
         except ModuleNotFoundError:
             raise TinyVLLMError("structured output: expected the Python package llguidance, found none: "
                                 "pip install llguidance") from None
-        self.tokenizer = self.tokenizer or llguidance.LLTokenizer(
-            self.tokenizer_file.read_text("utf-8"), self.vocab_size, self.end_ids or None)
+        if not self.vocabulary:
+            words = llguidance.TokenizerWrapper(Words(self.tokenizer, self.vocab_size, self.end_ids))
+            self.vocabulary = llguidance.LLTokenizer(words, eos_token=self.end_ids)
         if kind == "json":
             text = llguidance.LLMatcher.grammar_from_json_schema(
                 text, defaults={"whitespace_pattern": WHITE_SPACE})
-        matcher = llguidance.LLMatcher(self.tokenizer, text, log_level=0)
+        matcher = llguidance.LLMatcher(self.vocabulary, text, log_level=0)
         if matcher.is_error():
             raise ValueError(matcher.get_error())
         return matcher
+
+
+class Words:
+    """A tokenizer in the form that llguidance asks for. (llguidance reads tokenizer.json itself, too. But
+    there <tool_call> is never text, and a text <|eot_id|> becomes the token of this name.)"""
+    bos_token_id = None
+
+    def __init__(self, tokenizer, vocab_size, end_ids):
+        self.tokenizer = tokenizer
+        self.eos_token_id = end_ids[0]
+        self.tokens = [tokenizer.token_bytes(token) for token in range(vocab_size)]     # b"": never allowed
+
+    def __call__(self, text):
+        """The ids of a text in the middle of an answer. Raises an error for bytes."""
+        if not self.tokenizer.drops_first_space:
+            return self.tokenizer.encode(text, add_bos=False)
+        # Llama 2's tokenizer puts a space before a text. No token spans the newline and the text.
+        ids = self.tokenizer.encode("\n" + text, add_bos=False)
+        newline = self.tokenizer.encode("\n", add_bos=False)[-1]
+        return ids[ids.index(newline) + 1:]

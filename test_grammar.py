@@ -39,6 +39,7 @@ PERSON = {"type": "object", "required": ["name", "age"], "additionalProperties":
 SCHEMAS = [
     (PERSON, is_person),
     ({"enum": ["red", "grün", "🦜", 7, None]}, lambda value: value in ("red", "grün", "🦜", 7, None)),
+    ({"const": ["<|eot_id|>"]}, lambda value: value == ["<|eot_id|>"]),     # ten characters, and no token
     ({"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 3},
      lambda value: 2 <= len(value) <= 3 and all(type(item) is bool for item in value)),
     ({"type": "string", "pattern": "^[a-f]{3}-[0-9]{2}$"},
@@ -91,7 +92,7 @@ def mixed(n):
     return prompts, params, checks
 
 
-ENGINES = {"overlapped": {}, "plain": {"overlap": False}, "eager": {"enforce_eager": True},
+ENGINES = {"overlapped": {}, "plain": {"overlap": False},
            "preempted": {"num_blocks": 12, "max_model_len": 128}, "few at a time": {"max_num_seqs": 3}}
 
 
@@ -118,10 +119,10 @@ def test_mixed_requests(folder, wanted, options):
 
 
 def test_answers_always_end(folder):
-    """Many seeds, and room enough: every answer with a largest size parses, also the most probable one."""
+    """With room enough, every answer with a largest size parses, also the most probable one."""
     llm = LLM(folder)
-    cases = [(asked(schema, seed, temperature=temperature), is_right) for schema, is_right in SCHEMAS
-             for seed in range(2) for temperature in (0.0, 0.7, 2.0)]
+    cases = [(asked(schema, 7, temperature=temperature), is_right) for schema, is_right in SCHEMAS
+             for temperature in (0.0, 0.7, 2.0)]
     outputs = llm.generate([[seed] for seed in range(len(cases))], [params for params, _ in cases])
     for (_, is_right), output in zip(cases, outputs):
         assert output.finish_reason == "stop", output
@@ -152,7 +153,7 @@ def test_interrupts_lose_nothing(folder, overlap):
     wanted = [output.token_ids for output in llm.generate(prompts, params)]
     rng = random.Random(overlap)
     num_interrupts = 0
-    for _ in range(5):
+    for _ in range(3):
         outputs = llm.submit(prompts, params)
         while not all(output.finish_reason for output in outputs):
             with contextlib.suppress(KeyboardInterrupt), at_line(rng.randrange(40, 1500), interrupt) as place:
@@ -160,7 +161,7 @@ def test_interrupts_lose_nothing(folder, overlap):
                     llm.engine.step()
             num_interrupts += len(place)
         assert [output.token_ids for output in outputs] == wanted
-    assert num_interrupts > 20
+    assert num_interrupts > 12
     assert_settled(llm)
 
 

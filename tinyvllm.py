@@ -1312,8 +1312,7 @@ class LLM:
         self.tokenizer = Tokenizer(folder)
         self.config = replace(config, eos_token_ids=config.eos_token_ids | self.tokenizer.end_ids)
         end_ids = {i for i in self.config.eos_token_ids if i < config.vocab_size}
-        self.grammars = Grammars(folder / "tokenizer.json", max(config.vocab_size, self.tokenizer.vocab_size),
-                                 end_ids)
+        self.grammars = Grammars(self.tokenizer, config.vocab_size, end_ids)
         self.default_sampling = generation_defaults(folder)     # {name of SamplingParams: value}
         self.device = open_device(args.device)
         self.max_logprobs = args.max_logprobs
