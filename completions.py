@@ -14,6 +14,7 @@ import os
 import time
 from collections import namedtuple
 from dataclasses import replace
+from functools import cached_property
 
 from starlette.responses import Response
 
@@ -21,6 +22,7 @@ from device import TinyVLLMError, check, first_line, is_int, is_number, shown
 from sampling import SamplingParams
 from tinyvllm import __version__
 from tokenizer import StreamDecoder, TokenizerError
+from tools import Tools, with_arguments
 
 MAX_CHOICES = 256               # sequences of one HTTP request
 CHUNK_SECONDS = 0.01            # between two chunks of a stream: one for ten tokens costs as much as for one
@@ -96,9 +98,8 @@ SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "presence_penalty",
                    "stop_token_ids")
 # Fields that would change an answer and are not supported, and the values that ask for nothing.
 NEUTRAL_VALUES = {
-    "response_format": (None, {"type": "text"}), "structured_outputs": (None,),
+    "structured_outputs": (None,),
     "guided_json": (None,), "guided_regex": (None,), "guided_choice": (None,), "guided_grammar": (None,),
-    "tools": (None, []), "tool_choice": (None, "none", "auto"),
     "functions": (None, []), "function_call": (None, "none", "auto"),
     "modalities": (None, [], ["text"]), "audio": (None,), "web_search_options": (None,),
     "prediction": (None,), "best_of": (None, 1), "suffix": (None, ""), "use_beam_search": (None, False),
@@ -144,6 +145,23 @@ async def read_json(request, limit):
     return want("the body", value, lambda value: isinstance(value, dict), "a JSON object")
 
 
+def read_response_format(body):
+    """SamplingParams.structured_outputs, from the field response_format."""
+    given = body.get("response_format")
+    if given is None:
+        return None
+    kinds = ("text", "json_object", "json_schema")
+    want("response_format", given, lambda given: given.get("type") in kinds,
+         f"an object of type {' or '.join(kinds)}")
+    if given["type"] == "text":
+        return None
+    if given["type"] == "json_object":
+        return {"json": {"type": "object"}}
+    inner = want("response_format", given.get("json_schema"), lambda inner: isinstance(
+        inner.get("schema"), dict), "json_schema, an object with a schema that is an object")
+    return {"json": inner["schema"]}
+
+
 def flag(body, name, default=False):
     """A boolean field; null is the default."""
     value = body.get(name)
@@ -161,11 +179,30 @@ def texts_of(messages):
                 yield text
 
 
+def read_tools(llm, body):
+    """The Tools of a chat, None without. Raises RequestError."""
+    choice = body.get("tool_choice") or ("auto" if body.get("tools") else "none")
+    if choice == "none" or (choice == "auto" and not body.get("tools")):
+        return None
+    try:
+        return Tools(body.get("tools"), choice, llm.tokenizer)
+    except TinyVLLMError as error:
+        raise RequestError(error, param=str(error).partition(":")[0]) from None
+
+
 def encode_chat(llm, body):
     """The token ids of a chat."""
     messages = want("messages", body.get("messages"), lambda m: isinstance(m, list) and m,
                     "a list of one message or more")
-    return encoded(llm, "".join(texts_of(messages)), lambda _: llm.tokenizer.chat(messages), "messages")
+    tools = read_tools(llm, body)
+    definitions = tools.definitions if tools else None
+    try:
+        messages = with_arguments(messages)
+    except (TypeError, ValueError, LookupError, AttributeError):
+        raise RequestError('messages: expected tool_calls as a list of {"function": {"name": word, '
+                           '"arguments": text of an object}}', param="messages") from None
+    text = "".join(texts_of(messages)) + (JSON.encode(definitions) if tools else "")
+    return encoded(llm, text, lambda _: llm.tokenizer.chat(messages, tools=definitions), "messages")
 
 
 def encode_text(llm, prompt, add_bos):
@@ -205,6 +242,7 @@ async def disconnection(receive):
 
 class Call:
     """A request for completions, and its response: the fields, and the choices, which are the answers."""
+    tools = None                        # the Tools of a chat
 
     def __init__(self, service, body):
         """Checks all fields but the prompt. Raises RequestError."""
@@ -268,10 +306,18 @@ class Call:
             given["logit_bias"] = {int(token): bias for token, bias in given["logit_bias"].items()}
         given["max_tokens"] = self.read_max_tokens()
         given["logprobs"] = self.read_logprobs()
+        given["structured_outputs"] = self.read_grammar()
         try:
             return llm.copied(SamplingParams(**({"temperature": 1.0} | llm.default_sampling | given)))
         except TinyVLLMError as error:
             raise RequestError(error, param=str(error).partition(":")[0]) from None
+
+    def read_grammar(self):
+        """SamplingParams.structured_outputs: of a required call, or of response_format."""
+        grammar = read_response_format(self.body)
+        if grammar and self.tools:
+            raise RequestError("response_format: expected none beside tools", param="response_format")
+        return self.tools.structured_outputs if self.tools else grammar
 
     def read_max_tokens(self):
         for name in "max_completion_tokens", "max_tokens":
@@ -295,7 +341,9 @@ class Call:
                     params = replace(params, seed=(params.seed + i) % 2**64)
                 sequence = llm.prepare(ids, params)
                 if sequence.output.error:
-                    raise RequestError(sequence.output.error, param="prompt")
+                    is_grammar = params.structured_outputs and not sequence.matcher
+                    source = "tools" if self.tools else "response_format"
+                    raise RequestError(sequence.output.error, param=source if is_grammar else "prompt")
                 self.choices.append(Choice(self, len(self.choices), sequence, self.lead(prompt)))
         self.body = self.prompts = None     # a client may have sent megabytes
 
@@ -422,6 +470,7 @@ class ChatCall(Call):
     default_max_tokens = None           # what the context allows
 
     def read_prompts(self):
+        self.tools = read_tools(self.service.llm, self.body)
         return [self.body]
 
     def read_logprobs(self):
@@ -447,8 +496,11 @@ class ChatCall(Call):
     def lead(self, prompt):
         return ""
 
-    def answer(self, text):
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+    def answer(self, text, tool_calls):
+        message = {"role": "assistant", "content": text, "refusal": None}
+        if tool_calls:
+            message |= {"content": text.strip() or None, "tool_calls": tool_calls}
+        return {"message": message}
 
     def opening(self, lead):
         return '"delta":{"role":"assistant","content":""}'
@@ -456,13 +508,17 @@ class ChatCall(Call):
     def piece(self, text):
         return f'"delta":{{"content":{JSON.encode(text)}}}' if text else '"delta":{}'
 
+    def calls_piece(self, tool_calls):
+        numbered = [{"index": index} | call for index, call in enumerate(tool_calls)]
+        return f'"delta":{JSON.encode({"tool_calls": numbered})}'
+
 
 class TextCall(Call):
     """POST /v1/completions"""
     prefix = "cmpl-"
     kind = "text_completion"
     chunk_kind = "text_completion"
-    neutral_values = {}
+    neutral_values = {"tools": (None, []), "tool_choice": (None, "none", "auto")}
     default_max_tokens = 16
 
     def read_prompts(self):
@@ -498,7 +554,7 @@ class TextCall(Call):
             return ""
         return prompt if isinstance(prompt, str) else self.service.llm.tokenizer.decode(prompt)
 
-    def answer(self, text):
+    def answer(self, text, tool_calls):
         return {"text": text}
 
     def opening(self, lead):
@@ -534,6 +590,25 @@ class Choice:
         self.num_token_characters = 0
         self.decoder = StreamDecoder(call.service.llm.tokenizer)
 
+    @cached_property
+    def tool_calls(self):
+        """The calls in the whole answer."""
+        return self.call.tools.calls(self.progress.text) if self.call.tools else []
+
+    @property
+    def finish_reason(self):
+        is_call = self.progress.reason == "stop" and self.tool_calls
+        return "tool_calls" if is_call else self.progress.reason
+
+    @property
+    def num_ready(self):
+        """The number of characters that are the client's for good: all, or without what may be a call of
+        a tool."""
+        text = self.progress.text
+        if not self.call.tools or (self.progress.reason and not self.tool_calls):
+            return len(text)
+        return self.call.tools.start(text)
+
     @property
     def stop_reason(self):
         """The stop string or token id that ended the answer, as vLLM says it; None for an eos token."""
@@ -546,14 +621,13 @@ class Choice:
         return next((stop for stop in self.call.params.stop
                      if text.startswith(stop, len(self.progress.text))), None)
 
-    def take_logprobs(self):
-        """The log-probabilities of tokens that begin in the text so far, in the endpoint's shape; None if
-        none are asked for. No token is taken twice, and none of a stop string at all."""
+    def take_logprobs(self, end):
+        """The log-probabilities of tokens that begin before the character `end`, in the endpoint's
+        shape; None if none are asked for. No token is taken twice, and none of a stop string at all."""
         if self.call.params.logprobs is None:
             return None
         entries = []
-        length = len(self.progress.text)
-        while self.num_tokens < self.progress.num_tokens and self.num_token_characters < length:
+        while self.num_tokens < self.progress.num_tokens and self.num_token_characters < end:
             token = self.output.token_ids[self.num_tokens]
             entries.append((token, self.num_token_characters, self.output.logprobs[self.num_tokens]))
             self.num_token_characters += len(self.decoder.push(token))
@@ -563,8 +637,9 @@ class Choice:
     def whole(self):
         """The choice of an answer that is not streamed."""
         progress = self.progress
-        return {"index": self.index, **self.call.answer(self.lead + progress.text),
-                "logprobs": self.take_logprobs(), "finish_reason": progress.reason,
+        text = self.lead + progress.text[:self.num_ready]
+        return {"index": self.index, **self.call.answer(text, self.tool_calls),
+                "logprobs": self.take_logprobs(len(progress.text)), "finish_reason": self.finish_reason,
                 "stop_reason": self.stop_reason}
 
     def pieces(self):
@@ -576,15 +651,19 @@ class Choice:
             opening = self.call.opening(self.lead)
             if opening:
                 yield f'{opening},"logprobs":null,"finish_reason":null'
-        new_text = progress.text[self.num_characters:]
-        if new_text:
-            self.num_characters = len(progress.text)
-            piece = self.call.piece(new_text)
-            logprobs = self.take_logprobs()
+        end = self.num_ready
+        if end > self.num_characters:
+            piece = self.call.piece(progress.text[self.num_characters:end])
+            logprobs = self.take_logprobs(end)
+            self.num_characters = end
             yield f'{piece},"logprobs":{JSON.encode(logprobs) if logprobs else "null"},"finish_reason":null'
         if progress.reason and not self.has_end:
             self.has_end = True
-            reasons = f'"finish_reason":"{progress.reason}","stop_reason":{JSON.encode(self.stop_reason)}'
+            if self.tool_calls:
+                piece = self.call.calls_piece(self.tool_calls)
+                logprobs = self.take_logprobs(len(progress.text))
+                yield f'{piece},"logprobs":{JSON.encode(logprobs)},"finish_reason":null'
+            reasons = f'"finish_reason":"{self.finish_reason}","stop_reason":{JSON.encode(self.stop_reason)}'
             yield f'{self.call.piece("")},"logprobs":null,{reasons}'
 
 

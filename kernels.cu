@@ -783,6 +783,9 @@ extern "C" __global__ __launch_bounds__(NORM_THREADS) void rms_norm(
 // is never drawn. Each pass goes over the row, then over the entries. At the end the row gets its own
 // logits back: best_logprobs reads them.
 //
+// A grammar bans most tokens, by a mask of one bit for each token. A banned token has the logit -inf in
+// all passes but the first, softmax_of's: reported log-probabilities know no grammar.
+//
 // To keep the top of 128,256 logits looks like sorting. But a bf16 logit has 16 bits, so only
 // 65,536 values are possible, and top-k and top-p need just one value: the lowest that is still
 // kept. cutoff() finds the value in two passes over the row. A histogram over the upper 8 bits
@@ -811,6 +814,8 @@ extern "C" __global__ __launch_bounds__(NORM_THREADS) void rms_norm(
 //   penalties [R, 3]: presence, frequency, repetition.
 //   lists, cu_entries [R + 1]: the numbers lists[cu_entries[r]] to lists[cu_entries[r + 1] - 1] are row
 //     r's entries, three numbers each, see Entry. The kernel overwrites them.
+//   mask_starts [R]: -1, or row r's mask begins at lists[mask_starts[r]]: token t is allowed if bit t % 32
+//     of number t / 32 is 1.
 //   newest [R]: -1, or the index in token_ids of a token of the text that row r's entries do not count.
 //   token_ids [T]: the step's, after gather_rows. Hazard: in `sampled` the newest token of row r may be
 //     overwritten already, by the thread block of another row.
@@ -886,9 +891,12 @@ struct Entry {
 struct Scratch {
     Entry* entries;                // of the row. (Here, since threads have no registers left.)
     int num_entries;
+    const int* mask;               // of the row; null: all tokens are allowed
     u64 histogram[BINS][COPIES];
     u64 remaining;                 // the target, less the sum of the bins above the found bin
     int found;                     // the bin in which the sum reaches the target
+
+    __device__ bool bans(int token) const { return mask && !(mask[token / 32] >> token % 32 & 1); }
 };
 
 // Calls body(entry) for every entry that is not empty. A thread gets the same entries each time.
@@ -902,7 +910,13 @@ __device__ inline void for_each_entry(const Scratch& shared, Body body) {
 // Calls body(token, logit) for every logit of the row and every changed logit.
 template <class Body>
 __device__ inline void for_each_logit(const Scratch& shared, const bf16* row, Body body) {
-    for_each_logit(row, body);
+    if (shared.mask) {
+        #pragma unroll 1    // a loop apart, and a small one: most rows have no mask, and no register to spare
+        for (int t = threadIdx.x; t < VOCAB; t += SAMPLE_THREADS)
+            body(t, shared.bans(t) ? -INF : __bfloat162float(row[t]));
+    } else {
+        for_each_logit(row, body);
+    }
     for_each_entry(shared, [&](const Entry& entry) { body(entry.token, entry.changed); });
 }
 
@@ -927,7 +941,8 @@ __device__ inline void change(const Scratch& shared, bf16* row, int newest, cons
         if (entry.count >= 0) x = x > 0 ? x / penalties[2] : x * penalties[2];
         if (entry.count > 0) x = x - penalties[1] * entry.count - penalties[0];
         entry.raw = logit;
-        entry.changed = min(x, -LOWEST);    // x / 1e-40 is inf, and inf - inf would be NaN
+        x = min(x, -LOWEST);    // x / 1e-40 is inf, and inf - inf would be NaN
+        entry.changed = shared.bans(entry.token) ? -INF : x;
         logit = __float2bfloat16(-INF);
     });
     __syncthreads();    // all logits are changed before any thread reads another's
@@ -1056,13 +1071,15 @@ __device__ inline Softmax greatest_of(const Scratch& shared, const bf16* row) {
 extern "C" __global__ __launch_bounds__(SAMPLE_THREADS, 2) void sample(
         int* token, float* logprob, bf16* logits, const float* temperature, const int* top_k,
         const float* top_p, const float* min_p, const u64* seed, const int* position, const int* given,
-        const float* penalties, int* lists, const int* cu_entries, const int* newest, const int* token_ids) {
+        const float* penalties, int* lists, const int* cu_entries, const int* newest, const int* token_ids,
+        const int* mask_starts) {
     __shared__ Scratch scratch;
     const int s = blockIdx.x;
     bf16* row = logits + (size_t)s * VOCAB;
-    if (threadIdx.x == 0) {    // softmax_of() has a barrier before the others read these two
+    if (threadIdx.x == 0) {    // softmax_of() has a barrier before the others read these three
         scratch.entries = reinterpret_cast<Entry*>(lists + cu_entries[s]);
         scratch.num_entries = (cu_entries[s + 1] - cu_entries[s]) / 3;
+        scratch.mask = mask_starts[s] < 0 ? nullptr : lists + mask_starts[s];
     }
 
     // 1. The greatest logit: greedy's choice.
@@ -1071,10 +1088,9 @@ extern "C" __global__ __launch_bounds__(SAMPLE_THREADS, 2) void sample(
     // 2. The changed logits, and the greatest of all. (No thread reads the raw row after softmax_of()'s
     // last barrier.) Entries, tau, cuts and softmax are the thread block's: all meet each barrier, or none.
     Softmax changed = softmax;
-    if (scratch.num_entries > 0) {
+    if (scratch.num_entries > 0)
         change(scratch, row, newest[s] < 0 ? -1 : token_ids[newest[s]], penalties + 3 * s);
-        changed = greatest_of(scratch, row);
-    }
+    if (scratch.num_entries > 0 || scratch.mask) changed = greatest_of(scratch, row);
     const bool is_given = given[s] >= 0;
     const float tau = temperature[s];
     int chosen = is_given ? given[s] : token_of(changed.best);

@@ -69,7 +69,9 @@ if [[ $* == --quick ]]; then check=quick; fi
 python=${TINYVLLM_PYTHON:-$venv/bin/python}
 if [[ $python == "$venv/bin/python" ]]; then
     set_up
-    if [[ $check ]] && ! "$python" -c 'import pytest, openai' 2>/dev/null; then install pytest openai; fi
+    if [[ $check ]] && ! "$python" -c 'import pytest, openai, llguidance' 2>/dev/null; then
+        install pytest openai llguidance
+    fi
 else
     check_version "$python"
     error=$("$python" -c "import numpy, ml_dtypes, safetensors, tokenizers, jinja2${check:+, pytest}" 2>&1) ||

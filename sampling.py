@@ -34,6 +34,12 @@ def is_bias(item):
     return is_int(token, 0) and is_number(bias, -100, 100)
 
 
+def is_grammar(item):
+    """Whether the item is a pair of a kind of grammar and a grammar."""
+    kind, grammar = item
+    return (kind == "json" and isinstance(grammar, dict)) or (kind == "grammar" and isinstance(grammar, str))
+
+
 @dataclass
 class SamplingParams:
     """How to choose tokens and when to stop, named as in vLLM. Nonsense raises TinyVLLMError.
@@ -56,6 +62,8 @@ class SamplingParams:
     stop_token_ids: tuple = ()          # end the answer, beside the model's own eos tokens
     logprobs: int | None = None         # report log-probabilities: of each token, and of the n best
     prompt_logprobs: int | None = None  # the same for the tokens of the prompt
+    # What the answer must follow: {"json": JSON schema, a dict} or {"grammar": text}, see grammar.py.
+    structured_outputs: dict | None = None
 
     def __post_init__(self):
         def want(name, is_good, expected):
@@ -91,6 +99,9 @@ class SamplingParams:
              "a list of token ids")
         for name in "logprobs", "prompt_logprobs":
             want(name, lambda n: n is None or is_int(n, 0), "a whole number of 0 or more")
+        want("structured_outputs", lambda wanted: wanted is None or (
+            len(wanted) == 1 and all(map(is_grammar, wanted.items()))),
+             'a dict {"json": JSON schema, as a dict} or {"grammar": text}')
 
     @property
     def has_penalty(self):

@@ -538,9 +538,23 @@ def model_of(V):
     return next(model for model in MODELS if model["VOCAB"] == V)
 
 
+def with_masks(lists, allowed):
+    """(lists with masks behind, where each mask begins or -1). Bits past the vocabulary are random."""
+    parts = [lists]
+    starts = []
+    for mask in allowed:
+        starts.append(-1 if mask is None else sum(map(len, parts)))
+        if mask is not None:
+            bits = np.concatenate([mask, RNG(1).random(-len(mask) % 32) < 0.5])
+            weights = np.uint32(1) << np.arange(32, dtype=np.uint32)
+            parts.append((bits.reshape(-1, 32) * weights).sum(1, dtype=np.uint32).view(np.int32))
+    return np.concatenate(parts), ints(starts)
+
+
 def sample(logits, temperature, k=0, p=1.0, seed=0, position=0, *, min_p=0.0, given=-1, penalties=NEUTRAL,
-           entries=None, newest=-1):
+           entries=None, newest=-1, allowed=None):
     """(tokens [S], log-probabilities [S]) for logits [S, V]. entries: of S requests, see changed_twin.
+    allowed: of S requests, the tokens [V] that a mask allows, or None for no mask.
 
     Each other argument is one value for every request, or S of them.
     """
@@ -557,6 +571,7 @@ def sample(logits, temperature, k=0, p=1.0, seed=0, position=0, *, min_p=0.0, gi
     guard = (1, 2, 3)
     lists = np.array([guard, *itertools.chain(*rows), guard], ENTRY)
     cu_entries = ints(np.cumsum([3] + [3 * len(row) for row in rows]))
+    lists, mask_starts = with_masks(lists.view(np.int32), allowed or [None] * S)
     token = poison(S + 1, dtype=np.int32)
     logprob = np.full(S + 1, 77, np.float32)
     want = log_softmax_twin(logits)
@@ -564,9 +579,10 @@ def sample(logits, temperature, k=0, p=1.0, seed=0, position=0, *, min_p=0.0, gi
     launch(model_of(V), "sample", (S,), token, logprob, logits, column(temperature, np.float32),
            column(k, np.int32), column(p, np.float32), column(min_p, np.float32), column(seed, np.uint64),
            column(position, np.int32), column(given, np.int32),
-           np.broadcast_to(floats(penalties), (S, 3)).copy(), lists.view(np.int32), cu_entries, index,
-           token_ids)
-    assert token[S] == -77 and logprob[S] == 77 and lists[[0, -1]].tolist() == [guard] * 2
+           np.broadcast_to(floats(penalties), (S, 3)).copy(), lists, cu_entries, index, token_ids,
+           mask_starts)
+    assert token[S] == -77 and logprob[S] == 77
+    assert lists[:3].tobytes() == lists[cu_entries[-1]:][:3].tobytes() == np.array(guard, ENTRY).tobytes()
     assert logits.tobytes() == before
     token = token[:S]
     assert ((token >= 0) & (token < V)).all(), token
@@ -908,6 +924,81 @@ def test_sample_draws_the_changed_distribution():
     assert abs(chi2 - freedom) < 5 * math.sqrt(2 * freedom), (chi2, freedom)
 
 
+# Masks
+def masked(logits, allowed):
+    """float32 logits [S, V], -inf for the tokens that a mask bans."""
+    return np.stack([np.float32(row) if mask is None else np.where(mask, row, -np.inf).astype(np.float32)
+                     for row, mask in zip(logits, allowed)])
+
+
+def random_masks(rng, S, V):
+    """Masks of all densities, of a single token, and none."""
+    masks = [rng.random(V) < rng.choice([0.003, 0.1, 0.5, 0.99]) for _ in range(S)]
+    for mask in masks:
+        mask[rng.integers(V)] = True
+    masks[0] = np.arange(V) == V - 1
+    masks[1] = np.arange(V) == 0
+    return [None if rng.random() < 0.2 else mask for mask in masks]
+
+
+@every_model
+def test_sample_greedily_of_allowed_tokens(model):
+    """Rows with and without masks together, with and without entries. Rows lie at odd addresses too."""
+    rng = RNG(30)
+    V = model["VOCAB"]
+    S = 20
+    logits = np.round(2 * rng.standard_normal((S, V))).astype(bfloat16)
+    logits[2] = logits[3] = -1e38           # far below the logits, but above -inf
+    masks = random_masks(rng, S, V)
+    token, _ = sample(logits, 0.0, allowed=masks)
+    assert (token == masked(logits, masks).argmax(-1)).all()
+    changes = random_changes(rng, logits, most=200, step=1)
+    token, _ = sample(logits, 0.0, allowed=masks, **changes)
+    changed = masked(changed_rows(logits, **changes), masks)
+    possible = changed.max(-1) > -np.inf
+    assert (token == changed.argmax(-1))[possible].all() and possible.sum() >= 10
+
+
+@pytest.mark.parametrize("k, p, min_p", [
+    (0, 1.0, 0), (0, 1.0, 0.05), (7, 1.0, 0), (1000, 1.0, 0), (1, 1.0, 0), (0, 0.9, 0), (0, 0.0, 0),
+    (0, 0.999, 1e-4), (50, 0.8, 0), (300, 0.95, 0.01)])
+def test_sample_of_allowed_tokens_equals_its_twin(k, p, min_p):
+    """The cuts see allowed tokens only. Rows without a mask are drawn as without such company."""
+    rng = RNG(31)
+    S = 24
+    V = 1001
+    logits = randn(rng, S, V, scale=2)
+    logits[1::4] = np.round(np.float32(logits[1::4]))       # many ties
+    temperature = rng.uniform(0.3, 2, S)
+    seed = rng.integers(0, 1 << 63, S)
+    position = rng.integers(0, 10 ** 6, S)
+    masks = random_masks(rng, S, V)
+    drawn = (temperature, k, p, seed, position)
+    token, _ = sample(logits, *drawn, min_p=min_p, allowed=masks)
+    for s, row in enumerate(masked(logits, masks)):
+        assert_drawn(token[s], row, temperature[s], k, p, seed[s], position[s], min_p)
+    free = np.array([mask is None for mask in masks])
+    assert (token == sample(logits, *drawn, min_p=min_p)[0])[free].all() and free.any()
+    changes = random_changes(rng, logits, most=V)
+    token, _ = sample(logits, *drawn, min_p=min_p, allowed=masks, **changes)
+    for s, row in enumerate(masked(changed_rows(logits, **changes), masks)):
+        if row.max() > -np.inf:
+            assert_drawn(token[s], row, temperature[s], k, p, seed[s], position[s], min_p)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_sample_with_a_mask_that_allows_all_or_nothing(temperature):
+    """All: the token of a row without a mask. Nothing: some token, whose log-probability is right."""
+    rng = RNG(32)
+    logits = randn(rng, 16, 999)
+    every = [np.ones(999, bool)] * 16
+    for cut in {}, {"k": 30}, {"p": 0.9, "min_p": 0.01}:
+        plain = sample(logits, temperature, seed=range(16), **cut)
+        listed = sample(logits, temperature, seed=range(16), allowed=every, **cut)
+        assert (plain[0] == listed[0]).all() and (plain[1] == listed[1]).all()
+        sample(logits, temperature, seed=range(16), allowed=[~every[0]] * 16, **cut)
+
+
 def test_sample_random_rows():
     """Fuzz: rows of all kinds beside one another, each drawn as its twin says.
 
@@ -931,9 +1022,11 @@ def test_sample_random_rows():
         position = rng.integers(0, 100_000, S)
         min_p = np.where(rng.random(S) < 0.5, 0, rng.random(S))
         changes = random_changes(rng, logits)
-        tokens, logprobs = sample(logits, temperature, k, p, seed, position, min_p=min_p, **changes)
+        masks = random_masks(rng, S, V)
+        tokens, logprobs = sample(logits, temperature, k, p, seed, position, min_p=min_p, allowed=masks,
+                                  **changes)
         assert (np.isnan(logprobs) == bad).all(), number
-        for row, changed in enumerate(changed_rows(logits, **changes)):
+        for row, changed in enumerate(masked(changed_rows(logits, **changes), masks)):
             if not bad[row] and changed.max() > -np.inf:        # else there is nothing to choose from
                 assert_drawn(tokens[row], changed, temperature[row], k[row], p[row], seed[row],
                              position[row], min_p[row])

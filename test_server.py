@@ -11,6 +11,7 @@ tested on processes.
 import asyncio
 import base64
 import contextlib
+import enum
 import http.client
 import itertools
 import json
@@ -29,10 +30,13 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Annotated
 from urllib.request import urlopen
 
 import numpy as np
 import openai
+import pydantic
+import pydantic_core
 import pytest
 
 import completions
@@ -432,6 +436,76 @@ def test_unknown_fields_and_neutral_values(stub):
     assert status == 200, data
 
 
+# --------------------------------------------------------------------------------------------------
+# Structured output
+# --------------------------------------------------------------------------------------------------
+class Color(enum.Enum):
+    RED = "red"
+    BLUE = "blue"
+
+
+class Bird(pydantic.BaseModel):
+    name: Annotated[str, pydantic.Field(max_length=12)]
+    color: Color
+    age: Annotated[int, pydantic.Field(ge=0, le=99)] | None
+    chicks: Annotated[list[bool], pydantic.Field(max_length=2)]
+
+
+def test_parse(parrot):
+    """openai's parse() makes the schema of a pydantic model, and reads the answer into the model. Beside it,
+    a recitation goes on unharmed, and streams give the same text as whole answers."""
+    pytest.importorskip("llguidance")
+    client = parrot.client()
+    for seed in range(4):
+        asked = dict(model="model", messages=user("A bird, please."), temperature=2, seed=seed)
+        with ThreadPoolExecutor() as pool:
+            recited = pool.submit(recite, client)
+            answer = client.chat.completions.parse(**asked, response_format=Bird)
+            assert recited.result() == ANSWER
+        assert isinstance(answer.choices[0].message.parsed, Bird), answer
+        assert answer.choices[0].finish_reason == "stop"
+        with client.chat.completions.stream(**asked, response_format=Bird) as stream:
+            streamed = stream.get_final_completion()
+        assert streamed.choices[0].message.content == answer.choices[0].message.content
+
+
+def recite(client):
+    answer = client.chat.completions.create(model="model", messages=user(QUESTION), temperature=0)
+    return answer.choices[0].message.content
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_json_object(parrot, path):
+    """A cut answer says so. n answers have a grammar each."""
+    pytest.importorskip("llguidance")
+    asked = {"messages": user("JSON"), "prompt": "JSON", "response_format": {"type": "json_object"}, "n": 4,
+             "temperature": 1.5, "seed": 1, "max_tokens": 40}
+    status, _, data = parrot.post(path, asked)
+    assert status == 200, data
+    for choice in json.loads(data)["choices"]:
+        text = choice["text"] if "text" in choice else choice["message"]["content"]
+        value = pydantic_core.from_json(text, allow_partial="trailing-strings")
+        assert isinstance(value, dict) and choice["finish_reason"] in ("stop", "length")
+        assert choice["finish_reason"] == "length" or json.loads(text) == value
+
+
+def test_refused_schemas(parrot, monkeypatch):
+    """With llguidance's reason, in one line, or with the name of the package that is not there."""
+    pytest.importorskip("llguidance")
+
+    def refused(schema):
+        body = {"prompt": [1], "response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}
+        error = refusal(parrot, "/v1/completions", body)
+        assert error["param"] == "response_format"
+        return error["message"]
+    assert "Invalid type: foo" in refused({"type": "foo"})
+    assert "look-ahead" in refused({"type": "string", "pattern": "(?=a)b"})
+    assert "Unknown format" in refused({"type": "string", "format": "x" * 5000})
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    assert "pip install llguidance" in refused({"type": "integer", "maximum": 31})
+    assert parrot.complete(prompt=[1], max_tokens=1)
+
+
 def test_echo(stub):
     for prompt, text in ("Once upon a time", "Once upon a time"), (TOKENIZER.encode("a time"), "a time"):
         ids = TOKENIZER.encode(text)
@@ -717,7 +791,10 @@ def refusal(running, path, body, status=400, headers=()):
     ("stream_options", {"stream_options": {"include_usage": True}}), ("suffix", {"suffix": "x"}),
     ("best_of", {"best_of": 2}), ("tools", {"tools": [{"type": "function"}]}),
     ("cache_salt", {"cache_salt": "x"}), ("tool_choice", {"tool_choice": "required"}),
-    ("response_format", {"response_format": {"type": "json_object"}}), ("model", {"model": 5}),
+    ("response_format", {"response_format": {"type": "regex"}}), ("model", {"model": 5}),
+    ("response_format", {"response_format": {}}), ("response_format", {"response_format": "json_object"}),
+    ("response_format", {"response_format": {"type": "json_schema"}}),
+    ("response_format", {"response_format": {"type": "json_schema", "json_schema": {"schema": "{}"}}}),
     ("prompt_logprobs", {"prompt_logprobs": 1})])
 def test_bad_fields(stub, param, body):
     error = refusal(stub, "/v1/completions", {"prompt": [1]} | body)
@@ -765,7 +842,7 @@ def test_every_field_with_every_value():
     values = [None, "", "1", -1, 0, 2**70, 1e308, [], {}, [None], {"a": {}}, deep, "x" * 5000, True]
     fields = [*completions.SAMPLING_FIELDS, *completions.NEUTRAL_VALUES, *completions.NEUTRAL_CHAT_VALUES,
               "model", "n", "stream", "stream_options", "max_tokens", "max_completion_tokens", "logprobs",
-              "top_logprobs", "echo", "user", "prompt", "messages"]
+              "top_logprobs", "echo", "user", "prompt", "messages", "response_format"]
     statuses = set()
     with running(stub_llm(num_blocks=8)) as it:         # answers are short
         connection = http.client.HTTPConnection("127.0.0.1", it.port, timeout=30)

@@ -1688,18 +1688,21 @@ LEAVES = {"tokenizer", "views", "simulator"}
 # Module: our modules for import. A program, such as bench, may import all modules of this table.
 MAY_IMPORT = {"tokenizer": set(), "views": set(), "simulator": set(), "load": set(), "reference": set(),
               "device": {"simulator"}, "sampling": {"device"}, "weights": {"device", "sampling", "tokenizer"},
+              "grammar": {"device"},
               "program": {"device", "sampling", "tokenizer", "weights"},
-              "tinyvllm": LEAVES | {"device", "program", "sampling", "weights"},
-              "completions": {"device", "sampling", "tinyvllm", "tokenizer"}}
-MAY_COME_LATE = {"cupy", "huggingface_hub"}         # in a function: not every run has or needs both
-MOST_LINES = {"tinyvllm.py": 1750, "program.py": 260, "sampling.py": 170, "weights.py": 450, "device.py": 440,
-              "kernels.cu": 1140, "ptx.h": 250, "decode.cu": 1020, "simulator.h": 540, "simulator.py": 150,
-              "tokenizer.py": 360, "views.py": 820, "bench.py": 745, "load.py": 600,
-              "reference.py": 300, "chat.py": 180, "server.py": 770, "completions.py": 600}
+              "tinyvllm": LEAVES | {"device", "grammar", "program", "sampling", "weights"},
+              "tools": {"device", "grammar"},
+              "completions": {"device", "sampling", "tinyvllm", "tokenizer", "tools"}}
+MAY_COME_LATE = {"cupy", "huggingface_hub", "llguidance"}      # in a function: not every run has or needs it
+MOST_LINES = {"tinyvllm.py": 1750, "program.py": 260, "sampling.py": 180, "weights.py": 450, "device.py": 440,
+              "kernels.cu": 1160, "ptx.h": 250, "decode.cu": 1025, "simulator.h": 540, "simulator.py": 150,
+              "tokenizer.py": 360, "views.py": 820, "bench.py": 745, "load.py": 600, "reference.py": 300,
+              "chat.py": 180, "grammar.py": 90, "tools.py": 140, "server.py": 770, "completions.py": 710}
 ROOMS = set(MOST_LINES) | {
     "views.html", "server.html", "test_server.py", "test_page.py",
     "test_tinyvllm.py", "test_kernels.py", "test_tokenizer.py", "test_views.py",
     "test_bench.py", "test_chat.py", "test_course.py", "test_faults.py", "test_sampling.py",
+    "test_grammar.py", "test_tools.py",
     "run.sh", "README.md", "course", "parrot", "pyproject.toml", "requirements.txt", "LICENSE", ".ci",
     ".gitignore"}
 PATTERNS = ["*.py", "*.cu", "*.h", "*.html", "*.sh", "*.md", "*.toml", "course/*.py", "course/*.md",

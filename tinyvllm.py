@@ -55,7 +55,8 @@ try:
 
     import views
     from device import (DECODE_KERNEL, FOLDER, KERNELS, TinyVLLMError, check, compile_kernels, open_device,
-                        paste, shown)
+                        first_line, paste, shown)
+    from grammar import Grammars
     from program import (ArgumentParser, EngineArgs, add_sampling_options, as_flags, check_writable,
                          given_sampling, run_program, sampling_params)
     from sampling import ENTRY_INTS, Adjustments, SamplingParams
@@ -212,7 +213,8 @@ class RequestOutput:
     prompt_token_ids: list
     text: str = ""
     token_ids: list = field(default_factory=list)
-    # "stop": an eos or stop token (the last of token_ids), a stop text; "length": a limit; "error"; "abort"
+    # "stop": an eos or stop token (the last of token_ids), a stop text, the end of a grammar; "length": a
+    # limit; "error"; "abort"
     finish_reason: str | None = None
     error: str | None = None            # why the request was refused
     logprobs: list | None = None        # for each token {token id: log-probability}, of itself and the n best
@@ -229,14 +231,15 @@ class RequestOutput:
 class Sequence:
     """A request inside the engine: its tokens, its pages, and the progress of the computation."""
 
-    def __init__(self, params, output, decoder, max_len, adjustments=None):
+    def __init__(self, params, output, decoder, max_len, adjustments=None, matcher=None):
         """max_len: prompt and answer together end at this number of tokens. adjustments: the changed
-        logits, None if no logits are changed."""
+        logits, None if no logits are changed. matcher: see grammar.py, None without a grammar."""
         self.params = params
         self.output = output
         self.decoder = decoder
         self.max_len = max_len
         self.adjustments = adjustments
+        self.matcher = matcher
         # array("i"): four bytes a token. Batch.build joins slices as bytes, without a Python loop.
         self.token_ids = int_array("i", output.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
@@ -259,6 +262,11 @@ class Sequence:
     def is_complete(self):
         """Whether the sequence has all its tokens; the last may be a placeholder (see Engine)."""
         return len(self.token_ids) == self.max_len
+
+    @property
+    def awaits_token(self):
+        """Whether the next token must wait: a grammar has to see the newest token, a placeholder."""
+        return self.matcher is not None and self.token_ids[-1] < 0
 
     @property
     def num_unscored(self):
@@ -314,7 +322,7 @@ class Scheduler:
                 break                       # just preempted, and so are all sequences after this one
             if sequence.remaining > 1:
                 prefills.append(sequence)
-            elif not sequence.is_complete and self.grow(sequence):
+            elif not sequence.is_complete and not sequence.awaits_token and self.grow(sequence):
                 decodes.append(sequence)
         # 2. Waiting sequences, in order of arrival.
         room = self.prefill_room(len(decodes))
@@ -370,8 +378,8 @@ class Scheduler:
 
     def has_room(self, prefills, room, was_idle):
         """Whether the step of these prompts can take in the first waiting sequence."""
-        if self.waiting[0].is_complete:
-            return False        # preempted with the last token in flight: nothing is left to compute
+        if self.waiting[0].is_complete or self.waiting[0].awaits_token:
+            return False        # preempted with a token in flight, which may be the last
         if len(self.running) >= self.max_num_seqs:
             return False
         if self.static_batching:
@@ -550,13 +558,15 @@ class Batch:
     given: np.ndarray                   # [R + P] int32: the token to report; -1: choose one
     newest: np.ndarray                  # [R + P] int32: index in the batch of a token not in entries, or -1
     cu_entries: np.ndarray              # [R + P + 1] int32: see entries
+    mask_starts: np.ndarray             # [R + P] int32: where the row's mask begins; -1: no mask
     penalties: np.ndarray               # [R + P, 3] float32: presence, frequency, repetition
     tiles: np.ndarray                   # [2A] int32: the work of attention, see attention_tiles
     cu_blocks: np.ndarray               # [S + 1] int32
     block_tables: np.ndarray            # [pages of all S] int32: sequence s begins at cu_blocks[s]
     # int32: the changed logits of all rows, see Adjustments. In a graph, arrays behind block_tables have
-    # no fixed address, so cu_entries counts from the beginning of block_tables.
+    # no fixed address, so cu_entries and mask_starts count from the beginning of block_tables.
     entries: np.ndarray
+    masks: np.ndarray                   # int32: a bit for each token that a grammar allows, see grammar.py
 
     @classmethod
     def build(cls, scheduled, block_size, group, tile_rows):
@@ -607,6 +617,8 @@ class Batch:
 
         entries = []
         num_entries = np.zeros(len(last_tokens), np.int32)
+        masks = []
+        mask_lengths = np.zeros(len(sampled), np.int32)
         newest = np.full(len(sampled), -1, np.int32)
         penalties = np.zeros((len(sampled), 3), np.float32)
         for row, sequence in enumerate(sampled):
@@ -617,6 +629,11 @@ class Batch:
                 penalties[row] = sequence.params.penalties
                 if ints and ints[-ENTRY_INTS] < 0:      # without a token: the newest token's, see SPARE
                     newest[row] = last_tokens[row]
+            if sequence.matcher:
+                masks.append(sequence.matcher.compute_bitmask())
+                mask_lengths[row] = len(masks[-1]) // 4
+        cu_entries = num_blocks + cumulative(num_entries)
+        starts = cu_entries[-1] + cumulative(mask_lengths)[:-1]
         params = [s.params for s in sampled]
         rows = {
             "seeds": np.array([s.seed for s in sampled], np.uint64),
@@ -627,7 +644,8 @@ class Batch:
             "min_ps": np.array([p.min_p for p in params], np.float32),
             "given": np.full(len(sampled), -1, np.int32),
             "newest": newest,
-            "penalties": penalties}
+            "penalties": penalties,
+            "mask_starts": np.where(mask_lengths > 0, starts, -1).astype(np.int32)}
         if scored:
             rows = {name: filled(name, array, len(last_tokens)) for name, array in rows.items()}
             rows["given"][len(sampled):] = [sequence.token_ids[position] for sequence, position in scored]
@@ -635,8 +653,9 @@ class Batch:
             "sampled": sampled,
             "scored": scored,
             "last_tokens": last_tokens,
-            "cu_entries": num_blocks + cumulative(num_entries),
-            "entries": np.frombuffer(b"".join(entries), np.int32)}
+            "cu_entries": cu_entries,
+            "entries": np.frombuffer(b"".join(entries), np.int32),
+            "masks": np.frombuffer(b"".join(masks), np.int32)}
 
     @property
     def num_bytes(self):
@@ -658,7 +677,7 @@ class Batch:
         new_tiles = np.stack([padding, np.zeros_like(padding)], 1)      # (sequence, first query row 0)
         arrays = {name: filled(name, getattr(self, name), size) for name in (
             "slot_mapping", "seeds", "token_ids", "positions", "context_lens", "lengths", "temperatures",
-            "top_ks", "top_ps", "min_ps", "given", "newest", "penalties")}
+            "top_ks", "top_ps", "min_ps", "given", "newest", "penalties", "mask_starts")}
         ends = {name: np.concatenate([getattr(self, name), np.repeat(getattr(self, name)[-1:], size - count)])
                 for name in ("cu_blocks", "cu_entries")}
         return replace(
@@ -670,7 +689,7 @@ class Batch:
 
 def filled(name, array, size):
     """A Batch's array, lengthened to `size` by rows that ask for nothing."""
-    value = -1 if name in ("slot_mapping", "given", "newest") else 0
+    value = -1 if name in ("slot_mapping", "given", "newest", "mask_starts") else 0
     return np.concatenate([array, np.full((size - len(array), *array.shape[1:]), value, array.dtype)])
 
 
@@ -699,14 +718,14 @@ def attention_tiles(counts, context_lens, group, tile_rows):
 
 class StepBuffer:
     """The memory for a step's exchange: the batch goes to the device in one copy, the sampled
-    tokens come back in one copy. In a batch of decodes, all sizes but those of the last two arrays
+    tokens come back in one copy. In a batch of decodes, all sizes but those of the last three arrays
     follow from S: T = S = R, and each sequence has one tile. A CUDA graph therefore finds all arrays
-    but the last at the addresses of its recording."""
+    but the last two at the addresses of its recording."""
     # Slot, id, position, and a share of a tile: 8 bytes for 64 query rows or more, which are 4 tokens
     # or more, since a token has 16 query rows at most.
     TOKEN_BYTES = 8 + 4 + 4 + 2
     SEQUENCE_BYTES = 3 * 4 + 8          # three arrays of 4 bytes, a last, partial tile
-    ROW_BYTES = 8 + 12 * 4              # of logits: a seed, nine arrays of 4 bytes, three penalties
+    ROW_BYTES = 8 + 13 * 4              # of logits: a seed, ten arrays of 4 bytes, three penalties
 
     def __init__(self, device, max_tokens, max_seqs, max_blocks):
         """max_seqs: of sequences and of rows of logits, each. max_blocks: entries of all block tables.
@@ -813,7 +832,7 @@ class Model:
         log-probabilities, float32 [R + P]. All three can have more rows, which mean nothing."""
         size = self.graph_size(batch)
         batch = batch if size is None else batch.padded(size)
-        if batch.num_bytes > len(self.buffer.target):       # the changed logits of many long texts: no limit
+        if batch.num_bytes > len(self.buffer.target):       # changed logits and masks have no limit
             self.buffer.allocate(2 * batch.num_bytes)
             self.graphs.clear()                             # recorded with the old addresses
         b = self.buffer.upload(batch)
@@ -913,7 +932,7 @@ class Model:
         tokens, logprobs = self.buffer.sampled
         self.kernels.sample((len(logits),), tokens, logprobs.view(np.float32), logits, b.temperatures,
                             b.top_ks, b.top_ps, b.min_ps, b.seeds, b.lengths, b.given, b.penalties,
-                            b.block_tables, b.cu_entries, b.newest, b.token_ids)
+                            b.block_tables, b.cu_entries, b.newest, b.token_ids, b.mask_starts)
         return logits
 
 
@@ -1122,6 +1141,8 @@ class Engine:
         output = sequence.output
         answer = sequence.token_ids[sequence.num_prompt_tokens:].tolist()
         sequence.decoder.reset()
+        if sequence.matcher:
+            sequence.matcher.reset()
         text = ""
         reason = None
         for position, token in enumerate(answer, sequence.num_prompt_tokens):
@@ -1191,6 +1212,10 @@ class Engine:
             if math.isnan(logprobs[row]):
                 self.end(sequence, "error", "the model's logits are NaN or infinite: check the weights")
                 continue
+            if sequence.matcher and not sequence.matcher.validate_tokens([tokens[row]]):
+                reason = sequence.matcher.get_error() or "no token that the grammar allows is possible"
+                self.end(sequence, "error", f"structured output: {first_line(reason)}")
+                continue
             if sequence.output.logprobs is not None:
                 sequence.output.logprobs.append(report(row, sequence.params.logprobs))
             self.append(sequence, position, tokens[row])
@@ -1222,6 +1247,8 @@ class Engine:
         num_tokens = position + 1 - sequence.num_prompt_tokens
         text = sequence.decoder.push(token, num_tokens > params.min_tokens)
         if sequence.decoder.has_stopped:
+            return text, "stop"
+        if sequence.matcher and sequence.matcher.consume_token(token) and sequence.matcher.is_stopped():
             return text, "stop"
         return text, "length" if position + 1 == sequence.max_len else None
 
@@ -1284,6 +1311,8 @@ class LLM:
         self.folder = folder
         self.tokenizer = Tokenizer(folder)
         self.config = replace(config, eos_token_ids=config.eos_token_ids | self.tokenizer.end_ids)
+        end_ids = {i for i in self.config.eos_token_ids if i < config.vocab_size}
+        self.grammars = Grammars(self.tokenizer, config.vocab_size, end_ids)
         self.default_sampling = generation_defaults(folder)     # {name of SamplingParams: value}
         self.device = open_device(args.device)
         self.max_logprobs = args.max_logprobs
@@ -1377,7 +1406,10 @@ class LLM:
         """The Sequence of a prompt, whose output has an error if the prompt is unanswerable."""
         output = RequestOutput([], arrival_time=time.perf_counter(),
                                logprobs=None if params.logprobs is None else [])
+        matcher = None
         try:
+            if params.structured_outputs:
+                matcher = self.grammars.matcher(params.structured_outputs)
             output.prompt_token_ids = self.encode_prompt(prompt)
         except (TinyVLLMError, TokenizerError) as error:
             output.finish_reason = "error"
@@ -1390,7 +1422,8 @@ class LLM:
         if params.changes_logits:
             end_ids = {*params.stop_token_ids} | (set() if params.ignore_eos else self.config.eos_token_ids)
             adjustments = Adjustments(params, {i for i in end_ids if i < self.config.vocab_size})
-        return Sequence(params, output, StreamDecoder(self.tokenizer, params.stop), max_len, adjustments)
+        return Sequence(params, output, StreamDecoder(self.tokenizer, params.stop), max_len, adjustments,
+                        matcher)
 
     def check_length(self, text):
         """Raises TinyVLLMError for a text longer than all prompts that fit: nobody waits for its
