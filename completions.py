@@ -603,11 +603,10 @@ class Choice:
         a tool, or without the longest end of the text that begins a stop string."""
         text = self.progress.text
         ready = len(text)
-        if self.progress.reason and not self.tool_calls:
-            return ready
-        if self.call.tools:
+        is_final = self.progress.reason is not None
+        if self.call.tools and (not is_final or self.tool_calls):
             ready = self.call.tools.start(text)
-        if self.progress.reason:
+        if is_final:
             return ready
         for stop in self.call.params.stop:
             start = text.find(stop[0], max(len(text) - len(stop) + 1, 0), ready)

@@ -660,7 +660,7 @@ def test_half_a_stop_string_at_the_end(parrot):
     ("abc", ["xyz"], ""), ("", ["a"], ""), ("abc", ["c"], ""), ("aaa", ["aaaa"], "aaa"),
     ("xaay", ["aab"], "")])
 def test_what_is_held_back(text, stops, held):
-    call = SimpleNamespace(params=SamplingParams(stop=stops))
+    call = SimpleNamespace(params=SamplingParams(stop=stops), tools=None)
     choice = SimpleNamespace(progress=SimpleNamespace(text=text, reason=None), call=call)
     assert text[completions.Choice.num_ready.fget(choice):] == held
 
