@@ -840,8 +840,8 @@ __device__ inline u64 candidate(float score, int token) {
 }
 __device__ inline int token_of(u64 candidate) { return ~(unsigned)candidate; }
 
-// exp(-distance) as a multiple of 2^-40. A sum over 2^18 logits has 58 bits; each loses less than 1
-// in 10^12.
+// exp(-distance) as a multiple of 2^-40. A sum over 2^18 logits has 58 bits; each loses less than
+// 2^-40 of the greatest mass.
 __device__ inline u64 mass(float distance) { return (u64)(exp2_approx(-LOG2_E * distance) * 0x1p40f); }
 
 // A random-looking number for each z, one to one. A multiplication carries differences upwards and
@@ -1082,11 +1082,12 @@ extern "C" __global__ __launch_bounds__(SAMPLE_THREADS, 2) void sample(
         scratch.mask = mask_starts[s] < 0 ? nullptr : lists + mask_starts[s];
     }
 
-    // 1. The greatest logit: greedy's choice.
+    // 1. The softmax of the logits as given: what is reported.
     const Softmax softmax = softmax_of(row);
 
-    // 2. The changed logits, and the greatest of all. (No thread reads the raw row after softmax_of()'s
-    // last barrier.) Entries, tau, cuts and softmax are the thread block's: all meet each barrier, or none.
+    // 2. The changed logits, and the greatest of all: greedy's choice. (No thread reads the raw row after
+    // softmax_of()'s last barrier.) Entries, tau, cuts and softmax are the thread block's: all meet each
+    // barrier, or none.
     Softmax changed = softmax;
     if (scratch.num_entries > 0)
         change(scratch, row, newest[s] < 0 ? -1 : token_ids[newest[s]], penalties + 3 * s);

@@ -7,7 +7,8 @@ brings a list of these tokens, and no count for every word of the vocabulary.
 The list goes to the kernel as entries of three 32-bit numbers (struct Entry in kernels.cu):
 
     token    each token has one entry at most
-    count    how often the token stands in the answer; 0: in the prompt alone; ABSENT: in neither
+    count    how often the token stands in the answer; 0: in the prompt alone; ABSENT: in neither, or no
+             penalty asks for the count
     bias     added to the logit, a float32; -inf: the token cannot be drawn
 
 One token is not in the list: the newest token of a running answer, which only the GPU knows (see
@@ -48,7 +49,7 @@ class SamplingParams:
     Then the temperature divides. Then min_p, top_k and top_p, in this order, drop tokens."""
     temperature: float = 0.0            # 0: greedy
     top_k: int = 0                      # keep the k most probable tokens; 0 or -1: all
-    top_p: float = 1.0                  # of the kept tokens, keep the most probable up to a sum of p
+    top_p: float = 1.0                  # of the kept tokens, keep the fewest that together reach p
     min_p: float = 0.0                  # drop tokens with less than p times the best token's probability
     presence_penalty: float = 0.0       # subtracted from the logit of each token of the answer
     frequency_penalty: float = 0.0      # ... times the number of times that the token is there
@@ -56,7 +57,7 @@ class SamplingParams:
     logit_bias: dict = field(default_factory=dict)      # {token id: added to the logit, -100 to 100}
     seed: int | None = None             # None: another seed for every request
     max_tokens: int | None = 256        # None: as many as the context holds
-    min_tokens: int = 0                 # before this number of tokens, nothing but a limit ends the answer
+    min_tokens: int = 0                 # so many tokens come before any end but a limit's or a grammar's
     ignore_eos: bool = False            # go on after the model's own end of an answer
     stop: tuple = ()                    # texts that end the answer, and are not in the answer
     stop_token_ids: tuple = ()          # end the answer, beside the model's own eos tokens
@@ -137,7 +138,7 @@ class Adjustments:
         self.is_banned = is_banned
         self.entries = int_array("i")
         self.index = {}                 # token -> index of the token's entry in `entries`
-        self.num_counted = 0            # tokens of the text
+        self.num_counted = 0            # the position up to which tokens were counted
         biases = dict(self.params.logit_bias)
         if is_banned:
             biases |= dict.fromkeys(self.end_ids, -np.inf)

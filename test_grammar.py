@@ -152,16 +152,17 @@ def test_interrupts_lose_nothing(folder, overlap):
     llm = LLM(folder, num_blocks=64, overlap=overlap)
     wanted = [output.token_ids for output in llm.generate(prompts, params)]
     rng = random.Random(overlap)
-    num_interrupts = 0
     for _ in range(3):
         outputs = llm.submit(prompts, params)
+        num_interrupts = 0
         while not all(output.finish_reason for output in outputs):
-            with contextlib.suppress(KeyboardInterrupt), at_line(rng.randrange(40, 1500), interrupt) as place:
-                for _ in range(3):
+            # Whether a step is cut at its beginning, at its end, or not at all
+            with contextlib.suppress(KeyboardInterrupt), at_line(rng.randrange(40, 4000), interrupt) as place:
+                for _ in range(4):
                     llm.engine.step()
             num_interrupts += len(place)
         assert [output.token_ids for output in outputs] == wanted
-    assert num_interrupts > 12
+        assert num_interrupts > 2
     assert_settled(llm)
 
 

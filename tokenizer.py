@@ -207,7 +207,8 @@ class Tokenizer:
     # In that text, the template's marks look like marks that a user has typed. A guard tells them
     # apart: a character that is in no message, here "°".
     #   1. Before the template runs, guards break up the marks in messages: <°|°e°o°t°_°i°d°|°>°.
-    #      So each mark that is whole in the template's text is the template's own.
+    #      So each mark that is whole in the template's text is the template's own. (One exception:
+    #      a mark for which the template searches the assistant's messages stays whole there.)
     #   2. Each whole mark gets a guard in front, and the other guards go. The package then encodes
     #      the text, with °<|eot_id|> as the name of the token. It takes <|eot_id|> for plain text.
     # The ids are those of Transformers, except where a message holds a mark.
