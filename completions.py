@@ -5,11 +5,12 @@ the request: an ASGI app. A Choice is one answer of a call. server.py gives the 
 by step; a choice remembers how much of the answer the client has. So there is no queue of tokens: a client
 that reads slowly gets fewer and larger chunks, and costs no memory.
 
-What is not supported is refused with the name of the field, and never ignored in silence.
+A known field that is not supported is refused by its name. Unknown fields are ignored.
 """
 import asyncio
 import contextlib
 import json
+import math
 import os
 import time
 from collections import namedtuple
@@ -137,8 +138,12 @@ async def read_json(request, limit):
 
     def refuse(name):
         raise ValueError(f"{name} is no JSON")
+
+    def finite_float(text):
+        number = float(text)
+        return number if math.isfinite(number) else refuse(text)
     try:
-        value = json.loads(body, parse_constant=refuse)
+        value = json.loads(body, parse_constant=refuse, parse_float=finite_float)
     except ValueError as error:             # no JSON, no UTF-8, a number of 5,000 digits
         raise RequestError(f"the body: expected JSON, got {len(body)} bytes that are none "
                            f"({first_line(error):.100})") from None
@@ -407,7 +412,8 @@ class Call:
             if text:
                 self.is_quiet = False
                 self.num_sends += 1
-                await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+                data = text.encode("utf-8", "replace")      # arguments of a call may hold half a surrogate
+                await send({"type": "http.response.body", "body": data, "more_body": True})
                 if not self.is_sent:
                     await asyncio.sleep(CHUNK_SECONDS)
             else:
@@ -617,9 +623,12 @@ class Choice:
         last = self.output.token_ids[-1]
         if last in self.call.params.stop_token_ids:
             return last
-        text = self.call.service.llm.tokenizer.decode(self.output.token_ids)
-        return next((stop for stop in self.call.params.stop
-                     if text.startswith(stop, len(self.progress.text))), None)
+        stops = self.call.params.stop
+        if not stops:
+            return None
+        decoder = StreamDecoder(self.call.service.llm.tokenizer)
+        text = "".join(map(decoder.push, self.output.token_ids)) + decoder.flush()
+        return next((stop for stop in stops if text.startswith(stop, len(self.progress.text))), None)
 
     def take_logprobs(self, end):
         """The log-probabilities of tokens that begin before the character `end`, in the endpoint's

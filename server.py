@@ -216,8 +216,8 @@ class Service:
     async def submit(self, call):
         """Encodes and queues the call's prompts. Raises RequestError if the queue is full."""
         num_waiting = self.num_unfinished - len(self.llm.engine.scheduler.running)
-        if num_waiting + call.num_choices > self.max_waiting:
-            raise RequestError(f"overloaded: {num_waiting} requests wait already, of {self.max_waiting} at "
+        if num_waiting and num_waiting + call.num_choices > self.max_waiting:
+            raise RequestError(f"overloaded: {num_waiting} sequences wait already, of {self.max_waiting} at "
                                "most: try again later", 503, code="overloaded")
         self.num_unfinished += call.num_choices
         self.calls.add(call)
@@ -471,8 +471,11 @@ class Endpoints:
         body = await read_json(request, self.service.max_body)
         self.service.model_name(body.get("model"))
         last = llm.config.vocab_size - 1
-        ids = want("tokens", body.get("tokens"), lambda ids: isinstance(ids, list) and all(
-            is_int(i, 0, last) for i in ids), f"a list of token ids from 0 to {last}")
+        limit = llm.max_model_len
+        ids = want("tokens", body.get("tokens"),
+                   lambda ids: isinstance(ids, list) and len(ids) <= limit and all(
+                       is_int(i, 0, last) for i in ids),
+                   f"a list of {limit} token ids at most, from 0 to {last}")
         return json_response({"prompt": await asyncio.to_thread(llm.tokenizer.decode, ids)})
 
 

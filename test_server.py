@@ -329,6 +329,8 @@ def test_tokenize(parrot):
                           "max_model_len": 4096}
         _, _, data = parrot.post("/detokenize", {"tokens": tokens["tokens"]})
         assert json.loads(data) == {"prompt": text}
+    status, _, data = parrot.post("/detokenize", {"tokens": [1] * 4097})
+    assert status == 400 and "4096 token ids at most" in json.loads(data)["error"]["message"]
     _, _, data = parrot.post("/tokenize", {"prompt": "Hi", "add_special_tokens": False})
     assert json.loads(data)["tokens"] == TOKENIZER.encode("Hi", add_bos=False)
     _, _, data = parrot.post("/tokenize", {"messages": user("Hi")})
@@ -816,7 +818,8 @@ def test_bad_fields_of_a_chat(stub, param, body):
     b"", b"{", b"nonsense", b"[1]", b"5", b'"text"', b"\xff\xfe", b'{"prompt": "\xff"}',
     b'{"temperature": NaN}', b'{"temperature": Infinity}', b"[" * 100_000, b'{"a":' * 100_000,
     b'{"seed": ' + b"1" * 5000 + b"}",
-    b'{"prompt": "\\ud83e"}', b'{"prompt": [1], "temperature": 1e999}'])
+    b'{"prompt": "\\ud83e"}', b'{"prompt": [1], "temperature": 1e999}',
+    b'{"prompt": [1], "of_the_future": -1e999}'])
 def test_bodies_that_are_no_request(stub, body):
     """Each is refused, and the next request is answered."""
     for path in "/v1/completions", "/tokenize":

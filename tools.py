@@ -92,10 +92,11 @@ class Tools:
                 position = tail.end()
             except (ValueError, AttributeError, RecursionError):    # no JSON; no match, no object
                 return []
-            if call.get("name") not in self.names or not isinstance(arguments, dict):
+            name = call.get("name")
+            if not isinstance(name, str) or name not in self.names or not isinstance(arguments, dict):
                 return []
             calls.append({"id": f"call_{os.urandom(12).hex()}", "type": "function", "function": {
-                "name": call["name"], "arguments": json.dumps(arguments, ensure_ascii=False)}})
+                "name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}})
         return calls
 
 
