@@ -70,7 +70,8 @@ def test_calls_in_a_text(family):
     assert found(f"Let me see. {call}", tokenizer) == ([weather] if mark == HERMES else [])
     for text in ("", "Hello", "{", "{}", call[:-1] if mark == LLAMA else call[:-20], call + "x", call[1:],
                  call.replace("weather", "rm"), call.replace('{"city": "Zürich", "days": 3}', "5"),
-                 call.replace('"name"', '"nome"'), call.replace('"weather"', '["weather"]'), "[" * 5000, mark, f"[{call}]"[mark == HERMES:]):
+                 call.replace('"name"', '"nome"'), call.replace('"weather"', '["weather"]'),
+                 "[" * 5000, mark, f"[{call}]"[mark == HERMES:]):
         assert found(text, tokenizer) == [], text
 
 
