@@ -202,11 +202,13 @@ def test_sigterm_ends_the_program(where):
 
 
 def piped(stdin, *command):
-    """(exit code, stdout, lines of stderr after the two of the start)."""
+    """(exit code, stdout, lines of stderr after those of the start). run.sh may install packages first."""
     done = subprocess.run(
         command, input=stdin.encode(errors="surrogateescape"), capture_output=True, timeout=LIMIT,
         env=os.environ | {"PYTHONIOENCODING": "utf-8", "TINYVLLM_PYTHON": sys.executable})
-    return done.returncode, done.stdout.decode(), done.stderr.decode().splitlines()[2:]
+    lines = done.stderr.decode().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.endswith("/help shows the commands"))
+    return done.returncode, done.stdout.decode(), lines[start + 1:]
 
 
 def test_lines_in_a_pipe():
