@@ -216,7 +216,7 @@ class Service:
     async def submit(self, call):
         """Encodes and queues the call's prompts. Raises RequestError if the queue is full."""
         num_waiting = self.num_unfinished - len(self.llm.engine.scheduler.running)
-        if num_waiting and num_waiting + call.num_choices > self.max_waiting:
+        if num_waiting + call.num_choices > self.max_waiting:
             raise RequestError(f"overloaded: {num_waiting} sequences wait already, of {self.max_waiting} at "
                                "most: try again later", 503, code="overloaded")
         self.num_unfinished += call.num_choices
