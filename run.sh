@@ -69,13 +69,13 @@ if [[ $* == --quick ]]; then check=quick; fi
 python=${TINYVLLM_PYTHON:-$venv/bin/python}
 if [[ $python == "$venv/bin/python" ]]; then
     set_up
-    if [[ $check ]] && ! "$python" -c 'import pytest, openai, llguidance' 2>/dev/null; then
-        install pytest openai llguidance
+    if [[ $check ]] && ! "$python" -c 'import pytest, xdist, openai, llguidance' 2>/dev/null; then
+        install pytest pytest-xdist openai llguidance
     fi
 else
     check_version "$python"
-    error=$("$python" -c "import numpy, ml_dtypes, safetensors, tokenizers, jinja2${check:+, pytest}" 2>&1) ||
-        fail "$python needs the packages of requirements.txt${check:+, and pytest}: ${error##*$'\n'}"
+    error=$("$python" -c "import numpy, ml_dtypes, safetensors, tokenizers, jinja2${check:+, pytest, xdist}" 2>&1) ||
+        fail "$python needs the packages of requirements.txt${check:+, pytest and pytest-xdist}: ${error##*$'\n'}"
 fi
 if [[ ${1:-} == --chat ]]; then exec "$python" "$here/chat.py" "${@:2}"; fi
 if [[ ${1:-} == --serve ]]; then exec "$python" "$here/server.py" "${@:2}"; fi
@@ -151,8 +151,8 @@ if check == "quick":
     part = f"{len(QUICK_TESTS)} of the tests"
     options = ["-k", " or ".join(QUICK_TESTS)]
 else:
-    part = "the tests (pytest -q)"
-    options = []
+    part = "the tests (pytest -q -n 2)"
+    options = ["-n", "2"]
 error, _, _ = run(["-m", "pytest", "-q", *options], stdin=subprocess.DEVNULL)
 if error:
     error += ", see above"
