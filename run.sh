@@ -74,8 +74,9 @@ if [[ $python == "$venv/bin/python" ]]; then
     fi
 else
     check_version "$python"
-    error=$("$python" -c "import numpy, ml_dtypes, safetensors, tokenizers, jinja2${check:+, pytest, xdist}" 2>&1) ||
-        fail "$python needs the packages of requirements.txt${check:+, pytest and pytest-xdist}: ${error##*$'\n'}"
+    needed="numpy, ml_dtypes, safetensors, tokenizers, jinja2${check:+, pytest, xdist}"
+    error=$("$python" -c "import $needed" 2>&1) ||
+        fail "$python needs the packages of requirements.txt${check:+, and pytest-xdist}: ${error##*$'\n'}"
 fi
 if [[ ${1:-} == --chat ]]; then exec "$python" "$here/chat.py" "${@:2}"; fi
 if [[ ${1:-} == --serve ]]; then exec "$python" "$here/server.py" "${@:2}"; fi
