@@ -234,7 +234,7 @@ class Tokenizer:
                 add_generation_prompt=True, strftime_now=partial(strftime, today or datetime.now()),
                 **self._special_tokens)
         except UnicodeEncodeError as error:  # half of a surrogate pair
-            raise TokenizerError("expected texts of valid Unicode, got half of a surrogate pair") from error
+            raise TokenizerError("expected messages of Unicode, got half of a surrogate pair") from error
         except Exception as error:  # a program can fail in any way
             reason = " ".join(str(error).split()) or type(error).__name__
             raise TokenizerError("expected messages that the model's chat template can write, got the error: "
