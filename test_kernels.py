@@ -608,11 +608,8 @@ def test_greedy(model):
     assert (token == np.argmax(np.float64(logits), -1)).all()
 
 
-@pytest.mark.parametrize("k, p", [
-    (0, 1.0), (1, 1.0), (7, 1.0), (5000, 1.0), (1001, 1.0), (1000, 1.0), (0, 0.0), (0, 1e-9), (0, 0.3),
-    (0, 0.9), (0, 0.999), (0, 0.9999999), (50, 0.8), (3, 0.5), (1, 0.01), (300, 0.95)])
-def test_sample_equals_its_twin(k, p):
-    rng = RNG(8)
+def rows_to_sample(rng):
+    """(logits [24, 1001], temperatures, seeds, positions): rows with ties, and rows with few tokens."""
     S = 24
     V = 1001
     logits = randn(rng, S, V, scale=2)
@@ -621,8 +618,16 @@ def test_sample_equals_its_twin(k, p):
     temperature = rng.uniform(0.3, 2, S)
     seed = rng.integers(0, 1 << 63, S)
     position = rng.integers(0, 10 ** 6, S)
+    return logits, temperature, seed, position
+
+
+@pytest.mark.parametrize("k, p", [
+    (0, 1.0), (1, 1.0), (7, 1.0), (5000, 1.0), (1001, 1.0), (1000, 1.0), (0, 0.0), (0, 1e-9), (0, 0.3),
+    (0, 0.9), (0, 0.999), (0, 0.9999999), (50, 0.8), (3, 0.5), (1, 0.01), (300, 0.95)])
+def test_sample_equals_its_twin(k, p):
+    logits, temperature, seed, position = rows_to_sample(RNG(8))
     token, _ = sample(logits, temperature, k, p, seed, position)
-    for s in range(S):
+    for s in range(len(logits)):
         assert_drawn(token[s], logits[s], temperature[s], k, p, seed[s], position[s])
 
 
@@ -765,15 +770,8 @@ def test_sample_greedily_of_changed_logits(model):
     (0, 0.9, 0), (0, 0.0, 0), (0, 0.999, 1e-4), (50, 0.8, 0), (3, 0.5, 0.2), (300, 0.95, 0.01)])
 def test_sample_of_changed_logits_equals_its_twin(k, p, min_p):
     rng = RNG(21)
-    S = 24
-    V = 1001
-    logits = randn(rng, S, V, scale=2)
-    logits[1::4] = np.round(np.float32(logits[1::4]))       # many ties
-    logits[2::4, rng.random(V) < 0.9] = -np.inf             # fewer than k are left
-    temperature = rng.uniform(0.3, 2, S)
-    seed = rng.integers(0, 1 << 63, S)
-    position = rng.integers(0, 10 ** 6, S)
-    changes = random_changes(rng, logits, most=V)
+    logits, temperature, seed, position = rows_to_sample(rng)
+    changes = random_changes(rng, logits, most=logits.shape[1])
     token, _ = sample(logits, temperature, k, p, seed, position, min_p=min_p, **changes)
     for s, changed in enumerate(changed_rows(logits, **changes)):
         assert_drawn(token[s], changed, temperature[s], k, p, seed[s], position[s], min_p)
