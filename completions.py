@@ -13,20 +13,19 @@ import json
 import math
 import os
 import time
-from collections import namedtuple
 from dataclasses import replace
 from functools import cached_property
 
 from starlette.responses import Response
 
 from device import TinyVLLMError, check, first_line, is_int, is_number, shown
+from grammar import grammar_text
 from sampling import SamplingParams
-from tinyvllm import __version__
+from tinyvllm import RequestOutput, __version__
 from tokenizer import StreamDecoder, TokenizerError
 from tools import Tools, with_arguments
 
 MAX_CHOICES = 256               # sequences of one HTTP request
-CHUNK_SECONDS = 0.01            # between two chunks of a stream: one for ten tokens costs as much as for one
 PING_SECONDS = 15               # a stream without text for so long shows that it is alive
 LINGER_SECONDS = 1              # of silence, until the rest of a refused body counts as sent
 
@@ -275,6 +274,7 @@ class Call:
         self.event_head = JSON.encode(self.head(self.chunk_kind)).removesuffix("}")
         self.choices = []
         self.news = asyncio.Event()     # set when a choice has made progress
+        self.is_short = False           # the prompts are soon encoded
         self.num_sends = 0              # of chunks
         self.num_sends_seen = 0         # by look_for_silence
         self.is_quiet = False           # a stream that must show that it is alive
@@ -313,7 +313,9 @@ class Call:
         given["logprobs"] = self.read_logprobs()
         given["structured_outputs"] = self.read_grammar()
         try:
-            return llm.copied(SamplingParams(**({"temperature": 1.0} | llm.default_sampling | given)))
+            params = SamplingParams(**({"temperature": 1.0} | llm.default_sampling | given))
+            llm.check_limits(params)
+            return params
         except TinyVLLMError as error:
             raise RequestError(error, param=str(error).partition(":")[0]) from None
 
@@ -336,26 +338,29 @@ class Call:
         return want(name, count, lambda n: n is None or is_int(n, 0, 20), "a whole number from 0 to 20")
 
     def prepare(self):
-        """Encodes the prompts, and makes the choices: for each prompt n, with seeds one after another."""
+        """Encodes the prompts, and makes the choices: for each prompt n, with seeds one after another.
+        Raises RequestError."""
         llm = self.service.llm
-        for prompt in self.prompts:
-            ids = self.encode(prompt)
+        source = "tools" if self.tools else "response_format"
+        try:
+            if self.params.structured_outputs:
+                grammar_text(self.params.structured_outputs)
+            source = "prompt"
+            prompts = [(llm.encode_prompt(self.encode(prompt)), self.lead(prompt)) for prompt in self.prompts]
+        except TinyVLLMError as error:
+            raise RequestError(error, param=source) from None
+        for ids, lead in prompts:
             for i in range(self.n):
                 params = self.params
                 if self.n > 1 and params.seed is not None:
                     params = replace(params, seed=(params.seed + i) % 2**64)
-                sequence = llm.prepare(ids, params)
-                if sequence.output.error:
-                    is_grammar = params.structured_outputs and not sequence.matcher
-                    source = "tools" if self.tools else "response_format"
-                    raise RequestError(sequence.output.error, param=source if is_grammar else "prompt")
-                self.choices.append(Choice(self, len(self.choices), sequence, self.lead(prompt)))
+                self.choices.append(Choice(self, len(self.choices), ids, params, lead))
         self.body = self.prompts = None     # a client may have sent megabytes
 
     @property
     def is_final(self):
         """Whether the engine is done with all choices."""
-        return all(choice.progress.reason for choice in self.choices)
+        return all(choice.output.finish_reason for choice in self.choices)
 
     @property
     def is_sent(self):
@@ -367,16 +372,15 @@ class Call:
         if self.service.error:
             return self.service.trouble
         for choice in self.choices:
-            if choice.progress.reason == "abort":           # and not by the client, who would not ask
+            if choice.output.finish_reason == "abort":      # and not by the client, who would not ask
                 return RequestError("the server is shutting down", 503, code="shutting_down")
-            if choice.progress.reason == "error":
-                return RequestError(choice.progress.error, 500)
+            if choice.output.finish_reason == "error":
+                return RequestError(choice.output.error, 500)
         return None
 
     async def __call__(self, scope, receive, send):
         """The response, as an ASGI app. It watches for the client to go away all the while."""
-        work = self.stream(send) if self.is_stream else self.send_whole(scope, receive, send)
-        work = asyncio.create_task(work)
+        work = asyncio.create_task(self.respond(scope, receive, send))
         gone = asyncio.create_task(disconnection(receive))
         try:
             while not work.done() and not gone.done():
@@ -389,6 +393,13 @@ class Call:
             gone.cancel()
             self.service.calls.discard(self)
             self.service.abort(self)
+
+    async def respond(self, scope, receive, send):
+        await self.service.submit(self)
+        if self.is_stream:
+            await self.stream(send)
+        else:
+            await self.send_whole(scope, receive, send)
 
     async def send_whole(self, scope, receive, send):
         """Sends the answer in one piece."""
@@ -405,22 +416,23 @@ class Call:
                    "x-accel-buffering": "no"}
         raw_headers = [(name.encode(), value.encode()) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": 200, "headers": raw_headers})
-        while not self.failure and not self.is_sent:
-            text = self.new_events()
-            if not text and self.is_quiet:
-                text = ": ping\n\n"
+        is_over = False
+        while not is_over:
+            await self.news.wait()
+            self.news.clear()
+            failure = self.failure
+            if failure:
+                text = f"data: {JSON.encode(failure.body)}\n\n"
+            else:
+                text = self.new_events() or (": ping\n\n" if self.is_quiet else "")
+            is_over = failure is not None or self.is_sent
+            if self.is_sent:
+                text += self.last_events()
             if text:
                 self.is_quiet = False
                 self.num_sends += 1
                 data = text.encode("utf-8", "replace")      # arguments of a call may hold half a surrogate
-                await send({"type": "http.response.body", "body": data, "more_body": True})
-                if not self.is_sent:
-                    await asyncio.sleep(CHUNK_SECONDS)
-            else:
-                await self.news.wait()
-                self.news.clear()
-        text = f"data: {JSON.encode(self.failure.body)}\n\n" if self.failure else self.last_events()
-        await send({"type": "http.response.body", "body": text.encode()})
+                await send({"type": "http.response.body", "body": data, "more_body": not is_over})
 
     def look_for_silence(self):
         """Called every few seconds: wakes a stream that has sent nothing since the last call."""
@@ -436,7 +448,7 @@ class Call:
         lengths = [len(output.prompt_token_ids) for output in outputs]
         # A preempted sequence finds tokens again, so the sum over its admissions could be larger.
         num_cached = sum(min(output.num_cached_tokens, length) for output, length in zip(outputs, lengths))
-        num_new = sum(choice.progress.num_tokens for choice in self.choices)
+        num_new = sum(len(choice.output.token_ids) for choice in self.choices)
         return {"prompt_tokens": sum(lengths), "completion_tokens": num_new,
                 "total_tokens": sum(lengths) + num_new,
                 "prompt_tokens_details": {"cached_tokens": num_cached}}
@@ -570,22 +582,17 @@ class TextCall(Call):
         return f'"text":{JSON.encode(text)}'
 
 
-# What the event loop may know of a sequence: text, number of tokens, finish reason, error. The first
-# num_tokens entries of the output's token_ids and logprobs do not change any more either.
-Progress = namedtuple("Progress", "text num_tokens reason error")
-
-
 class Choice:
     """One answer of a call: how far the engine is, and how much of it the client has."""
 
-    def __init__(self, call, index, sequence, lead):
+    def __init__(self, call, index, prompt_token_ids, params, lead):
         """lead: the text before the answer's own."""
         self.call = call
         self.index = index
+        self.params = params
         self.lead = lead
-        self.sequence = sequence
-        self.output = sequence.output
-        self.progress = Progress("", 0, None, None)
+        self.key = None                     # of the worker's messages
+        self.output = RequestOutput(prompt_token_ids, logprobs=None if params.logprobs is None else [])
         self.last_time = call.start         # of the latest token, for the metrics
         # Sent, or made ready to be sent
         self.has_opening = False
@@ -599,26 +606,26 @@ class Choice:
     @cached_property
     def tool_calls(self):
         """The calls in the whole answer."""
-        return self.call.tools.calls(self.progress.text) if self.call.tools else []
+        return self.call.tools.calls(self.output.text) if self.call.tools else []
 
     @property
     def finish_reason(self):
-        is_call = self.progress.reason == "stop" and self.tool_calls
-        return "tool_calls" if is_call else self.progress.reason
+        is_call = self.output.finish_reason == "stop" and self.tool_calls
+        return "tool_calls" if is_call else self.output.finish_reason
 
     @property
     def num_ready(self):
         """The number of characters that are the client's for good: all, or without what may be a call of
         a tool."""
-        text = self.progress.text
-        if not self.call.tools or (self.progress.reason and not self.tool_calls):
+        text = self.output.text
+        if not self.call.tools or (self.output.finish_reason and not self.tool_calls):
             return len(text)
         return self.call.tools.start(text)
 
     @property
     def stop_reason(self):
         """The stop string or token id that ended the answer, as vLLM says it; None for an eos token."""
-        if self.progress.reason != "stop":
+        if self.output.finish_reason != "stop":
             return None
         last = self.output.token_ids[-1]
         if last in self.call.params.stop_token_ids:
@@ -628,7 +635,7 @@ class Choice:
             return None
         decoder = StreamDecoder(self.call.service.llm.tokenizer)
         text = "".join(map(decoder.push, self.output.token_ids)) + decoder.flush()
-        return next((stop for stop in stops if text.startswith(stop, len(self.progress.text))), None)
+        return next((stop for stop in stops if text.startswith(stop, len(self.output.text))), None)
 
     def take_logprobs(self, end):
         """The log-probabilities of tokens that begin before the character `end`, in the endpoint's
@@ -636,7 +643,7 @@ class Choice:
         if self.call.params.logprobs is None:
             return None
         entries = []
-        while self.num_tokens < self.progress.num_tokens and self.num_token_characters < end:
+        while self.num_tokens < len(self.output.token_ids) and self.num_token_characters < end:
             token = self.output.token_ids[self.num_tokens]
             entries.append((token, self.num_token_characters, self.output.logprobs[self.num_tokens]))
             self.num_token_characters += len(self.decoder.push(token))
@@ -645,32 +652,32 @@ class Choice:
 
     def whole(self):
         """The choice of an answer that is not streamed."""
-        progress = self.progress
-        text = self.lead + progress.text[:self.num_ready]
+        output = self.output
+        text = self.lead + output.text[:self.num_ready]
         return {"index": self.index, **self.call.answer(text, self.tool_calls),
-                "logprobs": self.take_logprobs(len(progress.text)), "finish_reason": self.finish_reason,
+                "logprobs": self.take_logprobs(len(output.text)), "finish_reason": self.finish_reason,
                 "stop_reason": self.stop_reason}
 
     def pieces(self):
         """Yields what is new as JSON, the inside of choices of a stream: the opening, with the first
         token; text; the end by itself, as OpenAI does."""
-        progress = self.progress
-        if not self.has_opening and (progress.num_tokens or progress.reason):
+        output = self.output
+        if not self.has_opening and (output.token_ids or output.finish_reason):
             self.has_opening = True
             opening = self.call.opening(self.lead)
             if opening:
                 yield f'{opening},"logprobs":null,"finish_reason":null'
         end = self.num_ready
         if end > self.num_characters:
-            piece = self.call.piece(progress.text[self.num_characters:end])
+            piece = self.call.piece(output.text[self.num_characters:end])
             logprobs = self.take_logprobs(end)
             self.num_characters = end
             yield f'{piece},"logprobs":{JSON.encode(logprobs) if logprobs else "null"},"finish_reason":null'
-        if progress.reason and not self.has_end:
+        if output.finish_reason and not self.has_end:
             self.has_end = True
             if self.tool_calls:
                 piece = self.call.calls_piece(self.tool_calls)
-                logprobs = self.take_logprobs(len(progress.text))
+                logprobs = self.take_logprobs(len(output.text))
                 yield f'{piece},"logprobs":{JSON.encode(logprobs)},"finish_reason":null'
             reasons = f'"finish_reason":"{self.finish_reason}","stop_reason":{JSON.encode(self.stop_reason)}'
             yield f'{self.call.piece("")},"logprobs":null,{reasons}'

@@ -39,34 +39,48 @@ class Grammars:
         self.compiled = lru_cache(MAX_COMPILED)(self.compile)
 
     def matcher(self, structured_outputs):
-        """A new matcher for {"json": schema} or {"grammar": text, in llguidance's form of Lark}. Raises
-        TinyVLLMError for a grammar that llguidance does not take."""
-        [(kind, grammar)] = structured_outputs.items()
-        try:
-            text = json.dumps(grammar) if kind == "json" else grammar
-            with self.lock:
-                return self.compiled(kind, text).deep_copy()
-        except (TypeError, ValueError, RecursionError) as error:    # no JSON; a refusal by llguidance
-            raise TinyVLLMError("structured output: expected a schema or a grammar that llguidance can "
-                                f"follow, got the error: {' '.join(str(error).split()):.300}") from None
+        """A new matcher for SamplingParams.structured_outputs. Raises TinyVLLMError as grammar_text does."""
+        text = grammar_text(structured_outputs)
+        with self.lock:
+            return self.compiled(text).deep_copy()
 
-    def compile(self, kind, text):
-        """A matcher that stays at the beginning, to be copied. Raises ValueError for a bad grammar."""
-        try:
-            import llguidance
-        except ModuleNotFoundError:
-            raise TinyVLLMError("structured output: expected the Python package llguidance, found none: "
-                                "pip install llguidance") from None
+    def compile(self, text):
+        """A matcher that stays at the beginning, to be copied."""
+        import llguidance
         if not self.vocabulary:
             words = llguidance.TokenizerWrapper(Words(self.tokenizer, self.vocab_size, self.end_ids))
             self.vocabulary = llguidance.LLTokenizer(words, eos_token=self.end_ids)
-        if kind == "json":
-            text = llguidance.LLMatcher.grammar_from_json_schema(
-                text, defaults={"whitespace_pattern": WHITE_SPACE})
         matcher = llguidance.LLMatcher(self.vocabulary, text, log_level=0)
         if matcher.is_error():
-            raise ValueError(matcher.get_error())
+            raise refusal(matcher.get_error())
         return matcher
+
+
+def grammar_text(structured_outputs):
+    """The grammar of {"json": schema} or {"grammar": text, in llguidance's form of Lark}, as llguidance
+    takes it. Needs no vocabulary, so it is quick. Raises TinyVLLMError for a grammar that llguidance does
+    not take."""
+    try:
+        from llguidance import LLMatcher
+    except ModuleNotFoundError:
+        raise TinyVLLMError("structured output: expected the Python package llguidance, found none: "
+                            "pip install llguidance") from None
+    [(kind, grammar)] = structured_outputs.items()
+    try:
+        if kind == "json":
+            grammar = LLMatcher.grammar_from_json_schema(
+                json.dumps(grammar), defaults={"whitespace_pattern": WHITE_SPACE})
+        fault = LLMatcher.validate_grammar(grammar)
+    except (TypeError, ValueError, RecursionError) as error:    # no JSON; a refusal by llguidance
+        raise refusal(error) from None
+    if fault:
+        raise refusal(fault)
+    return grammar
+
+
+def refusal(reason):
+    return TinyVLLMError("structured output: expected a schema or a grammar that llguidance can follow, got "
+                         f"the error: {' '.join(str(reason).split()):.300}")
 
 
 class Words:

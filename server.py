@@ -4,18 +4,16 @@
     python server.py            then point any client of OpenAI's API at http://127.0.0.1:8000/v1
 
 The life of a request:
-  1. The event loop, in the main thread, reads the request and checks its fields: class Call.
-  2. A helper thread encodes the prompt. A long prompt takes a third of a second, and neither the
-     event loop nor the engine may wait for it.
-  3. The engine thread takes the sequences from an inbox, and steps the engine: class Service. After
-     each step it hands the news to the event loop, all sequences in one callback. The news are
-     snapshots (Progress) that no later step changes.
-  4. The event loop sends the text that is new since it sent last. There is no queue of tokens: a
-     client that reads slowly gets fewer and larger chunks, and costs no memory.
+  1. The event loop reads the request and checks its fields: class Call, in completions.py.
+  2. A helper thread encodes the prompt. A long prompt takes a third of a second, and the event loop must
+     not wait for that.
+  3. The worker, in a process of its own, queues the sequences and steps the engine: worker.py. After each
+     step the worker sends the news of all sequences in one message: class Service.
+  4. The event loop sends the client what is new since it sent last. There is no queue of tokens: a client
+     that reads slowly gets fewer and larger chunks, and costs no memory.
 A client that goes away gives its request up, at whatever point, and the next step frees the pages.
 
-completions.py knows the fields of requests and the shape of answers.
-Sections: Engine thread, Metrics, Page, App, Process.
+Sections: Service, Metrics, Page, App, Process.
 """
 import asyncio
 import base64
@@ -27,19 +25,20 @@ import itertools
 import logging
 import math
 import os
+import pickle
 import re
 import socket
+import struct
 import sys
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from functools import partial
+from multiprocessing import Pipe
 from pathlib import Path
 from urllib.parse import quote
-from weakref import WeakKeyDictionary
 
 try:
-    import h11
     import uvicorn
     from starlette.applications import Starlette
     from starlette.datastructures import Headers
@@ -49,155 +48,157 @@ try:
     from starlette.requests import ClientDisconnect
     from starlette.responses import Response, StreamingResponse
     from starlette.routing import Route
-    from uvicorn.protocols.http.h11_impl import H11Protocol
+    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
     sys.exit(f"tinyvllm: expected the Python package {error.name}, found none: ./run.sh installs all "
              "packages into .venv, then use .venv/bin/python")
 
-from completions import (JSON, ChatCall, Progress, RequestError, TextCall, encode_chat, encode_text, flag,
+from completions import (JSON, ChatCall, RequestError, TextCall, encode_chat, encode_text, flag,
                          json_response, read_json, to_json, want)
 from device import FOLDER, TinyVLLMError, check, is_int, shown
-from tinyvllm import ArgumentParser, EngineArgs, __version__, open_llm, run_program
-from views import Recorder, picture
+from tinyvllm import ArgumentParser, EngineArgs, __version__, run_program
 from weights import HUB_MODEL
+from worker import STOP_SECONDS, Worker, worker_process
 
 MEBIBYTE = 2**20
+MAX_HEAD = 2**14                # bytes of a request's header
+SHORT_BODY = 2**14              # bytes of a body: its prompts are encoded in some milliseconds
 REQUEST_SECONDS = 10            # for a whole request to come in, and a second more for each MiB
 WRITE_SECONDS = 60              # for a client to read anything at all
 STUCK_SECONDS = 60              # a step that takes longer has failed
-STOP_SECONDS = 10               # for the last step to end
+CHUNK_SECONDS = 0.0001          # between two chunks of a stream, for each unfinished sequence
 LOGGER = logging.getLogger("tinyvllm.server")
 
 
 # --------------------------------------------------------------------------------------------------
-# Engine thread
-#
-# The thread does nothing but step the engine, so the GPU never waits for HTTP. What the event loop
-# wants of the engine comes through an inbox, in order: an abort never overtakes its request.
+# Service: between the HTTP requests and the worker. All of this runs in the event loop.
 # --------------------------------------------------------------------------------------------------
 class Service:
-    """The engine thread, and what the event loop knows of it."""
+    """All unfinished calls, and the connection to the worker."""
 
-    def __init__(self, llm, model_names, max_waiting, max_body):
+    def __init__(self, llm, model_names, max_waiting, max_body, connection):
+        """llm: an LLM, to be stepped by a worker in this process. Or an InputProcessor, and the connection to
+        a worker elsewhere."""
         self.llm = llm
         self.model_names = model_names
         self.max_waiting = max_waiting
         self.max_body = max_body
+        self.connection = connection
         self.metrics = Metrics()
+        self.pool_watch = PoolWatch(self)
         self.started = int(time.time())
-        # Of the event loop
         self.loop = None
+        self.writer = None                  # of the connection
+        self.reading = None                 # the task that reads from the connection
+        self.is_stopping = False            # the worker is to end
+        self.is_draining = False            # no new requests: the process is about to end
+        self.error = None                   # why the engine has failed
         self.calls = set()                  # unfinished HTTP requests for answers
         self.num_unfinished = 0             # their sequences that have not ended
-        self.is_draining = False            # no new requests: the process is about to end
-        self.error = None                   # why the engine thread has died
-        # Of both threads
-        self.condition = threading.Condition()
-        self.inbox = []                     # (function, argument): calls for the engine thread
-        self.is_stopped = False
-        self.step_began = None              # time.monotonic(); None between steps
-        # Of the engine thread
-        self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
-        self.choices = {}                   # id(output) -> Choice of all unfinished sequences
-        self.news = deque()                 # outputs with a new token or an end: the engine's listener
-        self.names = WeakKeyDictionary()    # sequence -> id and index of its answer, for the page
+        self.keys = itertools.count()       # of choices
+        self.choices = {}                   # key -> Choice, of all that the worker has
+        self.load = (0, 0, 0.0)             # see Worker.hand_over
+        self.last_heard = 0.0               # time.monotonic() when the worker was seen to be alive
+        self.with_news = set()              # calls to be told of news at the next waking
+        self.last_waking = 0.0              # of the loop's time
+        self.is_waking = False              # a waking is planned
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app):
-        """Runs the engine thread for as long as the app runs."""
+        """Talks with the worker for as long as the app runs."""
         self.loop = asyncio.get_running_loop()
-        self.thread.start()
+        if self.connection is None:
+            self.connection, theirs = Pipe()
+            threading.Thread(target=Worker(self.llm, theirs).run, name="worker", daemon=True).start()
+        ours = socket.socket(fileno=os.dup(self.connection.fileno()))
+        reader, self.writer = await asyncio.open_connection(sock=ours)
+        self.reading = asyncio.create_task(self.read(reader))
         yield
-        await asyncio.to_thread(self.stop)
+        self.is_stopping = True
+        self.tell_worker("stop")
+        await asyncio.wait((self.reading,), timeout=STOP_SECONDS)
+        self.writer.close()
 
-    def stop(self):
-        """Ends the engine thread after its step."""
-        with self.condition:
-            self.is_stopped = True
-            self.condition.notify()
-        self.thread.join(STOP_SECONDS)
+    def tell_worker(self, *message):
+        """Sends a message, as multiprocessing's Connection does: the length, and a pickle."""
+        data = pickle.dumps(message)
+        self.writer.write(struct.pack("!i", len(data)) + data)
 
-    def tell_engine(self, function, argument):
-        """Calls the function in the engine thread, before the next step."""
-        with self.condition:
-            self.inbox.append((function, argument))
-            self.condition.notify()
-
-    def run(self):
-        """The engine thread."""
-        engine = self.llm.engine
-
-        def has_work():
-            return self.inbox or engine.sequences or engine.in_flight or self.is_stopped
-        try:
+    async def read(self, reader):
+        """Takes the messages of the worker, until it ends."""
+        functions = {"deliver": self.deliver, "show": self.pool_watch.show, "fail": self.fail}
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
-                with self.condition:
-                    self.condition.wait_for(has_work)
-                    inbox = self.inbox
-                    self.inbox = []
-                if self.is_stopped:
-                    return
-                for function, argument in inbox:
-                    function(argument)
-                if not engine.sequences and not engine.in_flight:
-                    continue                # somebody looked at an idle engine
-                self.step_began = time.monotonic()
-                engine.step()
-                self.step_began = None
-                self.hand_over()
-        except BaseException as error:      # nobody else would notice
-            LOGGER.critical("the engine has failed", exc_info=error)
-            self.post(self.fail, error)
+                [length] = struct.unpack("!i", await reader.readexactly(4))
+                name, *arguments = pickle.loads(await reader.readexactly(length))
+                self.last_heard = time.monotonic()
+                functions[name](*arguments)
+        if not (self.is_stopping or self.error):
+            self.fail("the worker has ended")
 
-    def add(self, choices):
-        """Queues sequences. In the engine thread."""
-        for choice in choices:
-            self.choices[id(choice.output)] = choice
-            choice.sequence.listeners.append(self.news)
-            self.names[choice.sequence] = [choice.call.id, choice.index]
-        self.llm.engine.add([choice.sequence for choice in choices])
+    def deliver(self, now, load, news):
+        """Takes the news of a step, see Worker.hand_over. now: time.perf_counter() at the step's end."""
+        self.load = load
+        gaps = Counter()                    # seconds since the latest token -> tokens. Most are equal
+        for key, text, token_ids, more in zip(*news):
+            choice = self.choices[key]
+            output = choice.output
+            is_first = not output.token_ids
+            if token_ids and not is_first:
+                gaps[(now - choice.last_time) / len(token_ids)] += len(token_ids)
+            choice.last_time = now
+            output.text += text
+            output.token_ids += token_ids
+            if more:
+                self.take_more(choice, now, *more)
+            if token_ids and is_first:
+                self.metrics.count_first_token(choice, now)
+            if is_first or output.finish_reason:
+                choice.call.news.set()
+            else:
+                self.with_news.add(choice.call)
+        self.metrics.count_gaps(gaps)
+        if self.with_news and not self.is_waking:
+            self.is_waking = True
+            pause = CHUNK_SECONDS * self.num_unfinished
+            self.loop.call_at(self.last_waking + pause, self.wake)
 
-    def hand_over(self):
-        """Gives the news of a step to the event loop, in one callback. In the engine thread."""
-        outputs = {}
-        while self.news:
-            output = self.news.popleft()
-            outputs[id(output)] = output
-        batch = []
-        for key, output in outputs.items():
-            choice = self.choices.pop(key) if output.finish_reason else self.choices[key]
-            batch.append((choice, Progress(output.text, len(output.token_ids), output.finish_reason,
-                                           output.error)))
-        if batch:
-            self.post(self.deliver, batch, time.perf_counter())
+    def take_more(self, choice, now, logprobs, num_cached_tokens, num_preemptions, finish_reason, error):
+        """Takes the rarer news of an answer."""
+        output = choice.output
+        output.num_cached_tokens = num_cached_tokens
+        output.num_preemptions = num_preemptions
+        output.finish_reason = finish_reason
+        output.error = error
+        if logprobs:
+            output.logprobs += logprobs
+        if finish_reason:
+            self.metrics.count_end(choice, now)
+            self.num_unfinished -= 1
+            del self.choices[choice.key]
 
-    def post(self, function, *arguments):
-        """Calls the function in the event loop, if there still is one."""
-        with contextlib.suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(function, *arguments)
+    def wake(self):
+        """Tells calls of their news. The pause between two wakings grows with the number of streams: a chunk
+        of ten tokens costs as much as a chunk of one, and all chunks together have to fit."""
+        self.is_waking = False
+        self.last_waking = self.loop.time()
+        for call in self.with_news:
+            call.news.set()
+        self.with_news.clear()
 
-    def deliver(self, batch, now):
-        """Takes the news in. In the event loop, like all methods from here on."""
-        self.metrics.add(batch, now)
-        for choice, progress in batch:
-            choice.progress = progress
-            choice.call.news.set()
-            if progress.reason:
-                self.num_unfinished -= 1
-
-    def fail(self, error):
-        """Ends all calls: the engine thread has died."""
-        self.error = error
+    def fail(self, reason):
+        """Ends all calls: there will be no more news."""
+        self.error = reason
         for call in self.calls:
             call.news.set()
 
     @property
     def trouble(self):
         """Why no request can be answered, as a RequestError; None if one can."""
-        began = self.step_began
-        if self.error or (began is not None and time.monotonic() - began > STUCK_SECONDS):
+        is_silent = self.choices and time.monotonic() - self.last_heard > STUCK_SECONDS
+        if self.error or is_silent:
             return RequestError("the engine has failed: the server must be started anew", 503)
         if self.is_draining:
             return RequestError("the server is shutting down: send the request to another, or later", 503,
@@ -213,26 +214,43 @@ class Service:
                                param="model", code="model_not_found")
         return name
 
-    async def submit(self, call):
-        """Encodes and queues the call's prompts. Raises RequestError if the queue is full."""
-        num_waiting = self.num_unfinished - len(self.llm.engine.scheduler.running)
-        if num_waiting + call.num_choices > self.max_waiting:
+    def check_room(self, num_sequences):
+        """Raises RequestError if too many sequences wait already."""
+        num_waiting = self.num_unfinished - self.load[0]
+        if num_waiting + num_sequences > self.max_waiting:
             raise RequestError(f"overloaded: {num_waiting} sequences wait already, of {self.max_waiting} at "
                                "most: try again later", 503, code="overloaded")
-        self.num_unfinished += call.num_choices
-        self.calls.add(call)
+
+    async def in_thread(self, function, *arguments, num_sequences=1):
+        """What the function returns. It runs in a thread of its own, and counts as waiting sequences."""
+        self.check_room(num_sequences)
+        self.num_unfinished += num_sequences
         try:
-            await asyncio.to_thread(call.prepare)
-        except BaseException:
-            self.num_unfinished -= call.num_choices
-            self.calls.discard(call)
-            raise
-        self.tell_engine(self.add, call.choices)
+            return await asyncio.to_thread(function, *arguments)
+        finally:
+            self.num_unfinished -= num_sequences
+
+    async def submit(self, call):
+        """Encodes the call's prompts, and gives them to the worker."""
+        self.calls.add(call)
+        if call.is_short:                   # encoded in less time than a thread needs to begin
+            self.check_room(call.num_choices)
+            call.prepare()
+        else:
+            await self.in_thread(call.prepare, num_sequences=call.num_choices)
+        self.num_unfinished += call.num_choices
+        if not self.choices:
+            self.last_heard = time.monotonic()      # an idle worker has nothing to say
+        for choice in call.choices:
+            choice.key = next(self.keys)
+            self.choices[choice.key] = choice
+        self.tell_worker("add", [(choice.key, [call.id, choice.index], choice.output.prompt_token_ids,
+                                  choice.params) for choice in call.choices])
 
     def abort(self, call):
         """Gives the sequences up that have not ended."""
         if not call.is_final:
-            self.tell_engine(self.llm.abort, [choice.output for choice in call.choices])
+            self.tell_worker("abort", [choice.key for choice in call.choices])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -256,42 +274,37 @@ class Metrics:
         self.buckets[name][bisect.bisect_left(BUCKETS, seconds)] += times
         self.sums[name] += seconds * times
 
-    def add(self, batch, now):
-        """Counts the news of a step, before the choices have them."""
-        gaps = Counter()                    # seconds since the latest token -> tokens. Most are equal
-        for choice, progress in batch:
-            output = choice.output
-            num_new = progress.num_tokens - choice.progress.num_tokens
-            if num_new and choice.progress.num_tokens:
-                gaps[(now - choice.last_time) / num_new] += num_new
-            elif num_new:
-                num_prompt = len(output.prompt_token_ids)
-                self.counts["prompt_tokens"] += num_prompt
-                self.counts["prefix_cache_queries"] += num_prompt
-                self.counts["prefix_cache_hits"] += min(output.num_cached_tokens, num_prompt)
-                self.observe("time_to_first_token_seconds", now - choice.call.start)
-            if num_new:
-                choice.last_time = now
-                self.counts["generation_tokens"] += num_new
-            if progress.reason:
-                self.reasons[progress.reason] += 1
-                self.counts["num_preemptions"] += output.num_preemptions
-                self.observe("e2e_request_latency_seconds", now - choice.call.start)
+    def count_first_token(self, choice, now):
+        output = choice.output
+        num_prompt = len(output.prompt_token_ids)
+        self.counts["prompt_tokens"] += num_prompt
+        self.counts["prefix_cache_queries"] += num_prompt
+        self.counts["prefix_cache_hits"] += min(output.num_cached_tokens, num_prompt)
+        self.counts["generation_tokens"] += len(output.token_ids)
+        self.observe("time_to_first_token_seconds", now - choice.call.start)
+
+    def count_gaps(self, gaps):
+        """gaps: {seconds between two tokens of an answer: how many tokens came so}"""
         for gap, num_tokens in gaps.items():
+            self.counts["generation_tokens"] += num_tokens
             self.observe("inter_token_latency_seconds", gap, num_tokens)
 
-    def text(self, scheduler, model_name):
-        """All figures, at this moment."""
+    def count_end(self, choice, now):
+        self.reasons[choice.output.finish_reason] += 1
+        self.counts["num_preemptions"] += choice.output.num_preemptions
+        self.observe("e2e_request_latency_seconds", now - choice.call.start)
+
+    def text(self, load, model_name):
+        """All figures, at this moment. load: see Worker.hand_over."""
         label = f"model_name={JSON.encode(model_name)}"
-        allocator = scheduler.allocator
-        used = 1 - len(allocator.free) / allocator.num_blocks
+        num_running, num_waiting, used = load
         lines = []
 
         def add(name, kind, *values):
             lines.append(f"# TYPE vllm:{name} {kind}")
             lines.extend(f"vllm:{name}{suffix}{{{label}{more}}} {value}" for suffix, more, value in values)
-        add("num_requests_running", "gauge", ("", "", len(scheduler.running)))
-        add("num_requests_waiting", "gauge", ("", "", len(scheduler.waiting)))
+        add("num_requests_running", "gauge", ("", "", num_running))
+        add("num_requests_waiting", "gauge", ("", "", num_waiting))
         add("kv_cache_usage_perc", "gauge", ("", "", used))
         for name in ("prompt_tokens", "generation_tokens", "prefix_cache_queries", "prefix_cache_hits",
                      "num_preemptions"):
@@ -317,40 +330,20 @@ PAGE_HEADERS = {        # the page talks to its own server only, and stands in n
 INTRODUCTION = ("tiny-vLLM serves OpenAI's API under /v1: GET /v1/models, POST /v1/chat/completions. "
                 "A browser gets a page here.\n")
 PICTURE_SECONDS = 0.1           # between two pictures of the pool
-NUM_FINISHED = 32               # finished requests that a picture tells of
 
 
 class PoolWatch:
-    """Shows the page pool to watchers. Between two steps, the engine thread makes a picture when a
-    watcher wants one. There is one picture for all watchers, and the engine is recorded only while
-    somebody watches."""
+    """Shows the page pool to watchers. There is one picture for all of them, from the worker."""
 
     def __init__(self, service):
         self.service = service
         self.num_watchers = 0
         self.next_time = 0.0                # of a picture; infinite while a picture is on its way
         self.event = ""                     # the latest picture, as a server-sent event
-        self.recorder = None                # of the engine thread
 
-    def look(self, llm):
-        """Makes the picture. In the engine thread, which a mistake here must not end; like stop()."""
-        try:
-            if self.recorder not in llm.engine.observers:
-                self.recorder = Recorder(llm, keep=NUM_FINISHED)
-                self.recorder.join(time.perf_counter())
-                llm.engine.observers.append(self.recorder)
-            self.service.post(self.take, picture(self.recorder, self.service.names))
-        except Exception:
-            LOGGER.exception("the page pool is not shown any more")
-
-    def take(self, value):
-        self.event = f"data: {JSON.encode(value)}\n\n"
+    def show(self, picture):
+        self.event = f"data: {JSON.encode(picture)}\n\n"
         self.next_time = time.monotonic() + PICTURE_SECONDS
-
-    def stop(self, llm):
-        if self.recorder in llm.engine.observers:
-            llm.engine.observers.remove(self.recorder)
-        self.recorder = None
 
     async def events(self):
         """The stream of a watcher: each time the latest picture, if there is a new one. A slow watcher
@@ -359,7 +352,7 @@ class PoolWatch:
         while not self.service.trouble:
             if time.monotonic() >= self.next_time:
                 self.next_time = math.inf
-                self.service.tell_engine(self.look, self.service.llm)
+                self.service.tell_worker("watch")
             await asyncio.sleep(PICTURE_SECONDS)
             if self.event != sent:
                 sent = self.event
@@ -375,7 +368,7 @@ class PoolWatch:
             self.num_watchers -= 1
             if not self.num_watchers:
                 self.event = ""
-                self.service.tell_engine(self.stop, self.service.llm)
+                self.service.tell_worker("unwatch")
 
 
 def is_local(client):
@@ -391,7 +384,6 @@ class Endpoints:
 
     def __init__(self, service):
         self.service = service
-        self.pool_watch = PoolWatch(service)
 
     def routes(self):
         functions = {
@@ -410,8 +402,9 @@ class Endpoints:
         if service.trouble:
             raise service.trouble
         call = kind(service, body)
+        num_bytes = int(request.headers.get("content-length", MEBIBYTE))
+        call.is_short = num_bytes <= SHORT_BODY and not call.params.structured_outputs
         request.state.call = call           # for the log
-        await service.submit(call)
         return call
 
     def card(self, name):
@@ -432,7 +425,7 @@ class Endpoints:
 
     async def metrics(self, request):
         service = self.service
-        text = service.metrics.text(service.llm.engine.scheduler, service.model_names[0])
+        text = service.metrics.text(service.load, service.model_names[0])
         return Response(text, media_type="text/plain; version=0.0.4")
 
     async def version(self, request):
@@ -451,7 +444,7 @@ class Endpoints:
                                "watch the engine there", 403)
         if self.service.trouble:
             raise self.service.trouble
-        return self.pool_watch
+        return self.service.pool_watch
 
     async def tokenize(self, request):
         """The token ids of a prompt or of messages."""
@@ -459,10 +452,11 @@ class Endpoints:
         body = await read_json(request, self.service.max_body)
         self.service.model_name(body.get("model"))
         if body.get("messages") is not None:
-            ids = await asyncio.to_thread(encode_chat, llm, body)
+            ids = await self.service.in_thread(encode_chat, llm, body)
         else:
             prompt = want("prompt", body.get("prompt"), lambda prompt: isinstance(prompt, str), "a text")
-            ids = await asyncio.to_thread(encode_text, llm, prompt, flag(body, "add_special_tokens", True))
+            add_bos = flag(body, "add_special_tokens", True)
+            ids = await self.service.in_thread(encode_text, llm, prompt, add_bos)
         return json_response({"tokens": ids, "count": len(ids), "max_model_len": llm.max_model_len})
 
     async def detokenize(self, request):
@@ -476,7 +470,7 @@ class Endpoints:
                    lambda ids: isinstance(ids, list) and len(ids) <= limit and all(
                        is_int(i, 0, last) for i in ids),
                    f"a list of {limit} token ids at most, from 0 to {last}")
-        return json_response({"prompt": await asyncio.to_thread(llm.tokenizer.decode, ids)})
+        return json_response({"prompt": await self.service.in_thread(llm.tokenizer.decode, ids)})
 
 
 def given_key(headers):
@@ -517,7 +511,7 @@ class Guard:
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
             await send(message)
         try:
-            self.check(scope["path"], headers)
+            self.check(scope, headers)
             await self.app(scope, receive, send_with_id)
         except (ClientDisconnect, asyncio.CancelledError):
             pass                            # gone while the request came in; the process ends
@@ -531,14 +525,16 @@ class Guard:
         finally:
             self.log(scope, request_id, status or "gone", time.perf_counter() - start)
 
-    def check(self, path, headers):
+    def check(self, scope, headers):
         """Raises RequestError for a request that nobody may make."""
+        if scope["http_version"] == "1.1" and "host" not in headers:
+            raise RequestError("Host: expected one, as HTTP/1.1 asks for, got none")
         # A web page can make a browser call this server under the page's own name (DNS rebinding).
         host = re.sub(r":\d*$", "", headers.get("host", "")).lower()
         if self.hosts and host and host not in self.hosts:
             raise RequestError(f"Host: expected {' or '.join(self.hosts)}, since the server listens on "
                                f"loopback only, got {shown(host)}: start it with another --host", 403)
-        is_open = not self.api_key or path == "/health"
+        is_open = not self.api_key or scope["path"] == "/health"
         if not is_open and not hmac.compare_digest(given_key(headers), self.api_key.encode()):
             raise RequestError("Authorization: expected Bearer and the server's API key, or any name and the "
                                "key as the password", 401, code="invalid_api_key")
@@ -577,13 +573,14 @@ async def refuse_path(request, error):
 
 
 def build_app(llm, model_names=("tiny-vllm",), api_key=None, max_waiting=1024, max_body=8 * MEBIBYTE,
-              allow_origins=(), hosts=()):
+              allow_origins=(), hosts=(), connection=None):
     """The ASGI app of an LLM, for uvicorn, Ray Serve or another host. Its lifespan runs the engine.
 
     model_names: what clients may call the model; the answers to a request without a name have the
     first. max_waiting: sequences without pages, more are refused. max_body: bytes. allow_origins: web
-    pages that may use the server, "*" for all. hosts: what the Host header may say, () for anything."""
-    service = Service(llm, list(model_names), max_waiting, max_body)
+    pages that may use the server, "*" for all. hosts: what the Host header may say, () for anything.
+    connection: to the worker that steps the engine, see worker_process; None: a thread of this process."""
+    service = Service(llm, list(model_names), max_waiting, max_body, connection)
     middleware = [Middleware(Guard, api_key, hosts)]
     if allow_origins:                       # before the guard, since a preflight has no key
         cors = Middleware(CORSMiddleware, allow_origins=allow_origins, allow_methods=["GET", "POST"],
@@ -599,7 +596,7 @@ def build_app(llm, model_names=("tiny-vllm",), api_key=None, max_waiting=1024, m
 # --------------------------------------------------------------------------------------------------
 # Process: connections, signals, the command line
 # --------------------------------------------------------------------------------------------------
-class Connection(H11Protocol):
+class Connection(HttpToolsProtocol):
     """A connection that closes when the client does not send its request, or reads no answer. Nothing in
     ASGI can see such a client."""
 
@@ -607,28 +604,38 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         self.begin = self.loop.time()       # of the request that is coming in; None: nothing is
         self.num_bytes = 0                  # of the request
+        self.has_head = False               # the request's header has come
         self.num_unsent = 0                 # bytes of answers
         self.last_progress = self.begin     # when num_unsent was seen to change
         self.watch()
 
     def data_received(self, data):
-        self.begin = self.begin or self.loop.time()
         self.num_bytes += len(data)
         super().data_received(data)
-        if self.conn.their_state in (h11.DONE, h11.MUST_CLOSE, h11.CLOSED):
-            self.begin = None
-            self.num_bytes = 0
+        if self.begin and not self.has_head and self.num_bytes > MAX_HEAD:
+            self.send_400_response(f"the header: expected {MAX_HEAD} bytes or less")
 
-    def on_response_complete(self):
-        super().on_response_complete()      # and the next request may have come with this one, in part
-        if self.conn.their_state is h11.SEND_BODY:
-            self.begin = self.begin or self.loop.time()
+    def on_message_begin(self):
+        super().on_message_begin()
+        self.begin = self.begin or self.loop.time()
+        self.has_head = False
+
+    def on_headers_complete(self):
+        self.has_head = True
+        super().on_headers_complete()
+
+    def on_message_complete(self):
+        super().on_message_complete()
+        self.begin = None
+        self.num_bytes = 0
 
     def watch(self):
         """Looks at the connection now and then, until the connection is lost."""
         if self not in self.connections:
             return
         now = self.loop.time()
+        if self.begin and self.flow.read_paused:
+            self.begin = now                # it is the server that does not read
         num_unsent = self.transport.get_write_buffer_size()
         if num_unsent != self.num_unsent or not num_unsent:
             self.num_unsent = num_unsent
@@ -639,7 +646,10 @@ class Connection(H11Protocol):
         self.loop.call_later(REQUEST_SECONDS / 10, self.watch)
 
     def send_400_response(self, message):
-        super().send_400_response(to_json(RequestError(message).body).decode())
+        body = to_json(RequestError(message).body)
+        self.transport.write(b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
+                             b"connection: close\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body))
+        self.transport.close()
 
 
 class Server(uvicorn.Server):
@@ -726,16 +736,16 @@ def open_socket(host, port):
                             f"({error.strerror}): give others") from None
 
 
-def greeting(args, address, name, llm):
+def greeting(args, address, name, has_chat, device_name):
     """Where the server is, and what to try."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address[0], address[0])
     url = f"http://[{host}]:{address[1]}" if ":" in host else f"http://{host}:{address[1]}"
     key = ' -H "Authorization: Bearer $TINYVLLM_API_KEY"' if args.api_key else ""
-    path = "chat/completions" if llm.tokenizer.has_chat_template else "completions"
-    body = ('{"messages": [{"role": "user", "content": "Who are you?"}]}' if path.startswith("chat")
+    path = "chat/completions" if has_chat else "completions"
+    body = ('{"messages": [{"role": "user", "content": "Who are you?"}]}' if has_chat
             else '{"prompt": "Once upon a time"}')
     password = " The page's password is the key, under any name." if args.api_key else ""
-    return (f"tiny-vLLM: {name} at {url}/v1 on {llm.device.name}. Try:\n"
+    return (f"tiny-vLLM: {name} at {url}/v1 on {device_name}. Try:\n"
             f"  curl {url}/v1/{path} -H 'Content-Type: application/json'{key} -d '{body}'\n"
             f"Or open {url} in a browser.{password}")
 
@@ -751,15 +761,16 @@ def main(argv=None):
         if not is_loopback and not args.api_key:
             print("tiny-vLLM: anyone who reaches this machine may use the server: consider --api-key",
                   file=sys.stderr)
-        llm = open_llm(EngineArgs.from_namespace(args))
-        names = args.served_model_name or [public_name(args, llm)]
         hosts = ("localhost", "127.0.0.1", "[::1]", args.host.lower()) if is_loopback else ()
-        app = build_app(llm, names, args.api_key, args.max_waiting, args.max_body, args.allow_origin, hosts)
-        server = Server(app, args.shutdown_timeout)
-        listener.listen()                   # whoever follows the greeting waits a moment, and is not refused
-        print(greeting(args, address, names[0], llm), file=sys.stderr, flush=True)
-        server.run([listener])
-        app.state.service.stop()
+        with worker_process(EngineArgs.from_namespace(args)) as (inputs, device_name, connection):
+            names = args.served_model_name or [public_name(args, inputs)]
+            app = build_app(inputs, names, args.api_key, args.max_waiting, args.max_body, args.allow_origin,
+                            hosts, connection)
+            server = Server(app, args.shutdown_timeout)
+            listener.listen()               # whoever follows the greeting waits a moment, and is not refused
+            print(greeting(args, address, names[0], inputs.tokenizer.has_chat_template, device_name),
+                  file=sys.stderr, flush=True)
+            server.run([listener])
     return 1 if server.service.error else server.exit_code
 
 

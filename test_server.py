@@ -104,7 +104,7 @@ class Running:
         self.server.handle_exit(signal.SIGTERM, None)
         self.thread.join(20)
         self.socket.close()
-        assert not self.thread.is_alive() and not self.service.thread.is_alive()
+        assert not self.thread.is_alive() and self.service.reading.done()
 
     def client(self, kind=openai.OpenAI, **options):
         return kind(base_url=self.url, api_key="key", max_retries=0, _strict_response_validation=True,
@@ -277,14 +277,14 @@ def test_openai_async(parrot):
     assert not any("\ufffd" in piece for pieces in answers for piece in pieces)
 
 
-def test_curl_and_the_greeting(parrot, parrot_llm):
+def test_curl_and_the_greeting(parrot):
     """The command that the greeting shows works as it stands."""
     args = SimpleNamespace(api_key=None)
-    text = server.greeting(args, ("127.0.0.1", parrot.port), "model", parrot_llm)
+    text = server.greeting(args, ("127.0.0.1", parrot.port), "model", True, "a device")
     command = text.split("\n")[1].replace('"messages"', '"temperature": 0, "messages"')
     answer = json.loads(subprocess.check_output(command, shell=True, stderr=subprocess.DEVNULL))
     assert answer["choices"][0]["message"]["content"] == ANSWER
-    assert "http://[::1]:80/v1" in server.greeting(args, ("::", 80), "model", parrot_llm)
+    assert "http://[::1]:80/v1" in server.greeting(args, ("::", 80), "model", True, "a device")
 
 
 def test_readme(parrot, capsys):
@@ -1105,7 +1105,7 @@ def test_slow_senders(monkeypatch):
 
 def test_garbage(stub):
     """No HTTP, endless headers, two requests at once: an error in OpenAI's shape, or an answer."""
-    # One packet, over h11's limit. A server that closes while more comes in would send RST after its answer.
+    # One packet, over the limit. A server that closes while more comes in would send RST after its answer.
     endless = b"GET /health HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 20_000
     for data in b"\x16\x03\x01\x02\x00\x01\x00", b"HELLO\r\n\r\n", endless, b"GET / HTTP/1.1\r\n\r\n":
         with stub.connect() as client:
@@ -1148,7 +1148,7 @@ def test_a_full_queue():
         it.llm.engine.model.pause = 0.02
         first = threading.Thread(target=it.complete, kwargs=dict(prompt=[1], max_tokens=60))
         first.start()
-        wait_for(lambda: it.llm.engine.scheduler.running)
+        wait_for(lambda: it.service.load[0])
         second = threading.Thread(target=it.complete, kwargs=dict(prompt=[[1], [2]], n=2, max_tokens=2))
         second.start()
         wait_for(lambda: len(it.llm.engine.scheduler.waiting) == 4)
@@ -1321,22 +1321,29 @@ def test_two_interrupts():
     assert code == 130 and "Traceback" not in rest
 
 
-FAILING = """
+# In place of worker.py
+FAILING = f"""
 import sys
-import server, tinyvllm
+sys.path.insert(0, {str(ROOT)!r})
+from multiprocessing.connection import Connection
+import tinyvllm, worker
 step = tinyvllm.Engine.step
 def failing(engine):
     if any(len(sequence.output.token_ids) == 5 for sequence in engine.sequences.values()):
         raise RuntimeError("the device is gone")
     return step(engine)
 tinyvllm.Engine.step = failing
-tinyvllm.run_program(server.main, sys.argv[1:])
+worker.main(Connection(int(sys.argv[1])))
 """
 
 
-def test_an_exception_in_a_step():
+def test_an_exception_in_a_step(tmp_path):
     """Every stream gets an error, and the process exits with 1."""
-    it = Process(program=("-c", FAILING))
+    failing = tmp_path / "failing.py"
+    failing.write_text(FAILING)
+    code = (f"import sys, server, tinyvllm, worker; worker.__file__ = {str(failing)!r}; "
+            "tinyvllm.run_program(server.main, sys.argv[1:])")
+    it = Process(program=("-c", code))
     streams = [it.poem() for _ in range(2)]
     for stream in streams:
         with pytest.raises(openai.APIError, match="the engine has failed"):

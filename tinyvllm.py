@@ -1301,22 +1301,87 @@ def open_config(args):
     return folder, ModelConfig.from_folder(folder)
 
 
-class LLM:
+class InputProcessor:
+    """What callers may ask of a model: knows the tokenizer and all limits, and needs no engine."""
+
+    def __init__(self, folder, config, max_model_len, advice, max_logprobs):
+        """max_model_len, advice: see plan_pool."""
+        self.folder = folder
+        self.tokenizer = Tokenizer(folder)
+        self.config = replace(config, eos_token_ids=config.eos_token_ids | self.tokenizer.end_ids)
+        self.max_model_len = max_model_len
+        self.advice = advice
+        self.max_logprobs = max_logprobs
+        self.default_sampling = generation_defaults(folder)     # {name of SamplingParams: value}
+        end_ids = {i for i in self.config.eos_token_ids if i < config.vocab_size}
+        self.grammars = Grammars(self.tokenizer, config.vocab_size, end_ids)
+
+    def __reduce__(self):
+        """For pickle: another process makes its own from the same folder. Of an LLM, only this part."""
+        return InputProcessor, (self.folder, self.config, self.max_model_len, self.advice, self.max_logprobs)
+
+    def copied(self, params):
+        """A copy, checked again: a caller may have changed its own object, and may do so later."""
+        params = copy(params)
+        params.__post_init__()
+        self.check_limits(params)
+        return params
+
+    def check_limits(self, params):
+        """Raises TinyVLLMError for SamplingParams that only another model could follow."""
+        for name in "logprobs", "prompt_logprobs":
+            count = getattr(params, name)
+            if count and self.max_logprobs != -1:
+                check(name, count, lambda n: n <= self.max_logprobs,
+                      f"at most max_logprobs, {self.max_logprobs}")
+        if params.logit_bias:
+            check("logit_bias", max(params.logit_bias), lambda token: token < self.config.vocab_size,
+                  f"token ids below {self.config.vocab_size}")
+
+    def check_length(self, text):
+        """Raises TinyVLLMError for a text longer than all prompts that fit: nobody waits for its
+        tokens."""
+        longest = self.tokenizer.longest_token
+        if len(text) > self.max_model_len * longest:
+            raise TinyVLLMError(f"the prompt: expected {self.max_model_len} tokens or less, of {longest} "
+                                f"characters or less, got {len(text)} characters ({self.advice})")
+
+    def encode_prompt(self, prompt):
+        """The token ids of a prompt. Raises TinyVLLMError for an unanswerable prompt."""
+        check("the prompt", prompt, is_sequence, "a text or a list of token ids")
+        if isinstance(prompt, str):
+            self.check_length(prompt)
+            prompt = self.tokenizer.encode(prompt) if prompt else []
+        ids = list(prompt)
+        if not ids:
+            raise TinyVLLMError("the prompt: expected at least one token, got none")
+        if len(ids) >= self.max_model_len:
+            raise TinyVLLMError(
+                f"the prompt: expected less than {self.max_model_len} tokens, to leave room for one more, "
+                f"got {len(ids)} ({self.advice})")
+        vocab_size = self.config.vocab_size
+        try:
+            tokens = np.frombuffer(int_array("i", ids), np.int32)       # a prompt of 16,384 ids in 0.3 ms
+            are_known = tokens.min() >= 0 and tokens.max() < vocab_size
+        except (TypeError, OverflowError):                              # no integer, or a large one
+            are_known = False
+        if not are_known:
+            wrong = next(i for i in ids if not (isinstance(i, (int, np.integer)) and 0 <= i < vocab_size))
+            raise TinyVLLMError(f"the prompt: expected token ids from 0 to {vocab_size - 1}, got "
+                                f"{shown(wrong)}")
+        return ids
+
+
+class LLM(InputProcessor):
     """A model, ready to answer: LLM("parrot").generate("Once upon a time")[0].text"""
 
     def __init__(self, model=None, **options):
         """options: EngineArgs' fields."""
         args = EngineArgs(model, **options)
         folder, config = open_config(args)
-        self.folder = folder
-        self.tokenizer = Tokenizer(folder)
-        self.config = replace(config, eos_token_ids=config.eos_token_ids | self.tokenizer.end_ids)
-        end_ids = {i for i in self.config.eos_token_ids if i < config.vocab_size}
-        self.grammars = Grammars(self.tokenizer, config.vocab_size, end_ids)
-        self.default_sampling = generation_defaults(folder)     # {name of SamplingParams: value}
         self.device = open_device(args.device)
-        self.max_logprobs = args.max_logprobs
-        num_blocks, self.max_model_len, self.advice = plan_pool(self.config, self.device, args)
+        num_blocks, max_model_len, advice = plan_pool(config, self.device, args)
+        super().__init__(folder, config, max_model_len, advice, args.max_logprobs)
         checkpoint = DummyCheckpoint(self.device) if args.load_format == "dummy" else Checkpoint(folder)
         weights = load_weights(checkpoint, self.config, self.device)
         max_tokens = max(args.max_num_batched_tokens, *GRAPH_SIZES)
@@ -1388,20 +1453,6 @@ class LLM:
         """Queues a prompt. Returns the RequestOutput, with an error for an unanswerable prompt."""
         return self.submit([prompt], params)[0]
 
-    def copied(self, params):
-        """A copy, checked again: a caller may have changed its own object, and may do so later."""
-        params = copy(params)
-        params.__post_init__()
-        for name in "logprobs", "prompt_logprobs":
-            count = getattr(params, name)
-            if count and self.max_logprobs != -1:
-                check(name, count, lambda n: n <= self.max_logprobs,
-                      f"at most max_logprobs, {self.max_logprobs}")
-        if params.logit_bias:
-            check("logit_bias", max(params.logit_bias), lambda token: token < self.config.vocab_size,
-                  f"token ids below {self.config.vocab_size}")
-        return params
-
     def prepare(self, prompt, params):
         """The Sequence of a prompt, whose output has an error if the prompt is unanswerable."""
         output = RequestOutput([], arrival_time=time.perf_counter(),
@@ -1424,39 +1475,6 @@ class LLM:
             adjustments = Adjustments(params, {i for i in end_ids if i < self.config.vocab_size})
         return Sequence(params, output, StreamDecoder(self.tokenizer, params.stop), max_len, adjustments,
                         matcher)
-
-    def check_length(self, text):
-        """Raises TinyVLLMError for a text longer than all prompts that fit: nobody waits for its
-        tokens."""
-        longest = self.tokenizer.longest_token
-        if len(text) > self.max_model_len * longest:
-            raise TinyVLLMError(f"the prompt: expected {self.max_model_len} tokens or less, of {longest} "
-                                f"characters or less, got {len(text)} characters ({self.advice})")
-
-    def encode_prompt(self, prompt):
-        """The token ids of a prompt. Raises TinyVLLMError for an unanswerable prompt."""
-        check("the prompt", prompt, is_sequence, "a text or a list of token ids")
-        if isinstance(prompt, str):
-            self.check_length(prompt)
-            prompt = self.tokenizer.encode(prompt) if prompt else []
-        ids = list(prompt)
-        if not ids:
-            raise TinyVLLMError("the prompt: expected at least one token, got none")
-        if len(ids) >= self.max_model_len:
-            raise TinyVLLMError(
-                f"the prompt: expected less than {self.max_model_len} tokens, to leave room for one more, "
-                f"got {len(ids)} ({self.advice})")
-        vocab_size = self.config.vocab_size
-        try:
-            tokens = np.frombuffer(int_array("i", ids), np.int32)       # a prompt of 16,384 ids in 0.3 ms
-            are_known = tokens.min() >= 0 and tokens.max() < vocab_size
-        except (TypeError, OverflowError):                              # no integer, or a large one
-            are_known = False
-        if not are_known:
-            wrong = next(i for i in ids if not (isinstance(i, (int, np.integer)) and 0 <= i < vocab_size))
-            raise TinyVLLMError(f"the prompt: expected token ids from 0 to {vocab_size - 1}, got "
-                                f"{shown(wrong)}")
-        return ids
 
     def run(self, outputs):
         """Steps the engine until all outputs are final. Yields each output after its new tokens

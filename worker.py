@@ -1,0 +1,210 @@
+"""A worker steps the engine of an LLM for a server, which is at the other end of a pipe.
+
+The worker of `python server.py` is a process of its own. Python runs one thread of a process at a time, and
+HTTP for 256 streams keeps a thread busy: in the server's process, the GPU would wait half of the time. For
+an app in another program, which has an LLM already, the worker is a thread of that program.
+
+A message is a tuple: the name of the method that takes the message, and the method's arguments.
+
+    to the worker     ("add", [(key, [id, index], prompt token ids, SamplingParams)])     the key is a number
+                      ("abort", [key])
+                      ("watch",), ("unwatch",)           somebody wants a picture; nobody looks any more
+                      ("stop",)
+    to the server     ("deliver", time, load, news)      after each step: see Worker.hand_over
+                      ("show", picture)                  of the page pool: see views.picture
+                      ("fail", reason)                   the last message: the engine has failed
+"""
+import contextlib
+import logging
+import select
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from multiprocessing.connection import Connection
+from weakref import WeakKeyDictionary
+
+from device import TinyVLLMError
+from program import outcome
+from tinyvllm import open_llm
+from views import Recorder, picture
+
+STOP_SECONDS = 10               # for the last step to end
+NUM_FINISHED = 32               # finished requests that a picture tells of
+LOGGER = logging.getLogger("tinyvllm.worker")
+
+
+class Answer:
+    """A sequence's output, and how much of it the server has."""
+
+    def __init__(self, key, output):
+        self.key = key
+        self.output = output
+        self.num_characters = 0
+        self.num_tokens = 0
+
+
+class Worker:
+    """Takes messages, steps the engine, and hands the news over, in turn."""
+
+    def __init__(self, llm, connection):
+        self.llm = llm
+        self.connection = connection
+        self.is_stopped = False
+        self.answers = {}                   # id(output) -> Answer of all unfinished sequences
+        self.outputs = {}                   # key -> output of the same
+        self.updates = deque()              # outputs with a new token or an end: the engine's listener
+        self.names = WeakKeyDictionary()    # sequence -> id and index of the answer, for the page
+        self.recorder = None                # while somebody watches
+
+    def run(self):
+        """Serves until the message "stop" comes, the server is gone, or the engine has failed."""
+        with self.connection:
+            try:
+                self.loop()
+            except (EOFError, ConnectionError):
+                pass                        # the server is gone
+            except BaseException as error:  # nobody else would notice
+                LOGGER.critical("the engine has failed", exc_info=error)
+                self.connection.send(("fail", repr(error)))
+
+    def loop(self):
+        engine = self.llm.engine
+        messages = select.poll()
+        messages.register(self.connection.fileno(), select.POLLIN)
+        while not self.is_stopped:
+            is_idle = not (engine.sequences or engine.in_flight)
+            if messages.poll(None if is_idle else 0):
+                name, *arguments = self.connection.recv()
+                getattr(self, name)(*arguments)
+            else:
+                engine.step()
+                self.hand_over()
+
+    def add(self, requests):
+        """Gives sequences to the engine. A refused one is final already."""
+        sequences = []
+        for key, name, ids, params in requests:
+            sequence = self.llm.prepare(ids, params)
+            output = sequence.output
+            self.answers[id(output)] = Answer(key, output)
+            self.outputs[key] = output
+            self.names[sequence] = name
+            sequence.listeners.append(self.updates)
+            if output.error:
+                self.updates.append(output)
+            else:
+                sequences.append(sequence)
+        self.llm.engine.add(sequences)
+        if self.updates:
+            self.hand_over()
+
+    def abort(self, keys):
+        self.llm.abort([self.outputs[key] for key in keys if key in self.outputs])
+
+    def stop(self):
+        self.is_stopped = True
+
+    def hand_over(self):
+        """Sends the server all that is new since the last time. The message's arguments:
+
+        the time; the load: (running sequences, waiting ones, share of pages in use); and four lists: keys,
+        new texts, lists of new token ids, and for most answers None. Where an answer begins, ends or has
+        log-probabilities: (these, number of cached tokens, of preemptions, finish reason, error)."""
+        outputs = {}
+        while self.updates:
+            output = self.updates.popleft()
+            outputs[id(output)] = output
+        keys, texts, token_ids, more = [], [], [], []
+        for number, output in outputs.items():
+            answer = self.answers[number]
+            first = answer.num_tokens
+            keys.append(answer.key)
+            texts.append(output.text[answer.num_characters:])
+            token_ids.append(output.token_ids[first:])
+            answer.num_characters = len(output.text)
+            answer.num_tokens = len(output.token_ids)
+            if first and not output.finish_reason and not output.logprobs:
+                more.append(None)
+            else:
+                logprobs = output.logprobs and output.logprobs[first:]
+                more.append((logprobs, output.num_cached_tokens, output.num_preemptions, output.finish_reason,
+                             output.error))
+            if output.finish_reason:
+                del self.answers[number], self.outputs[answer.key]
+        scheduler = self.llm.engine.scheduler
+        allocator = scheduler.allocator
+        used = 1 - len(allocator.free) / allocator.num_blocks
+        load = (len(scheduler.running), len(scheduler.waiting), used)
+        self.connection.send(("deliver", time.perf_counter(), load, (keys, texts, token_ids, more)))
+
+    def watch(self):
+        """Sends a picture of the page pool. The engine is recorded from the first picture on. A mistake here
+        must not end the engine."""
+        engine = self.llm.engine
+        try:
+            if self.recorder not in engine.observers:
+                self.recorder = Recorder(self.llm, keep=NUM_FINISHED)
+                self.recorder.join(time.perf_counter())
+                engine.observers.append(self.recorder)
+            view = picture(self.recorder, self.names)
+        except Exception:
+            LOGGER.exception("the page pool is not shown any more")
+            return
+        self.connection.send(("show", view))
+
+    def unwatch(self):
+        if self.recorder in self.llm.engine.observers:
+            self.llm.engine.observers.remove(self.recorder)
+        self.recorder = None
+
+
+@contextlib.contextmanager
+def worker_process(args):
+    """A worker in a process of its own. Yields (an InputProcessor, the device's name, a connection) when the
+    model of EngineArgs is loaded. Raises TinyVLLMError if the model cannot be loaded."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        number = theirs.fileno()
+        # A session of its own: a terminal's Ctrl-C goes to the server alone, which lets answers end.
+        process = subprocess.Popen([sys.executable, __file__, str(number)], pass_fds=[number],
+                                   start_new_session=True)
+    connection = Connection(ours.detach())
+    try:
+        yield greet(connection, args)
+        connection.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_SECONDS)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def greet(connection, args):
+    """What worker_process yields, from the first message of the worker."""
+    try:
+        connection.send(args)
+        inputs, device_name, refusal = connection.recv()
+    except (EOFError, ConnectionError):
+        raise TinyVLLMError("the worker process has ended before the model was loaded") from None
+    if refusal:
+        raise TinyVLLMError(refusal)
+    return inputs, device_name, connection
+
+
+def main(connection):
+    """The worker process. Returns the exit code."""
+    llm = open_llm(connection.recv())
+    connection.send((llm, llm.device.name, ""))
+    Worker(llm, connection).run()
+    return 0
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    pipe = Connection(int(sys.argv[1]))
+    exit_code, line = outcome(main, pipe)
+    if line:
+        pipe.send((None, None, line.removeprefix("tinyvllm: ")))
+    sys.exit(exit_code)
