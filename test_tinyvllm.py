@@ -854,8 +854,7 @@ def test_long_steps_are_counted(shape, gigabytes, options, tokens):
     args = EngineArgs(**options)
     total = int(gigabytes * 1e9)
     device = SimpleNamespace(memory=lambda: (total, total))
-    num_blocks, max_model_len, _ = tinyvllm.plan_pool(config, device, args)
-    num_tokens = tinyvllm.long_step_tokens(config, device, args, num_blocks)
+    num_blocks, num_tokens, max_model_len, _ = tinyvllm.plan_pool(config, device, args)
     assert num_tokens in tokens if isinstance(tokens, range) else num_tokens == tokens
     D, F, H, K, h = (config.hidden_size, config.intermediate_size, config.num_attention_heads,
                      config.num_key_value_heads, config.head_dim)

@@ -541,7 +541,9 @@ MAX_SPLITS = 32                         # thread blocks for one context; merging
 
 def cumulative(counts):
     """int32 [n + 1]: 0, then the sums of the first 1, 2, ... n counts."""
-    return np.cumsum([0, *counts], dtype=np.int32)
+    sums = np.zeros(len(counts) + 1, np.int32)
+    np.cumsum(counts, out=sums[1:])
+    return sums
 
 
 @dataclass
@@ -614,7 +616,7 @@ class Batch:
     def build_rows(scheduled, chosen, lengths, cu_seqlens, num_blocks):
         """The fields of the rows of logits. chosen [R]: the sampled sequences' numbers in scheduled.
         lengths [S]: tokens of each sequence. num_blocks: entries of block_tables."""
-        sampled = [scheduled[s][0] for s in chosen]
+        sampled = [scheduled[s][0] for s in chosen.tolist()]
         scored = []
         scored_tokens = []                                      # index in the batch of each
         if len(chosen) < len(scheduled) or cu_seqlens[-1] > len(scheduled):     # else all is decode
@@ -757,19 +759,23 @@ class StepBuffer:
         self.sources = [(self.device.pinned(num_bytes), lambda: None) for _ in range(2)]
 
     def upload(self, batch):
-        """Copies a Batch to the device. Returns the DeviceBatch."""
+        """Copies a Batch to the device."""
         source, wait = self.sources[1]
         wait()              # only after an interrupted step is there anything to wait for
+        arrays = b"".join(getattr(batch, name) for name in BATCH_ARRAYS)
+        source[:len(arrays)] = np.frombuffer(arrays, np.uint8)
+        wait = self.device.copy(self.target[:len(arrays)], source[:len(arrays)])
+        self.sources = [(source, wait), self.sources[0]]
+
+    def device_batch(self, batch):
+        """The DeviceBatch of an uploaded Batch. A graph needs none: its kernels know the addresses."""
         arrays = {}
         end = 0
         for name in BATCH_ARRAYS:
             array = getattr(batch, name)
             start = end
             end += array.nbytes
-            source[start:end] = array.view(np.uint8).ravel()
             arrays[name] = self.target[start:end].view(array.dtype).reshape(array.shape)
-        wait = self.device.copy(self.target[:end], source[:end])
-        self.sources = [(source, wait), self.sources[0]]
         return DeviceBatch(**arrays)
 
 
@@ -844,12 +850,13 @@ class Model:
         if batch.num_bytes > len(self.buffer.target):       # changed logits and masks have no limit
             self.buffer.allocate(2 * batch.num_bytes)
             self.graphs.clear()                             # recorded with the old addresses
-        b = self.buffer.upload(batch)
+        self.buffer.upload(batch)
         if size is None:
-            logits = self.forward(b)
+            logits = self.forward(self.buffer.device_batch(batch))
         elif size in self.graphs:
             logits = self.graphs[size]()                        # reads what upload() has just written
         else:
+            b = self.buffer.device_batch(batch)
             run = self.decode if size <= self.decode_batch else self.forward
             logits, self.graphs[size] = self.device.record(lambda: run(b))
         return logits, self.fetch_pair(self.buffer.sampled)
@@ -994,19 +1001,11 @@ def kv_cache_blocks(config, memory, args):
     return int(left // page_bytes)
 
 
-def long_step_tokens(config, device, args, num_blocks):
-    """The token budget while no sequence decodes: as many tokens as fit into the memory that
-    num_blocks pages leave."""
-    unused_blocks = kv_cache_blocks(config, device.memory(), args) - num_blocks
-    unused = unused_blocks * args.block_size * kv_bytes_per_token(config)
-    return min(args.prefill_budget, args.token_budget + unused // token_bytes(config))
-
-
 def plan_pool(config, device, args):
-    """(num_blocks, max_model_len, advice): the pages of the KV cache, the limit of prompt and answer
-    in tokens, and how to raise the limit. A sequence that fits the pool alone (and, without chunked
-    prefill, a step) can always finish, if the rest is preempted: max_model_len is the only limit
-    for requests."""
+    """(num_blocks, max_prefill_tokens, max_model_len, advice): the pages of the KV cache, the token
+    budget while no sequence decodes, the limit of prompt and answer in tokens, and how to raise the
+    limit. A sequence that fits the pool alone (and, without chunked prefill, a step) can always finish,
+    if the rest is preempted: max_model_len is the only limit for requests."""
     limit = args.max_model_len or config.max_position_embeddings
     check("max_model_len", limit, lambda n: n <= config.max_position_embeddings,
           f"at most the model's {config.max_position_embeddings}")
@@ -1019,15 +1018,17 @@ def plan_pool(config, device, args):
               f"at most max_num_batched_tokens, {args.token_budget}, without chunked prefill")
     fitting = kv_cache_blocks(config, device.memory(), args)
     pages = cdiv(limit, args.block_size)
-    # Long steps get the memory of some pages, if a context fits into the others.
-    long_step = (args.prefill_budget - args.token_budget) * token_bytes(config)
-    long_step_blocks = cdiv(long_step, args.block_size * kv_bytes_per_token(config))
+    # Long steps get the memory of an eighth of the pages at most, if a context fits into the others.
+    tokens_per_block = args.block_size * kv_bytes_per_token(config) / token_bytes(config)
+    long_step_blocks = math.ceil((args.prefill_budget - args.token_budget) / tokens_per_block)
     beside = max(fitting - min(long_step_blocks, fitting // 8), min(fitting, pages))
     num_blocks = args.num_blocks or min(beside, args.max_num_seqs * pages)      # enough for all at once
     if num_blocks > fitting:
         raise TinyVLLMError(f"num_blocks: expected at most {fitting}, which memory holds, got {num_blocks}")
     if args.max_model_len and num_blocks < pages:
         raise TinyVLLMError(f"num_blocks: expected {pages} or more, to hold max_model_len, got {num_blocks}")
+    fitting_tokens = args.token_budget + int((fitting - num_blocks) * tokens_per_block)
+    max_prefill_tokens = min(args.prefill_budget, fitting_tokens)
     pool = "num_blocks" if args.num_blocks else "gpu_memory_utilization"
     whole_prompts = math.inf if args.enable_chunked_prefill else args.token_budget
     limits = {"": config.max_position_embeddings, "max_model_len": limit, pool: num_blocks * args.block_size,
@@ -1039,7 +1040,7 @@ def plan_pool(config, device, args):
     if limits[option] < limit:
         print(f"tiny-vLLM: prompt and answer can have {limits[option]} tokens together: {advice}",
               file=sys.stderr)
-    return num_blocks, limits[option], advice
+    return num_blocks, max_prefill_tokens, limits[option], advice
 
 
 # ==================================================================================================
@@ -1342,8 +1343,8 @@ class LLM:
         self.default_sampling = generation_defaults(folder)     # {name of SamplingParams: value}
         self.device = open_device(args.device)
         self.max_logprobs = args.max_logprobs
-        num_blocks, self.max_model_len, self.advice = plan_pool(self.config, self.device, args)
-        max_prefill_tokens = long_step_tokens(self.config, self.device, args, num_blocks)
+        num_blocks, max_prefill_tokens, self.max_model_len, self.advice = plan_pool(
+            self.config, self.device, args)
         checkpoint = DummyCheckpoint(self.device) if args.load_format == "dummy" else Checkpoint(folder)
         weights = load_weights(checkpoint, self.config, self.device)
         max_tokens = max(max_prefill_tokens, *GRAPH_SIZES)
