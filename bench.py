@@ -399,7 +399,7 @@ def measure_stall(llm, row, card):
     prompt = row.setup["prompt"]
     need("--max-num-batched-tokens", budget, scheduler.max_num_batched_tokens)
     need("context", prompt + 1, llm.max_model_len)
-    with switched((scheduler, "max_num_batched_tokens", budget)):
+    with switched((scheduler, "max_num_batched_tokens", budget), (scheduler, "max_prefill_tokens", budget)):
         running = submit(llm, row, random_prompts(llm, row))
         step_until_all_decode(llm, running)
         [long] = llm.submit([random_prompt(llm, prompt)], SamplingParams(max_tokens=1, ignore_eos=True))
@@ -431,7 +431,8 @@ def measure_ablation(llm, row, card):
     budget = setup["budget"] if scheduler.chunked_prefill else setup["whole"]
     last_times = {}                             # id of an output -> time of the latest token
     gaps = []
-    with switched((scheduler, "max_num_batched_tokens", budget), (scheduler, "max_num_seqs", setup["seqs"])):
+    with switched((scheduler, "max_num_batched_tokens", budget), (scheduler, "max_prefill_tokens", budget),
+                  (scheduler, "max_num_seqs", setup["seqs"])):
         start = time.perf_counter()
         for output in llm.run(submit(llm, row, prompts)):
             now = time.perf_counter()

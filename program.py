@@ -25,6 +25,10 @@ from weights import SHAPES
 # --------------------------------------------------------------------------------------------------
 # Options
 # --------------------------------------------------------------------------------------------------
+STEP_TOKENS = 4096                      # of a step, at most, where max_num_batched_tokens is not given
+LONG_STEP_TOKENS = 16384                # the same of a step in which no sequence decodes
+
+
 def option(default, text, flag=None, **arguments):
     """A field of EngineArgs. text: the help; flag: the command line's spelling, if not the name;
     arguments: more of argparse's add_argument."""
@@ -50,7 +54,9 @@ class EngineArgs:
     block_size: int = option(16, "tokens of a page of the KV cache", type=int, metavar="N")
     num_blocks: int | None = option(
         None, "pages of the KV cache (default: as many as the memory holds)", type=int, metavar="N")
-    max_num_batched_tokens: int = option(4096, "token budget of a step", type=int, metavar="N")
+    max_num_batched_tokens: int | None = option(
+        None, f"token budget of a step (default: {STEP_TOKENS}, and up to {LONG_STEP_TOKENS} while no "
+        "sequence decodes)", type=int, metavar="N")
     max_num_seqs: int = option(256, "sequences that run at once", type=int, metavar="N")
     max_logprobs: int = option(20, "the most logprobs of a request; -1: no limit", type=int, metavar="N")
     enforce_eager: bool = option(False, "launch every kernel by itself", "--no-cuda-graphs")
@@ -81,9 +87,19 @@ class EngineArgs:
         for name in "max_model_len", "num_blocks":
             want(name, lambda n: n is None or is_int(n), "a whole number of 1 or more")
         want("max_logprobs", lambda n: is_int(n, -1), "a whole number of 0 or more, or -1 for no limit")
-        for name in "max_num_batched_tokens", "max_num_seqs":
-            want(name, lambda n: is_int(n, 1, MAX_GRID_YZ),
-                 f"a whole number from 1 to {MAX_GRID_YZ}, the most thread blocks of a grid in y and z")
+        limit = f"a whole number from 1 to {MAX_GRID_YZ}, the most thread blocks of a grid in y and z"
+        want("max_num_batched_tokens", lambda n: n is None or is_int(n, 1, MAX_GRID_YZ), limit)
+        want("max_num_seqs", lambda n: is_int(n, 1, MAX_GRID_YZ), limit)
+
+    @property
+    def token_budget(self):
+        """The most tokens of a step in which a sequence decodes."""
+        return self.max_num_batched_tokens or STEP_TOKENS
+
+    @property
+    def prefill_budget(self):
+        """The most tokens of a step in which no sequence decodes. Little memory may mean less."""
+        return self.max_num_batched_tokens or LONG_STEP_TOKENS
 
     @classmethod
     def add_to(cls, parser):

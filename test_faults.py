@@ -734,6 +734,51 @@ def test_many_decodes_leave_a_prompt_its_share():
     assert min(grown) >= 11 and max(llm.engine.model.steps) <= 256        # three quarters of 16 steps
 
 
+@pytest.mark.parametrize("overlap", [True, False])
+def test_steps_are_long_while_nobody_decodes(overlap):
+    """A step has up to 64 tokens while no sequence decodes, else 16. The tokens stay the same."""
+    llm = fake_llm(num_blocks=1000, budget=16, overlap=overlap)
+    llm.engine.scheduler.max_prefill_tokens = 64
+    steps = llm.engine.model.steps
+    first_prompt, second_prompt = [7] * 150, [8] * 40
+    three = SamplingParams(max_tokens=3, ignore_eos=True)
+    [first] = llm.submit([first_prompt], three)
+    for _ in range(3):
+        llm.engine.step()
+    assert steps == [64, 64, 22]
+    # From here on the first sequence decodes, also while its token is not yet read.
+    [second] = llm.submit([second_prompt], three)
+    while not second.finish_reason:
+        llm.engine.step()
+    # 1 + 15 twice. The last 10 tokens of the second prompt come alone: the first answer has all its tokens.
+    assert steps == [64, 64, 22, 16, 16, 10, 1, 1]
+    assert_exact(llm, first_prompt, three, first)
+    assert_exact(llm, second_prompt, three, second)
+    steps.clear()
+    many = [[9, number] * 15 for number in range(5)]
+    outputs = llm.submit(many, SamplingParams(max_tokens=1))
+    while not all(output.finish_reason for output in outputs):
+        llm.engine.step()
+    assert sum(steps) == 5 * 30 and max(steps) == 64
+    for prompt, output in zip(many, outputs):
+        assert_exact(llm, prompt, SamplingParams(max_tokens=1), output)
+
+
+def test_a_sequence_that_waits_for_a_grammar_decodes():
+    """Its next token comes with the next step: a long step would delay the token."""
+    scheduler = Scheduler(BlockAllocator(99, 4), 16, 8, max_prefill_tokens=64)
+    guided = Sequence(SamplingParams(), RequestOutput([1]), None, 9, matcher=object())
+    scheduler.waiting.append(guided)
+    assert scheduler.schedule() == [(guided, 1)]
+    guided.num_computed_tokens = 1
+    guided.token_ids.append(-1)             # a placeholder
+    prompt = Sequence(SamplingParams(), RequestOutput([2] * 100), None, 200)
+    scheduler.waiting.append(prompt)
+    assert scheduler.schedule() == [(prompt, 16)]
+    scheduler.remove(guided)
+    assert scheduler.schedule() == [(prompt, 64)]
+
+
 def test_decodes_take_turns_while_others_come_and_go():
     """Six of seven run in a step, the oldest ends, a new one comes: nobody is left out twice in a row."""
     scheduler = fake_llm().engine.scheduler

@@ -1098,7 +1098,8 @@ def check_decode(number):
         results = []
         for run in model.forward, model.decode:
             model.kv_cache[...] = device.to_device(old)
-            logits = device.fetch(run(model.buffer.upload(batch)))()
+            model.buffer.upload(batch)
+            logits = device.fetch(run(model.buffer.device_batch(batch)))()
             cache = device.fetch(model.kv_cache)()
             new = cache[:, :, pages, :, offsets].reshape(len(contexts), -1)         # [S, 2 L K h]
             cache[:, :, pages, :, offsets] = NAN

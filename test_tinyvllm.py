@@ -432,6 +432,13 @@ def test_shared_pages_stand_in_many_block_tables():
     assert all(output.token_ids == tokens[-8:] and output.num_cached_tokens > 100 for output in outputs)
 
 
+def test_long_steps_recite_the_same():
+    """The budget grows while nobody decodes: the texts are the same as with any other chunks."""
+    llm = LLM(PARROT, max_num_batched_tokens=16)
+    llm.engine.scheduler.max_prefill_tokens = 64
+    recite(llm, SOME)
+
+
 def test_join_while_others_run(parrot):
     """A late request starts with the next step, and may end before an earlier, longer request.
 
@@ -498,7 +505,9 @@ class RandomLoad:
         self.static = seed % 3 == 2
         self.limit = min(num_blocks * self.block_size, math.inf if self.chunked else self.budget)
         allocator = BlockAllocator(num_blocks, self.block_size)
-        self.scheduler = Scheduler(allocator, self.budget, self.max_seqs, self.chunked, self.static)
+        self.prefill_budget = self.budget * (1 + seed % 2)
+        self.scheduler = Scheduler(allocator, self.budget, self.max_seqs, self.chunked, self.static,
+                                   self.prefill_budget)
         self.live = []          # sequences in order of arrival
         self.in_flight = []     # for each step, [(sampled sequence, whether it stops by itself)]
         self.memory = {}        # (page, offset) -> hash of the text on which key and value depend
@@ -521,10 +530,13 @@ class RandomLoad:
         scheduler = self.scheduler
         was_idle = not scheduler.running
         num_waiting = len(scheduler.waiting)
+        ready = [sequence for sequence in scheduler.running if sequence.remaining == 1]
         scheduled = scheduler.schedule()
         # A static batch gets no newcomer.
         assert was_idle or not self.static or len(scheduler.waiting) >= num_waiting
         self.check_plan(scheduled)
+        if any(sequence in ready for sequence, _ in scheduled):
+            assert sum(count for _, count in scheduled) <= self.budget
         for sequence, count in scheduled:
             self.compute(sequence, count)
             scheduler.register_full_blocks(sequence)
@@ -547,7 +559,7 @@ class RandomLoad:
         assert self.chunked or all(count == sequence.remaining for sequence, count in scheduled)
         assert scheduled or not self.live or self.in_flight
         assert all(count >= 1 for _, count in scheduled)
-        assert sum(count for _, count in scheduled) <= self.budget
+        assert sum(count for _, count in scheduled) <= self.prefill_budget
         assert len({id(sequence) for sequence, _ in scheduled}) == len(scheduled)
         assert len(self.scheduler.running) <= min(self.max_seqs, self.budget)
 
@@ -826,6 +838,34 @@ def test_pool_limits(options, message):
     """A pool that does not fit is refused, with the numbers."""
     with pytest.raises(TinyVLLMError, match=message):
         LLM(PARROT, **options)
+
+
+@pytest.mark.parametrize("shape, gigabytes, options, tokens", [
+    ("llama-3.2-1b", 80, {}, 16384),
+    ("llama-3.1-8b", 80, {}, 16384),
+    ("llama-3.2-1b", 80, {"max_num_batched_tokens": 8192}, 8192),       # the limit of all steps
+    ("llama-3.2-1b", 80, {"max_num_batched_tokens": 40000}, 40000),
+    ("llama-3.2-1b", 80, {"num_blocks": 100}, 16384),
+    ("llama-3.2-1b", 10, {"max_model_len": 16384}, range(9000, 9600)),  # 4,096 and an eighth of 5.3 GB
+    ("llama-3.2-1b", 6.3, {}, 4096)], ids=str)                          # the pages of a context come first
+def test_long_steps_are_counted(shape, gigabytes, options, tokens):
+    """Weights, pages, and the largest step's arrays fit into memory together."""
+    config = weights.SHAPES[shape]
+    args = EngineArgs(**options)
+    total = int(gigabytes * 1e9)
+    device = SimpleNamespace(memory=lambda: (total, total))
+    num_blocks, num_tokens, max_model_len, _ = tinyvllm.plan_pool(config, device, args)
+    assert num_tokens in tokens if isinstance(tokens, range) else num_tokens == tokens
+    D, F, H, K, h = (config.hidden_size, config.intermediate_size, config.num_attention_heads,
+                     config.num_key_value_heads, config.head_dim)
+    weights_bytes = weights.weight_bytes(config)
+    # Of forward(): residual, attention, activation; the results of two layers' qkv and gate_up.
+    step = 2 * num_tokens * (D + H * h + F + 2 * (H + 2 * K) * h + 2 * 2 * F)
+    pool = num_blocks * 16 * 2 * config.num_hidden_layers * 2 * K * h
+    assert weights_bytes + step + pool <= 0.9 * total
+    if "num_blocks" not in options:         # and the memory is used, in pools that do not hold all requests
+        assert weights_bytes + 2 * step + pool >= 0.8 * total
+    assert num_blocks * 16 >= (options.get("max_model_len") or max_model_len)
 
 
 @pytest.mark.parametrize("options, limit, advice", [
@@ -1694,7 +1734,7 @@ MAY_IMPORT = {"tokenizer": set(), "views": set(), "simulator": set(), "load": se
               "tools": {"device", "grammar"},
               "completions": {"device", "sampling", "tinyvllm", "tokenizer", "tools"}}
 MAY_COME_LATE = {"cupy", "huggingface_hub", "llguidance"}      # in a function: not every run has or needs it
-MOST_LINES = {"tinyvllm.py": 1750, "program.py": 260, "sampling.py": 180, "weights.py": 450, "device.py": 440,
+MOST_LINES = {"tinyvllm.py": 1750, "program.py": 270, "sampling.py": 180, "weights.py": 450, "device.py": 440,
               "kernels.cu": 1160, "ptx.h": 250, "decode.cu": 1025, "simulator.h": 540, "simulator.py": 150,
               "tokenizer.py": 360, "views.py": 820, "bench.py": 745, "load.py": 600, "reference.py": 300,
               "chat.py": 180, "grammar.py": 90, "tools.py": 140, "server.py": 770, "completions.py": 710}

@@ -339,6 +339,8 @@ class StreamDecoder:
 
     def _advance(self, new, may_stop) -> str:
         """Appends new text. Returns the text that can no longer belong to a stop string."""
+        if not self._stop:
+            return new
         if self.has_stopped:
             return ""
         text = self._held + new

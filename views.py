@@ -565,7 +565,7 @@ def html_trace(recorder, max_steps=MAX_STEPS, max_requests=300):
         "num_blocks": recorder.allocator.num_blocks,
         "num_shown": recorder.num_shown,
         "block_size": recorder.allocator.block_size,
-        "budget": recorder.scheduler.max_num_batched_tokens,
+        "budget": recorder.scheduler.max_prefill_tokens,
         "num_requests": recorder.num_requests,
         "num_tokens": recorder.num_tokens,
         "num_steps": recorder.num_steps,
@@ -705,7 +705,8 @@ class Watch:
         peak = recorder.llm.device.memory_bandwidth
         share = f"  {num_bytes / seconds / peak:.0%} of {peak / 1e9:.0f} GB/s" if peak and seconds else ""
         step = recorder.planned
-        budget = recorder.scheduler.max_num_batched_tokens
+        scheduler = recorder.scheduler
+        budget = scheduler.max_num_batched_tokens if step.decode else scheduler.max_prefill_tokens
         decode = math.ceil(step.decode * size / budget)
         prefill = min(math.ceil(step.prefill * size / budget), size - decode)
         rate = tokens / max(now - then, 1e-3)
@@ -783,7 +784,7 @@ def picture(recorder, names):
             "waiting": len(recorder.scheduler.waiting),
             "num_steps": recorder.num_steps,
             "num_tokens": recorder.num_tokens,
-            "budget": recorder.scheduler.max_num_batched_tokens,
+            "budget": recorder.scheduler.max_prefill_tokens,
             "steps": steps[::-1],
             "requests": [describe(request) for request in (with_pages + without)[:MAX_ROWS]],
             "finished": [describe(request) for request in recorder.finished]}
