@@ -173,11 +173,19 @@ def flag(body, name, default=False):
 
 
 def texts_of(messages):
-    """All texts of a chat, whose contents are texts or lists of parts."""
-    for message in messages:
-        content = message.get("content") if isinstance(message, dict) else None
+    """All texts of a chat, whose contents are texts or lists of parts, and the calls in it. Raises
+    RequestError for an image."""
+    for i, message in enumerate(messages):
+        fields = message if isinstance(message, dict) else {}
+        if fields.get("tool_calls"):
+            yield JSON.encode(fields["tool_calls"])
+        content = fields.get("content")
         parts = content if isinstance(content, list) else [content]
         for part in parts:
+            kind = part.get("type", "text") if isinstance(part, dict) else "text"
+            name = f"messages[{i}].content"
+            want(name, kind, lambda kind: kind in ("text", "input_text", "refusal"),
+                 "parts of type text, since the model reads nothing else")
             text = part.get("text") if isinstance(part, dict) else part
             if isinstance(text, str):
                 yield text
@@ -205,7 +213,7 @@ def encode_chat(llm, body):
     except (TypeError, ValueError, LookupError, AttributeError):
         raise RequestError('messages: expected tool_calls as a list of {"function": {"name": word, '
                            '"arguments": text of an object}}', param="messages") from None
-    text = "".join(texts_of(messages)) + (JSON.encode(definitions) if tools else "")
+    text = "".join(texts_of(messages)) + JSON.encode(definitions)
     return encoded(llm, text, lambda _: llm.tokenizer.chat(messages, tools=definitions), "messages")
 
 
@@ -275,6 +283,7 @@ class Call:
         self.choices = []
         self.news = asyncio.Event()     # set when a choice has made progress
         self.is_short = False           # the prompts are soon encoded
+        self.is_gone = False            # the client has left
         self.num_sends = 0              # of chunks
         self.num_sends_seen = 0         # by look_for_silence
         self.is_quiet = False           # a stream that must show that it is alive
@@ -386,6 +395,7 @@ class Call:
             while not work.done() and not gone.done():
                 await asyncio.wait((work, gone), timeout=PING_SECONDS, return_when=asyncio.FIRST_COMPLETED)
                 self.look_for_silence()
+            self.is_gone = not work.done()
             if work.done():
                 work.result()               # raises what has failed
         finally:

@@ -5,8 +5,8 @@
 
 The life of a request:
   1. The event loop reads the request and checks its fields: class Call, in completions.py.
-  2. A helper thread encodes the prompt. A long prompt takes a third of a second, and the event loop must
-     not wait for that.
+  2. The prompt is encoded; a long one by a helper thread, since the event loop must not stand still for a
+     third of a second.
   3. The worker, in a process of its own, queues the sequences and steps the engine: worker.py. After each
      step the worker sends the news of all sequences in one message: class Service.
   4. The event loop sends the client what is new since it sent last. There is no queue of tokens: a client
@@ -34,7 +34,7 @@ import threading
 import time
 from collections import Counter
 from functools import partial
-from multiprocessing import Pipe
+from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
 from urllib.parse import quote
 
@@ -68,7 +68,7 @@ SHORT_BODY = 2**14              # bytes of a body: its prompts are encoded in so
 REQUEST_SECONDS = 10            # for a whole request to come in, and a second more for each MiB
 WRITE_SECONDS = 60              # for a client to read anything at all
 STUCK_SECONDS = 60              # a step that takes longer has failed
-CHUNK_SECONDS = 0.0001          # between two chunks of a stream, for each unfinished sequence
+CHUNK_SECONDS = 0.0002          # between two chunks of a stream, for each unfinished sequence
 LOGGER = logging.getLogger("tinyvllm.server")
 
 
@@ -78,20 +78,20 @@ LOGGER = logging.getLogger("tinyvllm.server")
 class Service:
     """All unfinished calls, and the connection to the worker."""
 
-    def __init__(self, llm, model_names, max_waiting, max_body, connection):
-        """llm: an LLM, to be stepped by a worker in this process. Or an InputProcessor, and the connection to
-        a worker elsewhere."""
+    def __init__(self, llm, model_names, max_waiting, max_body, pipe):
+        """llm: an LLM, to be stepped by a worker in this process. Or an InputProcessor, and then pipe is a
+        socket to the worker, which is elsewhere."""
         self.llm = llm
         self.model_names = model_names
         self.max_waiting = max_waiting
         self.max_body = max_body
-        self.connection = connection
+        self.pipe = pipe
         self.metrics = Metrics()
         self.pool_watch = PoolWatch(self)
         self.started = int(time.time())
         self.loop = None
-        self.writer = None                  # of the connection
-        self.reading = None                 # the task that reads from the connection
+        self.writer = None                  # of messages to the worker
+        self.reading = None                 # the task that takes the worker's messages
         self.is_stopping = False            # the worker is to end
         self.is_draining = False            # no new requests: the process is about to end
         self.error = None                   # why the engine has failed
@@ -109,11 +109,11 @@ class Service:
     async def lifespan(self, app):
         """Talks with the worker for as long as the app runs."""
         self.loop = asyncio.get_running_loop()
-        if self.connection is None:
-            self.connection, theirs = Pipe()
-            threading.Thread(target=Worker(self.llm, theirs).run, name="worker", daemon=True).start()
-        ours = socket.socket(fileno=os.dup(self.connection.fileno()))
-        reader, self.writer = await asyncio.open_connection(sock=ours)
+        if self.pipe is None:
+            self.pipe, theirs = socket.socketpair()
+            worker = Worker(self.llm, Pipe(theirs.detach()))
+            threading.Thread(target=worker.run, name="worker", daemon=True).start()
+        reader, self.writer = await asyncio.open_connection(sock=self.pipe)
         self.reading = asyncio.create_task(self.read(reader))
         yield
         self.is_stopping = True
@@ -124,19 +124,25 @@ class Service:
     def tell_worker(self, *message):
         """Sends a message, as multiprocessing's Connection does: the length, and a pickle."""
         data = pickle.dumps(message)
-        self.writer.write(struct.pack("!i", len(data)) + data)
+        if not self.error:
+            self.writer.write(struct.pack("!i", len(data)) + data)
 
     async def read(self, reader):
         """Takes the messages of the worker, until it ends."""
         functions = {"deliver": self.deliver, "show": self.pool_watch.show, "fail": self.fail}
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+        try:
             while True:
                 [length] = struct.unpack("!i", await reader.readexactly(4))
                 name, *arguments = pickle.loads(await reader.readexactly(length))
                 self.last_heard = time.monotonic()
                 functions[name](*arguments)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            reason = "the worker has ended"
+        except Exception as error:          # nobody else would notice
+            reason = repr(error)
         if not (self.is_stopping or self.error):
-            self.fail("the worker has ended")
+            LOGGER.critical("the engine has failed: %s", reason)
+            self.fail(reason)
 
     def deliver(self, now, load, news):
         """Takes the news of a step, see Worker.hand_over. now: time.perf_counter() at the step's end."""
@@ -511,7 +517,7 @@ class Guard:
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
             await send(message)
         try:
-            self.check(scope, headers)
+            self.check(scope["path"], headers)
             await self.app(scope, receive, send_with_id)
         except (ClientDisconnect, asyncio.CancelledError):
             pass                            # gone while the request came in; the process ends
@@ -525,16 +531,14 @@ class Guard:
         finally:
             self.log(scope, request_id, status or "gone", time.perf_counter() - start)
 
-    def check(self, scope, headers):
+    def check(self, path, headers):
         """Raises RequestError for a request that nobody may make."""
-        if scope["http_version"] == "1.1" and "host" not in headers:
-            raise RequestError("Host: expected one, as HTTP/1.1 asks for, got none")
         # A web page can make a browser call this server under the page's own name (DNS rebinding).
         host = re.sub(r":\d*$", "", headers.get("host", "")).lower()
         if self.hosts and host and host not in self.hosts:
             raise RequestError(f"Host: expected {' or '.join(self.hosts)}, since the server listens on "
                                f"loopback only, got {shown(host)}: start it with another --host", 403)
-        is_open = not self.api_key or scope["path"] == "/health"
+        is_open = not self.api_key or path == "/health"
         if not is_open and not hmac.compare_digest(given_key(headers), self.api_key.encode()):
             raise RequestError("Authorization: expected Bearer and the server's API key, or any name and the "
                                "key as the password", 401, code="invalid_api_key")
@@ -552,7 +556,9 @@ class Guard:
         """A line without any text of the client's."""
         call = scope.get("state", {}).get("call")
         tokens = ""
-        if call:
+        if call and call.is_gone:
+            status = "gone"
+        if call and call.choices:
             usage = call.usage
             tokens = (f", {usage['prompt_tokens']} tokens in "
                       f"({usage['prompt_tokens_details']['cached_tokens']} cached), "
@@ -573,14 +579,14 @@ async def refuse_path(request, error):
 
 
 def build_app(llm, model_names=("tiny-vllm",), api_key=None, max_waiting=1024, max_body=8 * MEBIBYTE,
-              allow_origins=(), hosts=(), connection=None):
+              allow_origins=(), hosts=(), pipe=None):
     """The ASGI app of an LLM, for uvicorn, Ray Serve or another host. Its lifespan runs the engine.
 
     model_names: what clients may call the model; the answers to a request without a name have the
     first. max_waiting: sequences without pages, more are refused. max_body: bytes. allow_origins: web
     pages that may use the server, "*" for all. hosts: what the Host header may say, () for anything.
-    connection: to the worker that steps the engine, see worker_process; None: a thread of this process."""
-    service = Service(llm, list(model_names), max_waiting, max_body, connection)
+    pipe: to the worker that steps the engine, see worker_process; None: the worker is a thread."""
+    service = Service(llm, list(model_names), max_waiting, max_body, pipe)
     middleware = [Middleware(Guard, api_key, hosts)]
     if allow_origins:                       # before the guard, since a preflight has no key
         cors = Middleware(CORSMiddleware, allow_origins=allow_origins, allow_methods=["GET", "POST"],
@@ -622,6 +628,8 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self):
         self.has_head = True
+        if self.parser.get_http_version() == "1.1" and b"host" not in dict(self.headers):
+            raise ValueError("HTTP/1.1 asks for a Host")        # becomes a 400
         super().on_headers_complete()
 
     def on_message_complete(self):
@@ -762,10 +770,10 @@ def main(argv=None):
             print("tiny-vLLM: anyone who reaches this machine may use the server: consider --api-key",
                   file=sys.stderr)
         hosts = ("localhost", "127.0.0.1", "[::1]", args.host.lower()) if is_loopback else ()
-        with worker_process(EngineArgs.from_namespace(args)) as (inputs, device_name, connection):
+        with worker_process(EngineArgs.from_namespace(args)) as (inputs, device_name, pipe):
             names = args.served_model_name or [public_name(args, inputs)]
             app = build_app(inputs, names, args.api_key, args.max_waiting, args.max_body, args.allow_origin,
-                            hosts, connection)
+                            hosts, pipe)
             server = Server(app, args.shutdown_timeout)
             listener.listen()               # whoever follows the greeting waits a moment, and is not refused
             print(greeting(args, address, names[0], inputs.tokenizer.has_chat_template, device_name),

@@ -807,6 +807,8 @@ def test_bad_fields(stub, param, body):
     ("messages", {"messages": []}), ("messages", {"messages": "Hi"}), ("messages", {"messages": [5]}),
     ("messages", {"messages": None}), ("messages", {"messages": user("\ud83e")}),
     ("messages", {"messages": [{"role": "user", "content": 5}]}),
+    ("messages[1].content", {"messages": [*user("Look"), {"role": "user", "content": [
+        {"type": "text", "text": "at"}, {"type": "image_url", "image_url": {"url": "data:,"}}]}]}),
     ("top_logprobs", {"top_logprobs": 2}), ("top_logprobs", {"logprobs": True, "top_logprobs": 21}),
     ("logprobs", {"logprobs": 1}), ("echo", {"echo": True}), ("functions", {"functions": [{"name": "f"}]}),
     ("audio", {"audio": {"voice": "x"}}), ("modalities", {"modalities": ["audio"]})])

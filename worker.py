@@ -16,6 +16,7 @@ A message is a tuple: the name of the method that takes the message, and the met
 """
 import contextlib
 import logging
+import os
 import select
 import socket
 import subprocess
@@ -162,27 +163,29 @@ class Worker:
 
 @contextlib.contextmanager
 def worker_process(args):
-    """A worker in a process of its own. Yields (an InputProcessor, the device's name, a connection) when the
-    model of EngineArgs is loaded. Raises TinyVLLMError if the model cannot be loaded."""
+    """A worker in a process of its own. Yields (an InputProcessor, the device's name, a socket for messages)
+    when the model of EngineArgs is loaded. Raises TinyVLLMError if the model cannot be loaded."""
     ours, theirs = socket.socketpair()
-    with theirs:
-        number = theirs.fileno()
-        # A session of its own: a terminal's Ctrl-C goes to the server alone, which lets answers end.
-        process = subprocess.Popen([sys.executable, __file__, str(number)], pass_fds=[number],
-                                   start_new_session=True)
-    connection = Connection(ours.detach())
-    try:
-        yield greet(connection, args)
-        connection.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_SECONDS)
-    finally:
-        process.kill()
-        process.wait()
+    with ours:
+        with theirs:
+            number = theirs.fileno()
+            # A session of its own: a terminal's Ctrl-C goes to the server alone, which lets answers end.
+            process = subprocess.Popen([sys.executable, __file__, str(number)], pass_fds=[number],
+                                       start_new_session=True)
+        try:
+            with Connection(os.dup(ours.fileno())) as connection:
+                inputs, device_name = greet(connection, args)
+            yield inputs, device_name, ours
+            ours.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_SECONDS)
+        finally:
+            process.kill()
+            process.wait()
 
 
 def greet(connection, args):
-    """What worker_process yields, from the first message of the worker."""
+    """Sends a new worker its EngineArgs, and takes its answer. Raises TinyVLLMError if it has no LLM."""
     try:
         connection.send(args)
         inputs, device_name, refusal = connection.recv()
@@ -190,7 +193,7 @@ def greet(connection, args):
         raise TinyVLLMError("the worker process has ended before the model was loaded") from None
     if refusal:
         raise TinyVLLMError(refusal)
-    return inputs, device_name, connection
+    return inputs, device_name
 
 
 def main(connection):
