@@ -15,6 +15,7 @@ its next request would otherwise leave out the time for which the next request w
 Sections: Jobs and replies, Client, Client processes, Server, Loads.
 """
 import asyncio
+import contextlib
 import json
 import os
 import pickle
@@ -27,6 +28,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +38,7 @@ PATIENCE = 300                          # seconds that a client waits for an ans
 SLOW_BYTES = 1024                       # a slow client reads so much a second
 SETTLE_SECONDS = 10                     # from the last answer until the server must be idle
 SPARE_MEGABYTES = 20                    # that a server may hold more after a load than before
+NUM_RUNS = 5                            # of rows that compare the server with the engine alone
 POOL_THREADS = min(32, os.cpu_count() + 4)      # of asyncio.to_thread, which starts them when needed
 
 
@@ -255,15 +258,26 @@ def check_replies(replies):
 # --------------------------------------------------------------------------------------------------
 # Server
 # --------------------------------------------------------------------------------------------------
+def with_children(pid):
+    """The numbers of a process and of its children."""
+    children = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):          # it has just ended
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[1]) == pid:
+                children.append(int(stat.parent.name))
+    return [pid, *children]
+
+
 @dataclass
 class State:
-    """A server's process at a moment."""
+    """A server's processes at a moment."""
     held: dict                          # {what: how much}
     metrics: dict                       # {name: value}
 
 
 class Server:
-    """A server in a process of its own, and what can be seen of the process from outside."""
+    """A server in processes of its own, and what can be seen of them from outside."""
 
     def __init__(self, command):
         """command: starts a server that says on stderr where it listens."""
@@ -276,6 +290,7 @@ class Server:
                 raise LoadError(f"the server has not started: {self.output().strip().rpartition(chr(10))[2]}")
             time.sleep(0.02)
         self.address = (match[1], int(match[2]))
+        self.pids = with_children(self.process.pid)     # the server's own, and its worker's
 
     def output(self):
         """What the process has written so far."""
@@ -302,17 +317,23 @@ class Server:
         return values
 
     def state(self):
-        """What the process holds and what it has counted."""
-        folder = Path(f"/proc/{self.process.pid}")
-        status = dict(re.findall(r"(\w+):\s+(\d+)", (folder / "status").read_text()))
-        held = {"MB of memory": int(status["VmRSS"]) / 1024, "threads": int(status["Threads"]),
-                "file descriptors": len(list((folder / "fd").iterdir()))}
-        return State(held, self.metrics())
+        """What the processes hold, and what the server has counted."""
+        held = Counter()
+        for pid in self.pids:
+            folder = Path(f"/proc/{pid}")
+            status = dict(re.findall(r"(\w+):\s+(\d+)", (folder / "status").read_text()))
+            held["MB of memory"] += int(status["VmRSS"]) / 1024
+            held["threads"] += int(status["Threads"])
+            held["file descriptors"] += len(list((folder / "fd").iterdir()))
+        return State(dict(held), self.metrics())
 
     def cpu_seconds(self):
-        """CPU time of the process so far."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        """CPU time of each process so far."""
+        seconds = []
+        for pid in self.pids:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            seconds.append((int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"))
+        return seconds
 
     def check(self, before, replies, some_left=False):
         """Raises LoadError if an answer is lost or wrong, or if the server keeps anything. before: its
@@ -366,18 +387,20 @@ class Sizes:
     new: int = 256                      # new tokens; of an answer to QUESTIONS half as many, at most
     seconds: float = 5                  # for which requests arrive
     kill_seconds: float = 1             # until the pages of killed clients must be free
-    num_blocks: int | None = None       # pages of the KV cache, unless an option says otherwise
+    # Pages of the KV cache, unless an option says otherwise. The prefix cache remembers the tokens of each
+    # page, and a simulated page is the process's own memory. So memory grows until each page was used once:
+    # a small pool is soon as large as it gets, and no growth is mistaken for a leak.
+    num_blocks: int = 16_384
+    warm_ups: int = 5                   # loads that use each page once
 
 
-# The simulator's pages are the process's own memory, which grows until each page was used once: a small
-# pool is soon as large as it gets, and no growth is mistaken for a leak.
-SIMULATED = Sizes(streams=8, prompt=16, new=16, seconds=10, kill_seconds=10, num_blocks=256)
+SIMULATED = Sizes(streams=8, prompt=16, new=16, seconds=10, kill_seconds=10, num_blocks=256, warm_ups=1)
 
 
 @dataclass
 class Offline:
     """What the engine does without a server."""
-    tokens_per_second: float            # new tokens of all streams at once
+    tokens_per_second: float            # new tokens of all streams at once, the median of NUM_RUNS
     first_token_ms: float               # of a lone request
     vocab_size: int
     questions: list                     # (ids of one of QUESTIONS, answer): the answer is (text, finish
@@ -402,13 +425,14 @@ class LoadTest:
 
     @cached_property
     def server(self):
-        """The running server, its kernels compiled, its CUDA graphs recorded, its caches full. The first
-        load ends one answer after another, so the batch has every size once."""
+        """The running server, its kernels compiled, its CUDA graphs recorded, its caches full. In a load, one
+        answer ends after another, so the batch has every size once."""
         server = Server(self.command)
         streams = self.sizes.streams
-        ends = [[self.random_job(1 + i * self.sizes.new // streams)] for i in range(streams)]
-        for load in ends, self.rounds(streams, 2):
-            check_replies(Load(server, load).wait())
+        for _ in range(self.sizes.warm_ups):
+            ends = [[self.random_job(1 + i * self.sizes.new // streams)] for i in range(streams)]
+            check_replies(Load(server, ends).wait())
+        check_replies(Load(server, self.rounds(streams, 2)).wait())
         return server
 
     def stop(self):
@@ -460,12 +484,13 @@ class LoadTest:
         load = Load(server, streams)
         replies = load.wait()
         seconds = max(reply.end for reply in replies) - load.start
-        cpu = server.cpu_seconds() - cpu
+        shares = [f"{(after - before) / seconds:.0%}" for before, after in zip(cpu, server.cpu_seconds())]
         server.check(before, replies)
         whole = [reply for reply in replies if reply.answer]
         compared = sum(reply.job.expected is not None for reply in whole)
         return replies, seconds, (f"{len(whole)} answers, {compared} compared; CPU of a client process "
-                                  f"{max(load.cpu) / seconds:.0%} at most, of the server {cpu / seconds:.0%}")
+                                  f"{max(load.cpu) / seconds:.0%} at most, of the server "
+                                  f"{' and of its worker '.join(shares)}")
 
 
 def milliseconds(replies, time, percent):
@@ -475,10 +500,12 @@ def milliseconds(replies, time, percent):
 
 
 def measure_batch(test):
-    """New tokens a second of all streams at once."""
-    for _ in range(2):
+    """New tokens a second of all streams at once: the median of some runs."""
+    runs = []
+    for _ in range(NUM_RUNS):
         streams = [[test.random_job(test.sizes.new, due=0.0)] for _ in range(test.sizes.streams)]
-        _, seconds, note = test.play(streams)
+        runs.append(test.play(streams)[1:])
+    seconds, note = sorted(runs)[NUM_RUNS // 2]
     value = test.sizes.streams * test.sizes.new / seconds
     best = test.offline.tokens_per_second
     return {"value": value, "unit": "tokens/s", "best": best, "share": value / best, "note": note}

@@ -40,9 +40,12 @@ import pydantic_core
 import pytest
 
 import completions
+import load
 import server
+import worker
 from reference import PARROT, ROOT, StandIn, expected
-from tinyvllm import LLM, BlockAllocator, Engine, ModelConfig, SamplingParams, Scheduler
+from tinyvllm import (LLM, BlockAllocator, Engine, EngineArgs, ModelConfig, SamplingParams, Scheduler,
+                      TinyVLLMError)
 from tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer(PARROT)
@@ -1364,11 +1367,50 @@ def test_a_dead_engine():
         it.thread.join(20)                  # the server has ended by itself
 
 
+def worker_of(process):
+    """The process id of a server's worker."""
+    [_, pid] = load.with_children(process.pid)
+    return pid
+
+
+def test_a_worker_that_is_killed():
+    """Every stream gets an error, and the process exits with 1."""
+    it = Process()
+    stream = it.poem()
+    next(stream)
+    os.kill(worker_of(it.process), signal.SIGKILL)
+    with pytest.raises(openai.APIError, match="the engine has failed"):
+        list(stream)
+    code, rest = it.end()
+    assert code == 1 and "the worker has ended" in rest
+
+
+def test_a_server_that_is_killed():
+    """The worker ends by itself, also in the middle of an answer."""
+    it = Process()
+    stream = it.poem()
+    next(stream)
+    stat = Path(f"/proc/{worker_of(it.process)}/stat")
+    it.process.kill()
+    it.process.communicate()
+    wait_for(lambda: not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z")
+
+
+def test_a_worker_that_does_not_start(tmp_path, monkeypatch):
+    program = tmp_path / "worker.py"
+    program.write_text("")
+    monkeypatch.setattr(worker, "__file__", str(program))
+    with pytest.raises(TinyVLLMError, match="has ended before the model was loaded"):
+        with worker.worker_process(EngineArgs()):
+            raise AssertionError
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--port", "70000"], "--port: expected a number from 0 to 65535, got 70000"),
     (["--host", "no.such.host.invalid"], "expected a free address"),
     (["--max-waiting", "0"], "--max-waiting"),
-    (["--num-blocks", "0"], "--num-blocks: expected a whole number"), (["--nonsense"], "--nonsense")])
+    (["--num-blocks", "0"], "--num-blocks: expected a whole number"), (["--nonsense"], "--nonsense"),
+    (["--model", "parrot", "--num-blocks", "1", "--max-model-len", "100"], "--num-blocks: expected 7 or")])
 def test_mistakes_on_the_command_line(arguments, message):
     done = subprocess.run([sys.executable, "server.py", *arguments], cwd=ROOT, capture_output=True, text=True)
     lines = [line for line in done.stderr.splitlines() if line.startswith("tinyvllm: ")]
