@@ -5,13 +5,13 @@
 
 The life of a request:
   1. The event loop reads the request and checks its fields: class Call, in completions.py.
-  2. The prompt is encoded; a long one by a helper thread, since the event loop must not stand still for a
-     third of a second.
-  3. The worker, in a process of its own, queues the sequences and steps the engine: worker.py. After each
-     step the worker sends the news of all sequences in one message: class Service.
-  4. The event loop sends the client what is new since it sent last. There is no queue of tokens: a client
-     that reads slowly gets fewer and larger chunks, and costs no memory.
-A client that goes away gives its request up, at whatever point, and the next step frees the pages.
+  2. The event loop encodes a short prompt. A long prompt takes a third of a second, and all streams would
+     stand still: a helper thread encodes the long prompt.
+  3. The worker, a process of its own, queues the sequences and steps the engine: worker.py. After each step
+     the worker sends the news of all sequences in one message: Service.deliver takes the message.
+  4. The event loop sends the client all that is new since the last chunk. There is no queue of tokens: a
+     client that reads slowly gets fewer and larger chunks, and costs no memory.
+A client may leave at any point. Then the worker gives the sequences up, and the next step frees the pages.
 
 Sections: Service, Metrics, Page, App, Process.
 """

@@ -35,10 +35,11 @@ import tinyvllm
 import tokenizer
 import views
 import weights
+import worker
 
 ROOT = Path(__file__).parent
 MODULES = [tinyvllm, program, sampling, weights, device, bench, views, tokenizer, simulator, server,
-           completions]
+           completions, worker]
 CUDA_FILES = sorted(path.name for path in ROOT.iterdir() if path.suffix in (".cu", ".h"))
 SOURCES = [*(f"{module.__name__}.py" for module in MODULES), *CUDA_FILES]
 TEXT = {name: (ROOT / name).read_text("utf-8") for name in SOURCES}

@@ -357,7 +357,7 @@ class Client:
 
 
 def in_app(test):
-    """Runs test(app, llm), a coroutine, beside the engine thread."""
+    """Runs test(app, llm), a coroutine, beside a worker in a thread."""
     async def run():
         llm = LLM(PARROT, device="cpu", num_blocks=200)
         app = server.build_app(llm)

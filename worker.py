@@ -1,18 +1,22 @@
-"""A worker steps the engine of an LLM for a server, which is at the other end of a pipe.
+"""A worker steps the engine of an LLM for a server. The server is at the other end of a pipe.
 
-The worker of `python server.py` is a process of its own. Python runs one thread of a process at a time, and
-HTTP for 256 streams keeps a thread busy: in the server's process, the GPU would wait half of the time. For
-an app in another program, which has an LLM already, the worker is a thread of that program.
+The worker of `python server.py` is a process of its own. In one process, Python runs one thread at a time,
+and HTTP for 256 streams keeps a thread busy: the engine would wait for HTTP, and the GPU for the engine.
+A program that has an LLM already and makes an app of it (server.build_app) has the worker in a thread.
 
-A message is a tuple: the name of the method that takes the message, and the method's arguments.
+A new worker process first gets EngineArgs, and loads the model: see greet. Any worker then takes messages
+between two steps. A message is a tuple: the name of the method that takes the message, and the method's
+arguments. A key is the server's number of a sequence.
 
-    to the worker     ("add", [(key, [id, index], prompt token ids, SamplingParams)])     the key is a number
-                      ("abort", [key])
+    to the worker     ("add", [(key, [id, index], prompt token ids, SamplingParams)])
+                      ("abort", [key])                   the client has left
                       ("watch",), ("unwatch",)           somebody wants a picture; nobody looks any more
                       ("stop",)
     to the server     ("deliver", time, load, news)      after each step: see Worker.hand_over
                       ("show", picture)                  of the page pool: see views.picture
                       ("fail", reason)                   the last message: the engine has failed
+
+[id, index]: the request, and the number of the answer in the request. A picture names sequences so.
 """
 import contextlib
 import logging

@@ -142,6 +142,17 @@ def peers_table(ours_name, peers_name, *names):
     return "\n".join([*lines, ""])
 
 
+def server_table(name):
+    """The rows of a file on the server: the lowest and the highest rate of some runs each."""
+    found = kept(name)
+    head = f"{found['model']} on an {found['card']['name']}, {found['date']}. {found['note']}"
+    lines = ["", textwrap.fill(head, 100), "", "| where the engine steps | tokens/s |", "| --- | ---: |"]
+    for row in found["rows"]:
+        rates = sorted({row["lowest"], row["highest"]})
+        lines.append(f"| {row['what']} | {' to '.join(f'{rate:,}' for rate in rates)} |")
+    return "\n".join([*lines, ""])
+
+
 def command():
     """The command that wrote h200.json."""
     return f"\n```sh\n{COMMAND}\n```\n"

@@ -531,12 +531,12 @@ def chunks(seconds, num_tokens):
 
 
 def draw_server():
-    """The steps of the engine thread, and the chunks of three clients who read at different speeds."""
+    """The steps of the worker, and the chunks of three clients who read at different speeds."""
     num_steps = 13
     width = 40
     left = 170
     picture = Picture(left + width * (num_steps + 4), 190, "Steps, and the chunks of three clients")
-    picture.text(0, 24, "The engine thread steps", "b")
+    picture.text(0, 24, "The worker steps", "b")
     for step in range(num_steps):
         picture.cell(left + step * width, 8, width - 3, 24, None, step + 1, "t")
     for number, (name, seconds) in enumerate([("reads at once", 0.3), ("takes 1.5 steps", 1.5),
