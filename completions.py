@@ -227,7 +227,7 @@ def encode_text(llm, prompt, add_bos):
 
 
 def encoded(llm, text, encode, param):
-    """The ids of encode(text), if they fit into the context. Runs in a thread of its own."""
+    """The ids of encode(text), if they fit into the context. A long text takes a third of a second."""
     def too_long(got):
         # Clients know the error by this phrase, or by its code.
         return RequestError(f"{param}: expected less, since this model's maximum context length is "

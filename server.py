@@ -239,7 +239,7 @@ class Service:
     async def submit(self, call):
         """Encodes the call's prompts, and gives them to the worker."""
         self.calls.add(call)
-        if call.is_short:                   # encoded in less time than a thread needs to begin
+        if call.is_short:                   # encoded in about the time that a thread takes to begin
             self.check_room(call.num_choices)
             call.prepare()
         else:
