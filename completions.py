@@ -9,6 +9,7 @@ A known field that is not supported is refused by its name. Unknown fields are i
 """
 import asyncio
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -105,9 +106,10 @@ NEUTRAL_VALUES = {
     "prediction": (None,), "best_of": (None, 1), "suffix": (None, ""), "use_beam_search": (None, False),
     "prompt_logprobs": (None,), "include_stop_str_in_output": (None, False),
     "return_token_ids": (None, False), "cache_salt": (None,), "truncate_prompt_tokens": (None,),
-    "bad_words": (None, []), "allowed_token_ids": (None,)}
+    "bad_words": (None, []), "allowed_token_ids": (None,), "skip_special_tokens": (None, True)}
+# The same for fields that would change the token ids of a chat.
 NEUTRAL_CHAT_VALUES = {
-    "echo": (None, False), "add_special_tokens": (None, False), "add_generation_prompt": (None, True),
+    "add_special_tokens": (None, False), "add_generation_prompt": (None, True),
     "continue_final_message": (None, False), "chat_template": (None,), "chat_template_kwargs": (None, {}),
     "documents": (None, [])}
 
@@ -164,6 +166,16 @@ def read_response_format(body):
     inner = want("response_format", given.get("json_schema"), lambda inner: isinstance(
         inner.get("schema"), dict), "json_schema, an object with a schema that is an object")
     return {"json": inner["schema"]}
+
+
+def refuse_unsupported(body, neutral_values):
+    """Raises RequestError for a field that asks for what the server cannot do. neutral_values: {field:
+    values that ask for nothing}."""
+    for name, values in neutral_values.items():
+        value = body.get(name)
+        if value not in values:
+            raise RequestError(f"{name}: expected nothing, since this server does not support it, got "
+                               f"{shown(value)}: leave the field out", param=name)
 
 
 def flag(body, name, default=False):
@@ -255,6 +267,7 @@ async def disconnection(receive):
 class Call:
     """A request for completions, and its response: the fields, and the choices, which are the answers."""
     tools = None                        # the Tools of a chat
+    has_echo = False                    # the answer begins with the prompt
 
     def __init__(self, service, body):
         """Checks all fields but the prompt. Raises RequestError."""
@@ -264,7 +277,7 @@ class Call:
         self.created = int(time.time())
         self.id = self.prefix + os.urandom(16).hex()
         self.model = service.model_name(body.get("model"))
-        self.refuse_unsupported()
+        refuse_unsupported(body, NEUTRAL_VALUES | self.neutral_values)
         self.is_stream = flag(body, "stream")
         options = want("stream_options", body.get("stream_options"), lambda options: options is None or (
             isinstance(options, dict) and self.is_stream), "an object, and only with stream") or {}
@@ -288,14 +301,6 @@ class Call:
         self.num_sends_seen = 0         # by look_for_silence
         self.is_quiet = False           # a stream that must show that it is alive
 
-    def refuse_unsupported(self):
-        """Raises RequestError for a field that asks for what the server cannot do."""
-        for name, values in (NEUTRAL_VALUES | self.neutral_values).items():
-            value = self.body.get(name)
-            if value not in values:
-                raise RequestError(f"{name}: expected nothing, since this server does not support it, got "
-                                   f"{shown(value)}: leave the field out", param=name)
-
     def read_params(self):
         """SamplingParams of the request. What the request leaves out is as generation_config.json says."""
         llm = self.service.llm
@@ -318,8 +323,11 @@ class Call:
             given["seed"] %= 2**64
         if "logit_bias" in given:
             given["logit_bias"] = {int(token): bias for token, bias in given["logit_bias"].items()}
-        given["max_tokens"] = self.read_max_tokens()
+        max_tokens = self.read_max_tokens()
+        self.is_prompt_only = max_tokens == 0
+        given["max_tokens"] = 1 if self.is_prompt_only else max_tokens      # the engine makes one in any case
         given["logprobs"] = self.read_logprobs()
+        given["prompt_logprobs"] = given["logprobs"] if self.has_echo else None
         given["structured_outputs"] = self.read_grammar()
         try:
             params = SamplingParams(**({"temperature": 1.0} | llm.default_sampling | given))
@@ -336,9 +344,11 @@ class Call:
         return self.tools.structured_outputs if self.tools else grammar
 
     def read_max_tokens(self):
+        least = 0 if self.has_echo else 1
         for name in "max_completion_tokens", "max_tokens":
             if self.body.get(name) is not None:
-                return want(name, self.body[name], is_int, "a whole number of 1 or more")
+                return want(name, self.body[name], lambda n: is_int(n, least),
+                            f"a whole number of {least} or more")
         return self.default_max_tokens
 
     def read_count(self, name):
@@ -494,11 +504,12 @@ class ChatCall(Call):
     prefix = "chatcmpl-"
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
-    neutral_values = NEUTRAL_CHAT_VALUES
+    neutral_values = NEUTRAL_CHAT_VALUES | {"echo": (None, False)}
     default_max_tokens = None           # what the context allows
 
     def read_prompts(self):
         self.tools = read_tools(self.service.llm, self.body)
+        self.max_calls = None if flag(self.body, "parallel_tool_calls", True) else 1
         return [self.body]
 
     def read_logprobs(self):
@@ -553,9 +564,6 @@ class TextCall(Call):
         """The prompts: one text, several, one list of token ids, or several."""
         prompt = self.body.get("prompt")
         self.has_echo = flag(self.body, "echo")
-        if self.has_echo and self.body.get("logprobs") is not None:
-            raise RequestError("echo: expected false beside logprobs, since this server has no "
-                               "log-probabilities of prompts", param="echo")
         self.add_bos = flag(self.body, "add_special_tokens", True)
         is_several = isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list))
         return prompt if is_several else [prompt]
@@ -567,13 +575,19 @@ class TextCall(Call):
         return encode_text(self.service.llm, prompt, self.add_bos)
 
     def logprobs(self, entries):
-        """The log-probabilities of (token, offset, {token: logprob}) entries."""
+        """The log-probabilities of (token, offset, {token: logprob}) entries. A prompt's first token has
+        None in the place of the dict."""
         def text(token):
             return self.service.llm.tokenizer.token_bytes(token).decode("utf-8", "replace")
+
+        def by_text(best):
+            values = {}
+            for token, logprob in best.items():
+                values.setdefault(text(token), finite(logprob))     # of tokens with one text, the best
+            return values
         return {"tokens": [text(token) for token, _, _ in entries],
-                "token_logprobs": [finite(best[token]) for token, _, best in entries],
-                "top_logprobs": [{text(other): finite(logprob) for other, logprob in best.items()}
-                                 for _, _, best in entries],
+                "token_logprobs": [best and finite(best[token]) for token, _, best in entries],
+                "top_logprobs": [best and by_text(best) for _, _, best in entries],
                 "text_offset": [offset for _, offset, _ in entries]}
 
     def lead(self, prompt):
@@ -586,7 +600,7 @@ class TextCall(Call):
         return {"text": text}
 
     def opening(self, lead):
-        return self.piece(lead) if lead else None
+        return self.piece(lead) if self.has_echo else None
 
     def piece(self, text):
         return f'"text":{JSON.encode(text)}'
@@ -609,6 +623,7 @@ class Choice:
         self.num_characters = 0
         self.has_end = False
         # Tokens whose log-probabilities were reported, and the characters of these tokens
+        self.has_prompt_logprobs = False
         self.num_tokens = 0
         self.num_token_characters = 0
         self.decoder = StreamDecoder(call.service.llm.tokenizer)
@@ -616,7 +631,7 @@ class Choice:
     @cached_property
     def tool_calls(self):
         """The calls in the whole answer."""
-        return self.call.tools.calls(self.output.text) if self.call.tools else []
+        return self.call.tools.calls(self.output.text)[:self.call.max_calls] if self.call.tools else []
 
     @property
     def finish_reason(self):
@@ -647,15 +662,46 @@ class Choice:
         text = "".join(map(decoder.push, self.output.token_ids)) + decoder.flush()
         return next((stop for stop in stops if text.startswith(stop, len(self.output.text))), None)
 
+    def drop_answer(self):
+        """Leaves out the token that the engine has made although only the prompt is wanted."""
+        output = self.output
+        output.text = ""
+        output.token_ids = []
+        output.logprobs = None if output.logprobs is None else []
+        if output.finish_reason == "stop":
+            output.finish_reason = "length"
+
+    @property
+    def logprobs_end(self):
+        """The log-probabilities of a whole answer are those of the tokens that begin before this character.
+        Beside an echo, these are all tokens, even an end token without text: a client (lm_eval) cuts the
+        lists by the numbers of tokens. The tokens of a stop string are left out in any case."""
+        has_all = self.call.has_echo and not isinstance(self.stop_reason, str)
+        return math.inf if has_all else len(self.output.text)
+
+    def prompt_entries(self):
+        """(token, offset in the lead, {token: logprob}) of the prompt's tokens."""
+        tokenizer = self.call.service.llm.tokenizer
+        ids = self.output.prompt_token_ids
+        texts = list(map(StreamDecoder(tokenizer).push, ids))
+        is_shifted = tokenizer.drops_first_space and "".join(texts).startswith(" ")     # see Tokenizer.decode
+        ends = itertools.accumulate(map(len, texts), initial=-1 if is_shifted else 0)
+        offsets = (min(max(0, end), len(self.lead)) for end in ends)
+        return list(zip(ids, offsets, self.output.prompt_logprobs))
+
     def take_logprobs(self, end):
-        """The log-probabilities of tokens that begin before the character `end`, in the endpoint's
-        shape; None if none are asked for. No token is taken twice, and none of a stop string at all."""
+        """The log-probabilities of an echoed prompt, and of tokens that begin before the answer's character
+        `end`, in the endpoint's shape; None if none are asked for. No token is taken twice."""
         if self.call.params.logprobs is None:
             return None
         entries = []
+        if self.call.has_echo and not self.has_prompt_logprobs:
+            self.has_prompt_logprobs = True
+            entries = self.prompt_entries()
         while self.num_tokens < len(self.output.token_ids) and self.num_token_characters < end:
             token = self.output.token_ids[self.num_tokens]
-            entries.append((token, self.num_token_characters, self.output.logprobs[self.num_tokens]))
+            offset = len(self.lead) + self.num_token_characters
+            entries.append((token, offset, self.output.logprobs[self.num_tokens]))
             self.num_token_characters += len(self.decoder.push(token))
             self.num_tokens += 1
         return self.call.logprobs(entries)
@@ -665,7 +711,7 @@ class Choice:
         output = self.output
         text = self.lead + output.text[:self.num_ready]
         return {"index": self.index, **self.call.answer(text, self.tool_calls),
-                "logprobs": self.take_logprobs(len(output.text)), "finish_reason": self.finish_reason,
+                "logprobs": self.take_logprobs(self.logprobs_end), "finish_reason": self.finish_reason,
                 "stop_reason": self.stop_reason}
 
     def pieces(self):
@@ -676,21 +722,23 @@ class Choice:
             self.has_opening = True
             opening = self.call.opening(self.lead)
             if opening:
-                yield f'{opening},"logprobs":null,"finish_reason":null'
+                logprobs = self.take_logprobs(0) if self.call.has_echo else None
+                yield f'{opening},"logprobs":{JSON.encode(logprobs)},"finish_reason":null'
         end = self.num_ready
         if end > self.num_characters:
             piece = self.call.piece(output.text[self.num_characters:end])
             logprobs = self.take_logprobs(end)
             self.num_characters = end
-            yield f'{piece},"logprobs":{JSON.encode(logprobs) if logprobs else "null"},"finish_reason":null'
+            yield f'{piece},"logprobs":{JSON.encode(logprobs)},"finish_reason":null'
         if output.finish_reason and not self.has_end:
             self.has_end = True
             if self.tool_calls:
                 piece = self.call.calls_piece(self.tool_calls)
                 logprobs = self.take_logprobs(len(output.text))
                 yield f'{piece},"logprobs":{JSON.encode(logprobs)},"finish_reason":null'
+            rest = self.take_logprobs(self.logprobs_end) if self.call.has_echo else None
             reasons = f'"finish_reason":"{self.finish_reason}","stop_reason":{JSON.encode(self.stop_reason)}'
-            yield f'{self.call.piece("")},"logprobs":null,{reasons}'
+            yield f'{self.call.piece("")},"logprobs":{JSON.encode(rest)},{reasons}'
 
 
 def finite(logprob):

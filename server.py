@@ -55,8 +55,8 @@ except ModuleNotFoundError as error:
     sys.exit(f"tinyvllm: expected the Python package {error.name}, found none: ./run.sh installs all "
              "packages into .venv, then use .venv/bin/python")
 
-from completions import (JSON, ChatCall, RequestError, TextCall, encode_chat, encode_text, flag,
-                         json_response, read_json, to_json, want)
+from completions import (JSON, NEUTRAL_CHAT_VALUES, ChatCall, RequestError, TextCall, encode_chat,
+                         encode_text, flag, json_response, read_json, refuse_unsupported, to_json, want)
 from device import FOLDER, TinyVLLMError, check, is_int, shown
 from tinyvllm import ArgumentParser, EngineArgs, __version__, run_program
 from weights import HUB_MODEL
@@ -171,7 +171,8 @@ class Service:
             pause = CHUNK_SECONDS * self.num_unfinished
             self.loop.call_at(self.last_waking + pause, self.wake)
 
-    def take_more(self, choice, now, logprobs, num_cached_tokens, num_preemptions, finish_reason, error):
+    def take_more(self, choice, now, logprobs, prompt_logprobs, num_cached_tokens, num_preemptions,
+                  finish_reason, error):
         """Takes the rarer news of an answer."""
         output = choice.output
         output.num_cached_tokens = num_cached_tokens
@@ -180,6 +181,10 @@ class Service:
         output.error = error
         if logprobs:
             output.logprobs += logprobs
+        if prompt_logprobs:
+            output.prompt_logprobs = prompt_logprobs
+        if choice.call.is_prompt_only:
+            choice.drop_answer()
         if finish_reason:
             self.metrics.count_end(choice, now)
             self.num_unfinished -= 1
@@ -458,6 +463,7 @@ class Endpoints:
         body = await read_json(request, self.service.max_body)
         self.service.model_name(body.get("model"))
         if body.get("messages") is not None:
+            refuse_unsupported(body, NEUTRAL_CHAT_VALUES)
             ids = await self.service.in_thread(encode_chat, llm, body)
         else:
             prompt = want("prompt", body.get("prompt"), lambda prompt: isinstance(prompt, str), "a text")

@@ -336,8 +336,14 @@ def test_tokenize(parrot):
     assert status == 400 and "4096 token ids at most" in json.loads(data)["error"]["message"]
     _, _, data = parrot.post("/tokenize", {"prompt": "Hi", "add_special_tokens": False})
     assert json.loads(data)["tokens"] == TOKENIZER.encode("Hi", add_bos=False)
-    _, _, data = parrot.post("/tokenize", {"messages": user("Hi")})
-    assert json.loads(data)["tokens"] == TOKENIZER.chat(user("Hi"))
+    body = {"messages": user("Hi"), "add_special_tokens": False, "add_generation_prompt": True}
+    for chat in body, {"messages": user("Hi")}:
+        _, _, data = parrot.post("/tokenize", chat)
+        assert json.loads(data)["tokens"] == TOKENIZER.chat(user("Hi"))
+    for name, value in [("add_special_tokens", True), ("add_generation_prompt", False),
+                        ("continue_final_message", True), ("chat_template", "{{ messages }}"),
+                        ("chat_template_kwargs", {"a": 1}), ("documents", [{"text": "a"}])]:
+        assert refusal(parrot, "/tokenize", body | {name: value})["param"] == name
 
 
 def test_prompts_of_four_forms(stub):
@@ -432,7 +438,7 @@ def test_unknown_fields_and_neutral_values(stub):
                   presence_penalty=0, seed=None, logprobs=None, best_of=1, logit_bias={}, stop=None,
                   suffix=None, user="me", metadata={"a": "b"}, store=False, service_tier="auto",
                   safety_identifier="x", parallel_tool_calls=True, reasoning_effort="low",
-                  verbosity="low", repetition_penalty=1.0,
+                  verbosity="low", repetition_penalty=1.0, skip_special_tokens=True,
                   min_p=0, min_tokens=0, ignore_eos=True, stop_token_ids=[], echo=False, tools=[],
                   tool_choice="none", response_format={"type": "text"}, from_the_future={"x": [1]})
     status, _, data = stub.post("/v1/chat/completions", {
@@ -735,6 +741,130 @@ def test_logprobs_of_a_completion(parrot):
             assert joined == getattr(logprobs, name)
 
 
+LOGPROBS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+
+
+def echoed(running, **options):
+    """The JSON of an echoed completion. All but null of a prompt's first token is as openai's models say."""
+    answer = running.complete(echo=True, temperature=0, **options)
+    typed = json.loads(json.dumps(answer))
+    for choice in typed["choices"]:
+        logprobs = choice["logprobs"]
+        assert len({len(logprobs[name]) for name in LOGPROBS}) == 1
+        assert (logprobs["token_logprobs"][0], logprobs["top_logprobs"][0]) == (None, None)
+        logprobs["token_logprobs"][0] = 0.0
+        logprobs["top_logprobs"][0] = {}
+    openai.types.Completion.model_validate(typed, strict=True)
+    return answer
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_logprobs_of_an_echo(parrot, parrot_llm, count):
+    """The prompt's numbers are the engine's own, which test_sampling.py checks. Then the answer's come."""
+    text = "Who are you? 🦜 I am"
+    ids = TOKENIZER.encode(text)
+    [output] = parrot_llm.generate([ids], SamplingParams(max_tokens=4, logprobs=count, prompt_logprobs=count))
+    for prompt in text, ids:
+        answer = echoed(parrot, prompt=prompt, max_tokens=4, logprobs=count)
+        [choice] = answer["choices"]
+        logprobs = choice["logprobs"]
+        assert choice["text"] == text + output.text
+        assert answer["usage"]["completion_tokens"] == 4 and len(logprobs["tokens"]) == len(ids) + 4
+        data = [TOKENIZER.token_bytes(token) for token in ids + output.token_ids]
+        assert data[0] == b"" and logprobs["tokens"] == [
+            part.decode("utf-8", "replace") for part in data]
+        # The text before a token ends with the last whole character.
+        assert logprobs["text_offset"] == [
+            len(b"".join(data[:i]).decode("utf-8", "ignore")) for i in range(len(data))]
+        best = output.prompt_logprobs + output.logprobs
+        assert logprobs["token_logprobs"][1:] == pytest.approx(
+            [row[token] for row, token in zip(best[1:], (ids + output.token_ids)[1:])], abs=1e-4)
+        for row, top in zip(best[1:], logprobs["top_logprobs"][1:]):
+            assert max(top.values()) == pytest.approx(max(row.values()), abs=1e-4)
+            assert len(top) == len({TOKENIZER.token_bytes(token).decode("utf-8", "replace") for token in row})
+
+
+def test_echo_without_an_answer(parrot):
+    """max_tokens: 0 gives the prompt alone, whole or streamed, however the answer would begin."""
+    prompts = [TOKENIZER.encode(text) for text in ("Once upon a time", "Hi")]
+    firsts = [output.token_ids[0] for output in parrot.llm.generate(prompts, SamplingParams(max_tokens=1))]
+    for end in {}, {"stop": list("aeiou ")}, {"stop_token_ids": firsts}:
+        options = dict(prompt=prompts, n=2, max_tokens=0, logprobs=1, **end)
+        answer = echoed(parrot, **options)
+        assert (answer["usage"]["completion_tokens"], answer["usage"]["total_tokens"]) == (
+            0, sum(map(len, prompts)))
+        for choice, ids in zip(answer["choices"], [prompts[0]] * 2 + [prompts[1]] * 2):
+            assert choice["text"] == TOKENIZER.decode(ids)
+            assert (choice["finish_reason"], choice["stop_reason"]) == ("length", None)
+            assert len(choice["logprobs"]["tokens"]) == len(ids)
+        parts, [usage] = stream(parrot, "/v1/completions", echo=True, temperature=0,
+                                stream_options={"include_usage": True}, **options)
+        assert usage["usage"]["completion_tokens"] == 0
+        assert "".join(part["choices"][0]["text"] for part in parts) == "".join(
+            choice["text"] for choice in answer["choices"])
+        assert {part["choices"][0]["finish_reason"] for part in parts} == {None, "length"}
+    answer = parrot.complete(prompt="Hi", echo=True, max_completion_tokens=0)
+    assert (answer["choices"][0]["text"], answer["choices"][0]["logprobs"]) == ("Hi", None)
+    assert answer["usage"]["completion_tokens"] == 0
+
+
+def test_streams_with_logprobs_of_an_echo(parrot):
+    """The opening chunk holds the prompt. The chunks together are the whole answer, to its end token."""
+    prompts = [TOKENIZER.chat(user(QUESTION)), TOKENIZER.encode("A")]
+    end = TOKENIZER.encode(ANSWER, add_bos=False)[12]
+    options = dict(prompt=prompts, n=2, max_tokens=20, logprobs=2, stop_token_ids=[end])
+    answer = echoed(parrot, **options)
+    assert answer["choices"][0]["stop_reason"] == end
+    num_tokens = sum(map(len, prompts)) * 2 + answer["usage"]["completion_tokens"]
+    assert sum(len(choice["logprobs"]["tokens"]) for choice in answer["choices"]) == num_tokens
+    parts, _ = stream(parrot, "/v1/completions", echo=True, temperature=0, **options)
+    for whole in answer["choices"]:
+        ids = prompts[whole["index"] // 2]
+        mine = [part["choices"][0] for part in parts if part["choices"][0]["index"] == whole["index"]]
+        assert mine[0]["text"] == TOKENIZER.decode(ids) and len(mine[0]["logprobs"]["tokens"]) == len(ids)
+        assert "".join(choice["text"] for choice in mine) == whole["text"]
+        for name in LOGPROBS:
+            joined = [item for choice in mine if choice["logprobs"] for item in choice["logprobs"][name]]
+            assert joined == whole["logprobs"][name]
+
+
+def test_an_end_token_has_a_logprob_after_an_echo(parrot):
+    """lm_eval asks for one token and drops the last entry, whatever the token is."""
+    for end in TOKENIZER.encode("A") + sorted(parrot.llm.config.eos_token_ids):
+        if end < parrot.llm.config.vocab_size:
+            answer = echoed(parrot, prompt="A time", max_tokens=1, logprobs=1, logit_bias={str(end): 100})
+            num_prompt = answer["usage"]["prompt_tokens"]
+            assert answer["usage"]["completion_tokens"] == 1
+            assert len(answer["choices"][0]["logprobs"]["tokens"]) == num_prompt + 1
+
+
+def test_offsets_of_an_echo_where_the_first_space_is_dropped(parrot, monkeypatch):
+    """As SentencePiece does: the first token is " a", and the text begins with "a"."""
+    monkeypatch.setattr(parrot.llm.tokenizer, "drops_first_space", True)
+    ids = parrot.llm.tokenizer.encode(" a time", add_bos=False)
+    [choice] = echoed(parrot, prompt=ids, max_tokens=1, logprobs=0)["choices"]
+    tokens = choice["logprobs"]["tokens"]
+    assert choice["text"] == "a time" + tokens[-1] and tokens[0].startswith(" ")
+    starts = [len("".join(tokens[:i])) - 1 for i in range(len(tokens))]
+    assert choice["logprobs"]["text_offset"] == [0, *starts[1:]]
+
+
+def test_two_tokens_of_one_text(parrot):
+    """Most bytes are no text, and look alike. top_logprobs has the most probable: lm_eval asks for it."""
+    halves = [i for i in range(2048) if b"\x80" <= TOKENIZER.token_bytes(i)[:1] < b"\xc0"
+              and len(TOKENIZER.token_bytes(i)) == 1][:3]
+    ids = [*TOKENIZER.encode("A"), *halves]
+    answer = parrot.complete(prompt=ids, max_tokens=1, temperature=0, logprobs=3,
+                             logit_bias={str(token): 100 for token in halves})
+    [top] = answer["choices"][0]["logprobs"]["top_logprobs"]
+    [output] = parrot.llm.generate([ids], SamplingParams(
+        max_tokens=1, logprobs=3, logit_bias=dict.fromkeys(halves, 100)))
+    [best] = output.logprobs
+    texts = [TOKENIZER.token_bytes(token).decode("utf-8", "replace") for token in best]
+    pairs = sorted(zip(best.values(), texts))
+    assert len(pairs) > len(top) and top == pytest.approx({text: value for value, text in pairs}, abs=1e-4)
+
+
 def test_no_logprobs_of_a_stop_string(parrot):
     stop = " language model of 1.2"         # a token begins here
     [choice] = parrot.client().chat.completions.create(
@@ -792,7 +922,9 @@ def refusal(running, path, body, status=400, headers=()):
     ("stop", {"stop": ["a"] * 17}), ("stop", {"stop": "a" * 257}), ("stop", {"stop": [""]}),
     ("stop", {"stop": {"a": 1}}), ("stop_token_ids", {"stop_token_ids": [2**70]}),
     ("logprobs", {"logprobs": 21}), ("logprobs", {"logprobs": True}),
-    ("echo", {"echo": True, "logprobs": 1}), ("echo", {"echo": 1}), ("stream", {"stream": "true"}),
+    ("echo", {"echo": 1}), ("logprobs", {"echo": True, "logprobs": 21}),
+    ("max_tokens", {"echo": False, "max_tokens": 0}), ("max_tokens", {"echo": True, "max_tokens": -1}),
+    ("skip_special_tokens", {"skip_special_tokens": False}), ("stream", {"stream": "true"}),
     ("stream_options", {"stream_options": {"include_usage": True}}), ("suffix", {"suffix": "x"}),
     ("best_of", {"best_of": 2}), ("tools", {"tools": [{"type": "function"}]}),
     ("cache_salt", {"cache_salt": "x"}), ("tool_choice", {"tool_choice": "required"}),
@@ -814,7 +946,9 @@ def test_bad_fields(stub, param, body):
         {"type": "text", "text": "at"}, {"type": "image_url", "image_url": {"url": "data:,"}}]}]}),
     ("top_logprobs", {"top_logprobs": 2}), ("top_logprobs", {"logprobs": True, "top_logprobs": 21}),
     ("logprobs", {"logprobs": 1}), ("echo", {"echo": True}), ("functions", {"functions": [{"name": "f"}]}),
-    ("audio", {"audio": {"voice": "x"}}), ("modalities", {"modalities": ["audio"]})])
+    ("audio", {"audio": {"voice": "x"}}), ("modalities", {"modalities": ["audio"]}),
+    ("max_tokens", {"max_tokens": 0}), ("parallel_tool_calls", {"parallel_tool_calls": 0}),
+    ("skip_special_tokens", {"skip_special_tokens": False})])
 def test_bad_fields_of_a_chat(stub, param, body):
     assert refusal(stub, "/v1/chat/completions", {"messages": user("Hi")} | body)["param"] == param
 

@@ -163,6 +163,8 @@ def test_answers_with_calls(scripted, family):
     say(scripted, CALL[mark] + "\n" + CALL[mark])
     message, _ = ask(scripted)
     assert len({call.id for call in message.tool_calls}) == 2
+    message, reason = ask(scripted, parallel_tool_calls=False)
+    assert (len(message.tool_calls), reason) == (1, "tool_calls")
     cut = scripted.client().chat.completions.create(
         model="model", messages=user("Hi"), tools=[WEATHER], logprobs=True, max_tokens=5).choices[0]
     assert cut.finish_reason == "length" and not cut.message.tool_calls

@@ -116,7 +116,8 @@ class Worker:
 
         the time; the load: (running sequences, waiting ones, share of pages in use); and four lists: keys,
         new texts, lists of new token ids, and for most answers None. Where an answer begins, ends or has
-        log-probabilities: (these, number of cached tokens, of preemptions, finish reason, error)."""
+        log-probabilities: (these, those of the prompt where the answer begins, number of cached tokens, of
+        preemptions, finish reason, error)."""
         outputs = {}
         while self.updates:
             output = self.updates.popleft()
@@ -134,8 +135,9 @@ class Worker:
                 more.append(None)
             else:
                 logprobs = output.logprobs and output.logprobs[first:]
-                more.append((logprobs, output.num_cached_tokens, output.num_preemptions, output.finish_reason,
-                             output.error))
+                prompt_logprobs = None if first else output.prompt_logprobs     # complete by now
+                more.append((logprobs, prompt_logprobs, output.num_cached_tokens, output.num_preemptions,
+                             output.finish_reason, output.error))
             if output.finish_reason:
                 del self.answers[number], self.outputs[answer.key]
         scheduler = self.llm.engine.scheduler
