@@ -12,6 +12,8 @@
 //     rms_norm          the norm before the head (a layer's norms: in rope_and_cache and silu_mul)
 //     sample            logits -> token, on the GPU: 8 bytes a sequence go to the CPU, not V logits
 //     best_logprobs     logits -> the most probable tokens, where a request asks for them
+//     all_reduce        with several GPUs: the sum over the GPUs, behind two products of every layer
+//     all_gather        with several GPUs: each has the logits of a part of the vocabulary
 //
 // Letters are sizes:
 //     T  tokens in this step, a ragged batch:    D  hidden size         F  feed-forward size
@@ -1151,4 +1153,101 @@ extern "C" __global__ __launch_bounds__(SAMPLE_THREADS) void best_logprobs(
         }
         if (mine == best) mine = best_below(row, best);    // no candidate is another thread's
     }
+}
+
+// -------------------------------------------------------------------------------------------------
+// all_reduce, all_gather: with several GPUs, the numbers of all ranks (a rank: a process with its GPU)
+//
+// Every rank calls the same kernels, in the same order, with as many numbers. Each thread sends one word
+// to all ranks, and waits for a word of each rank.
+//
+// An inbox is memory of one rank that all ranks write to. Its words have 8 bytes: two bf16, and the number
+// of the call. Both come with one store, so a reader that finds the number of its own call has the numbers
+// too: no order of stores matters, and there is no fence. A call's number counts the calls of its thread
+// block: thread block b of a rank and thread block b of each other rank have always run equally often.
+// Sums are in the order of ranks, so all ranks get the same bits.
+//
+// Two buffers, used in turn, are enough. In call e a rank writes where the words of call e - 2 were. Its own
+// call e - 1 has ended, so it had words of call e - 1 from every rank. So every rank has begun call e - 1, and
+// has ended call e - 2, with all its reading. (A launch that may begin before the kernel before it has ended
+// would break this.) Every thread sends a word, also beyond the last number: the number in an inbox is
+// always that of call e - 2, never that of 2^32 calls ago.
+//
+// A rank that has died sends nothing. Its peers stop waiting when their own CPU says so, in the word
+// `stop`, or after STOP_SECONDS, when they write to `stop`. The numbers are then wrong, and the host raises an
+// error instead of using them: see Channel.check in communicator.py.
+//   addresses [ranks + 1]: of each rank's inbox [2 buffers, ranks, capacity], zero at first; of `stop`.
+//   calls [at least capacity / EXCHANGE_THREADS]: calls of each thread block so far, modulo 2^32.
+//   Grid (n / 2 / EXCHANGE_THREADS, rounded up), at most capacity / EXCHANGE_THREADS. All thread blocks
+//     must run at once: capacity is at most EXCHANGE_BLOCKS thread blocks for each multiprocessor.
+// -------------------------------------------------------------------------------------------------
+EXPORT(EXCHANGE_THREADS, 512);
+EXPORT(EXCHANGE_BLOCKS, 2);    // of a multiprocessor: every card runs 1,024 threads
+EXPORT(STOP_SECONDS, 30);      // far longer than any rank can be late
+
+// Waits for the word of this call. The CPU's memory, where `stop` lies, is far away: looked at rarely.
+__device__ inline unsigned await_word(const u64* p, unsigned call, u64* stop) {
+    u64 word = load_word_system(p);
+    u64 start = 0;
+    for (unsigned looks = 1; word >> 32 != call; ++looks) {
+        relax_for_others();
+        word = load_word_system(p);
+        if (looks % 1024 != 0) continue;
+        const u64 now = nanoseconds();
+        if (start == 0) start = now;
+        if (now - start > STOP_SECONDS * (u64)1000000000) store_word_system(stop, 1);
+        if (load_word_system(stop)) break;
+    }
+    return (unsigned)word;
+}
+
+// Sends `mine` to all ranks and calls use(rank, word) with the word of each, in the order of ranks.
+template <class Use>
+__device__ inline void exchange(
+        unsigned mine, const u64* addresses, int rank, int ranks, int capacity, int* calls, Use use) {
+    const unsigned call = (unsigned)calls[blockIdx.x] + 1;
+    const int i = blockIdx.x * EXCHANGE_THREADS + threadIdx.x;
+    const auto place = [&](int receiver, int sender) {
+        const size_t at = ((size_t)(call % 2) * ranks + sender) * capacity + i;
+        return reinterpret_cast<u64*>(addresses[receiver]) + at;
+    };
+    for (int distance = 1; distance <= ranks; ++distance)    // not all to the same rank at once
+        store_word_system(place((rank + distance) % ranks, rank), (u64)call << 32 | mine);
+    u64* stop = reinterpret_cast<u64*>(addresses[ranks]);
+    for (int sender = 0; sender < ranks; ++sender) use(sender, await_word(place(rank, sender), call, stop));
+    __syncthreads();    // all threads have read calls[blockIdx.x]
+    if (threadIdx.x == 0) calls[blockIdx.x] = (int)call;
+}
+
+// x [n]: replaced by the sum over the ranks. n: even.
+extern "C" __global__ __launch_bounds__(EXCHANGE_THREADS, EXCHANGE_BLOCKS) void all_reduce(
+        bf16* x, int n, const u64* addresses, int rank, int ranks, int capacity, int* calls) {
+    const int i = blockIdx.x * EXCHANGE_THREADS + threadIdx.x;
+    unsigned* words = reinterpret_cast<unsigned*>(x);
+    float low = 0;
+    float high = 0;
+    const auto add = [&](int, unsigned word) {
+        low += __uint_as_float(word << 16);
+        high += __uint_as_float(word & 0xffff0000);
+    };
+    exchange(2 * i < n ? words[i] : 0, addresses, rank, ranks, capacity, calls, add);
+    if (2 * i < n) words[i] = pack_bf16x2(low, high);
+}
+
+// out [R, ranks, columns]: out[r, p] is row r of rank p's x [R, columns]. columns: even. The call is for
+// the numbers first to first + n - 1 of x, both even.
+extern "C" __global__ __launch_bounds__(EXCHANGE_THREADS, EXCHANGE_BLOCKS) void all_gather(
+        bf16* out, const bf16* x, int columns, int first, int n, const u64* addresses, int rank, int ranks,
+        int capacity, int* calls) {
+    const int i = blockIdx.x * EXCHANGE_THREADS + threadIdx.x;
+    const bool is_inside = 2 * i < n;
+    const int number = is_inside ? first + 2 * i : 0;
+    const size_t row = number / columns;
+    const int column = number % columns;
+    const auto put = [&](int sender, unsigned word) {
+        bf16* target = out + (row * ranks + sender) * columns + column;
+        if (is_inside) *reinterpret_cast<unsigned*>(target) = word;
+    };
+    const unsigned mine = is_inside ? *reinterpret_cast<const unsigned*>(x + number) : 0;
+    exchange(mine, addresses, rank, ranks, capacity, calls, put);
 }

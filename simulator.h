@@ -28,6 +28,7 @@
 //       --args python ...
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -520,12 +521,19 @@ inline void load_words_if(bool yes, unsigned (&w)[4], const void* p) {
     for (int i = 0; i < 4 && yes; i++) w[i] = __atomic_load_n((const unsigned*)p + i, __ATOMIC_RELAXED);
 }
 template <int N> void set_registers() {}
-inline void relax(SIMULATOR_LINE) {    // lets the other threads run
+inline void relax_for_others(SIMULATOR_LINE) {    // lets the other threads run
     simulator::Block& b = *simulator::block;
-    if (b.launch->failed || ++b.fibre().looks > 1 << 20) simulator::fail(line, "waits in vain");
+    if (b.launch->failed) simulator::fail(line, "waits for a thread that has failed");
     b.warp().relaxing |= b.bit();
     simulator::suspend();
 }
+inline void relax(SIMULATOR_LINE) {
+    if (++simulator::block->fibre().looks > 1 << 20) simulator::fail(line, "waits in vain");
+    relax_for_others(line);
+}
+inline void store_word_system(u64* p, u64 w) { __atomic_store_n(p, w, __ATOMIC_RELAXED); }
+inline u64 load_word_system(const u64* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
+inline u64 nanoseconds() { return std::chrono::steady_clock::now().time_since_epoch().count(); }
 
 #define SIMULATOR_EXPORT(name)                                                                          \
     SIMULATOR_PUBLIC int name##_launch(const unsigned grid[3], const unsigned block[3], void** args) {  \
