@@ -1156,30 +1156,30 @@ extern "C" __global__ __launch_bounds__(SAMPLE_THREADS) void best_logprobs(
 }
 
 // -------------------------------------------------------------------------------------------------
-// all_reduce, all_gather: with several GPUs, the numbers of all ranks (a rank: a process with its GPU)
+// all_reduce, all_gather: with several GPUs, the numbers of all ranks (a rank: a process and its GPU)
 //
-// Every rank calls the same kernels, in the same order, with as many numbers. Each thread sends one word
-// to all ranks, and waits for a word of each rank.
+// Every rank calls the same kernels, in the same order, with the same sizes. Each thread sends one
+// word to all ranks, and waits for a word of each rank.
 //
-// An inbox is memory of one rank that all ranks write to. Its words have 8 bytes: two bf16, and the number
-// of the call. Both come with one store, so a reader that finds the number of its own call has the numbers
-// too: no order of stores matters, and there is no fence. A call's number counts the calls of its thread
-// block: thread block b of a rank and thread block b of each other rank have always run equally often.
-// Sums are in the order of ranks, so all ranks get the same bits.
+// An inbox is memory of one rank that all ranks write to. Its words have 8 bytes: two bf16, and the
+// number of the call. One store brings both, so a reader that finds the number of its own call has
+// the two bf16, too: no order of stores matters. The number counts the calls of a thread block:
+// thread blocks b of all ranks have always run equally often. Sums are in the order of ranks, so
+// all ranks get the same bits.
 //
-// Two buffers, used in turn, are enough. In call e a rank writes where the words of call e - 2 were. Its own
-// call e - 1 has ended, so it had words of call e - 1 from every rank. So every rank has begun call e - 1, and
-// has ended call e - 2, with all its reading. (A launch that may begin before the kernel before it has ended
-// would break this.) Every thread sends a word, also beyond the last number: the number in an inbox is
-// always that of call e - 2, never that of 2^32 calls ago.
+// Two buffers, used in turn, are enough. In call e a rank writes where the words of call e - 2 were.
+// The rank's call e - 1 has ended, so every other rank had begun call e - 1, and had ended call
+// e - 2 and its reading. Hazard: no launch may begin before the kernel in front of it has ended.
+// Every thread sends a word, also beyond the last number: so a place of an inbox always holds the
+// number of call e - 2 until call e's comes, never a number of 2^32 calls ago.
 //
-// A rank that has died sends nothing. Its peers stop waiting when their own CPU says so, in the word
-// `stop`, or after STOP_SECONDS, when they write to `stop`. The numbers are then wrong, and the host raises an
-// error instead of using them: see Channel.check in communicator.py.
-//   addresses [ranks + 1]: of each rank's inbox [2 buffers, ranks, capacity], zero at first; of `stop`.
-//   calls [at least capacity / EXCHANGE_THREADS]: calls of each thread block so far, modulo 2^32.
-//   Grid (n / 2 / EXCHANGE_THREADS, rounded up), at most capacity / EXCHANGE_THREADS. All thread blocks
-//     must run at once: capacity is at most EXCHANGE_BLOCKS thread blocks for each multiprocessor.
+// A rank that has died sends nothing. The others stop waiting when their own CPU says so in the word
+// `stop`, or after STOP_SECONDS, when they write to `stop`. Their results are then wrong, and the
+// host raises an error instead of using the results: Channel.check in communicator.py.
+//   addresses [ranks + 1]: of each rank's inbox [2 buffers, ranks, capacity], at first 0; of `stop`.
+//   calls [capacity / EXCHANGE_THREADS]: the calls of each thread block so far, modulo 2^32.
+//   Grid (n / 2 / EXCHANGE_THREADS, rounded up), at most capacity / EXCHANGE_THREADS. All thread
+//     blocks must run at once: capacity has EXCHANGE_BLOCKS thread blocks for each multiprocessor.
 // -------------------------------------------------------------------------------------------------
 EXPORT(EXCHANGE_THREADS, 512);
 EXPORT(EXCHANGE_BLOCKS, 2);    // of a multiprocessor: every card runs 1,024 threads
