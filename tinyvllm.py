@@ -1372,6 +1372,8 @@ class LLM:
               f"at most {self.device.count}, the number of GPUs")
         communicator = start_ranks(args.tensor_parallel_size, RANK_COMMAND)
         communicator.exchange((folder, rank_config, args))
+        if communicator.size > 1:
+            self.device.name = f"{communicator.size} x {self.device.name}"
         model, self.max_model_len, self.advice = load_model(
             folder, rank_config, self.device, args, communicator)
         allocator = BlockAllocator(model.kv_cache.shape[2], args.block_size, args.prefix_caching)
