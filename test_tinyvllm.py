@@ -1634,7 +1634,7 @@ def test_dummy_weights_are_the_same_each_time(tmp_path):
 
 
 @pytest.mark.parametrize("name, billions", [
-    ("llama-3.2-1b", 1.24), ("llama-3.2-3b", 3.21), ("llama-3.1-8b", 8.03),
+    ("llama-3.2-1b", 1.24), ("llama-3.2-3b", 3.21), ("llama-3.1-8b", 8.03), ("llama-3.1-70b", 70.6),
     ("qwen2.5-1.5b", 1.54), ("qwen3-0.6b", 0.596), ("qwen3-8b", 8.19)])
 def test_shapes_have_the_parameters_of_their_models(name, billions):
     """The counts are those that the makers publish; biases and head norms are too few to show."""

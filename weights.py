@@ -278,6 +278,7 @@ SHAPES = {          # for --load-format dummy: models without a download. The si
     "llama-3.2-1b": llama_3_shape(2048, 8192, 16, 32, 8, 64, rope_factor=32.0),
     "llama-3.2-3b": llama_3_shape(3072, 8192, 28, 24, 8, 128, rope_factor=32.0),
     "llama-3.1-8b": llama_3_shape(4096, 14336, 32, 32, 8, 128, rope_factor=8.0, tied=False),
+    "llama-3.1-70b": llama_3_shape(8192, 28672, 80, 64, 8, 128, rope_factor=8.0, tied=False),
     "qwen2.5-1.5b": qwen_shape(1536, 8960, 28, 12, 2, 128, context=32768, attention_bias=True),
     "qwen3-0.6b": qwen_shape(1024, 3072, 28, 16, 8, 128, qk_norm=True),
     "qwen3-8b": qwen_shape(4096, 12288, 36, 32, 8, 128, tied=False, qk_norm=True)}
