@@ -1,22 +1,23 @@
 """Several GPUs of one machine: a process for each, the channel between the processes, and sums over all.
 
 Tensor parallelism: each process, a *rank*, has a GPU and a part of every large matrix. Rank 0 is the
-user's own process, and it alone knows requests, pages and text. Before rank 0 launches a step, it sends the
-step's arrays to the other ranks, which launch the same kernels:
+user's own process. Rank 0 alone knows requests, pages and text. Before rank 0 launches a step, it sends
+the step's arrays to the other ranks, and they launch the same step:
 
     rank 0      schedule   send   launch ................ read the tokens
     rank 1                        receive   launch
 
-Twice in each layer, and for the logits, the GPUs need one another's numbers: all_reduce, all_gather. Few
-numbers go by a kernel of our own, which writes to the memory of the other GPUs (kernels.cu). Many go by
-NVIDIA's library NCCL. All ranks then hold the same bits. So each rank samples the same tokens, has the
-tokens that its next step asks for, and sends nothing back.
+Twice in each layer, the ranks add up their products: all_reduce. Before sampling, they put together the
+logits: all_gather. For few numbers, both are kernels of our own, which write to the memory of the other
+GPUs (kernels.cu). For many numbers, both are NVIDIA's library NCCL. The results have the same bits in all
+ranks. So all ranks sample the same tokens, each has the tokens that its next step needs, and rank 0 gets
+no message during a run.
 
-In the simulator the ranks are processes on the CPU, and the very same kernel uses shared memory.
+In the simulator the ranks are processes on the CPU. The very same kernels run, in shared memory.
 
-All ranks end together. A rank notices the end of rank 0 by the end of its channel, whatever happened to
-rank 0, and ends, too. Rank 0 notices the end of another rank in a thread, which sets the word `stop`: no
-kernel waits for the rank any longer, and rank 0's next look (check) raises an error.
+All ranks end together. When rank 0 ends, for whatever reason, the system closes its connections, and a
+thread of each other rank ends that rank (watch). When another rank ends, a thread of rank 0 sets the word
+`stop`: no kernel waits for that rank any longer, and check() raises an error before a token is used.
 """
 import contextlib
 import mmap
@@ -95,7 +96,8 @@ class Channel:
             return Failure(f"rank {number + 1} {how}: start the program anew")
 
     def watch(self):
-        """Waits for the end of a connection. In a thread of its own, once loading is over."""
+        """Waits for the end of a connection, in a thread of its own. (The system could also kill a rank when
+        rank 0 dies, PR_SET_PDEATHSIG. But that goes by the thread of rank 0 that has started the rank.)"""
         poll = select.poll()
         for connection in self.sockets:
             poll.register(connection, select.POLLIN if self.processes else select.POLLRDHUP)
@@ -127,6 +129,8 @@ class Channel:
         if os.getpid() != self.process_id:              # a fork of rank 0 ends
             return
         self.is_closed = True
+        for connection in self.sockets:
+            connection.settimeout(END_SECONDS)
         with contextlib.suppress(OSError):
             self.send(None)
         for process in self.processes:
@@ -141,7 +145,7 @@ class Channel:
 
 def start_ranks(size, command):
     """Starts the ranks 1 to size - 1. Returns rank 0's Communicator. command: of a process that calls
-    follow(). A rank is in a session of its own, so that Ctrl-C in a terminal reaches rank 0 alone."""
+    follow(). Each rank gets a session of its own, so that Ctrl-C in a terminal reaches rank 0 alone."""
     if size == 1:
         return OneRank()
     sockets = []
@@ -159,7 +163,7 @@ def start_ranks(size, command):
 
 
 def follow(main):
-    """Runs main(communicator) in a process that start_ranks() has started. An error is told to rank 0."""
+    """Runs main(communicator) in a process that start_ranks() has started. Rank 0 learns of an error."""
     for number in SIGNALS:              # rank 0 decides when all end
         signal.signal(number, signal.SIG_IGN)
     rank, size, descriptor, memory = map(int, sys.argv[-4:])
@@ -225,7 +229,7 @@ class OneRank:
 
 
 class Communicator:
-    """One rank's way to the others. All ranks call connect(), exchange(), all_reduce() and all_gather() in
+    """What one rank has of the others. All ranks call connect(), exchange(), all_reduce() and all_gather() in
     the same order, with arrays of the same shapes."""
 
     def __init__(self, rank, size, channel, memory):
@@ -236,8 +240,8 @@ class Communicator:
         self.memory = memory
         self.num_steps = 0
         self.get_kept = None            # see keep()
-        if rank == 0:                   # also if the program forgets the LLM, or ends by an exception
-            weakref.finalize(self, channel.close)
+        if rank == 0:                   # called at the latest when the LLM is gone, or the program ends
+            self.close = weakref.finalize(self, channel.close)
 
     def exchange(self, value):
         """[the value of each rank], in every rank."""
@@ -264,6 +268,7 @@ class Communicator:
         else:
             self.open_nccl()
             inboxes = self.open_inboxes(inbox_bytes)
+        os.close(self.memory)
         self.has_inboxes = bool(inboxes)
         self.addresses = device.to_device(np.array([*inboxes, stop.ctypes.data], np.uint64))
         self.exchange("ready")
@@ -278,8 +283,8 @@ class Communicator:
         return [self.inboxes.ctypes.data + rank * num_bytes for rank in range(self.size)]
 
     def open_inboxes(self, num_bytes):
-        """The addresses of all inboxes, each in the memory of a GPU. [] where a GPU cannot reach another.
-        Not from CuPy's pool: the other processes get the whole allocation."""
+        """The addresses of all inboxes, each in the memory of a GPU. [] where a GPU cannot reach another. An
+        inbox is no part of CuPy's pool: other processes can open whole allocations only."""
         runtime = self.device.xp.cuda.runtime
         others = [rank for rank in range(self.size) if rank != self.rank]
         reaches = all(runtime.deviceCanAccessPeer(self.rank, other) for other in others)
@@ -305,8 +310,9 @@ class Communicator:
     # ---- Steps ----
     @contextlib.contextmanager
     def step(self, size, arrays):
-        """In rank 0: sends a step to the other ranks. The block launches the same step, which is whole or
-        the end of all ranks: the others would wait for its kernels. size: of the step's CUDA graph."""
+        """In rank 0: sends a step to the other ranks; the block launches the same step. No signal interrupts
+        the block. After an error in the block, all ranks end, since the others would wait for kernels that
+        rank 0 has not launched. size: of the step's CUDA graph, or None."""
         with uninterrupted():
             self.check()
             kept = self.get_kept() if self.get_kept and self.num_steps % COMPARE_STEPS == 2 else None
@@ -341,8 +347,8 @@ class Communicator:
         return size, arrays
 
     def keep(self, tokens):
-        """Called after each launch. Keeps the tokens of some steps, to be compared two steps later, when
-        rank 0 has read them anyway. tokens: an array of the device."""
+        """Called after each launch. Keeps the tokens of every 64th step. Two steps later, rank 0 has read
+        them and sends them with the step, and the other ranks compare. tokens: an array of the device."""
         self.num_steps += 1
         if self.num_steps % COMPARE_STEPS == 0:
             self.get_kept = self.device.fetch(tokens)
