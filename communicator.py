@@ -35,7 +35,9 @@ import numpy as np
 
 from device import TinyVLLMError, first_line
 
-NCCL_BYTES = 512 << 10                  # for more bytes NCCL is faster than all_reduce of kernels.cu
+# An inbox holds so many bytes of numbers, divided by the number of other ranks: each sends as many. For more,
+# NCCL is faster, measured between 2 and 4 H100.
+INBOX_BYTES = 2 << 20
 NCCL_SUM = 0                            # numbers of NCCL's interface
 NCCL_BFLOAT16 = 9
 COMPARE_STEPS = 64                      # after so many steps, the ranks compare the sampled tokens
@@ -256,9 +258,10 @@ class Communicator:
         """Gets ready for all_reduce() and all_gather(), at the end of loading. kernels: of kernels.cu."""
         self.device = device
         self.kernels = kernels
-        num_blocks = kernels.EXCHANGE_BLOCKS * min(self.exchange(device.multiprocessors))
-        self.capacity = num_blocks * kernels.EXCHANGE_THREADS           # words: one for each thread
-        self.calls = device.xp.zeros(num_blocks, np.int32)
+        self.most_blocks = kernels.EXCHANGE_BLOCKS * min(self.exchange(device.multiprocessors))
+        num_pieces = INBOX_BYTES // (self.size - 1) // (4 * kernels.EXCHANGE_THREADS)
+        self.capacity = num_pieces * kernels.EXCHANGE_THREADS           # words of four bytes, two numbers
+        self.calls = device.xp.zeros(num_pieces, np.int32)
         stop = device.pinned(8).view(np.uint64)         # the kernels read it, too
         stop[0] = 0
         self.channel.stop = stop
@@ -286,8 +289,9 @@ class Communicator:
         """The addresses of all inboxes, each in the memory of a GPU. [] where a GPU cannot reach another. An
         inbox is no part of CuPy's pool: other processes can open whole allocations only."""
         runtime = self.device.xp.cuda.runtime
-        others = [rank for rank in range(self.size) if rank != self.rank]
-        reaches = all(runtime.deviceCanAccessPeer(self.rank, other) for other in others)
+        mine = self.device.number
+        others = set(self.exchange(mine)) - {mine}
+        reaches = all(runtime.deviceCanAccessPeer(mine, other) for other in others)
         if not all(self.exchange(reaches)):
             if not self.channel.nccl:
                 raise TinyVLLMError("tensor_parallel_size: expected GPUs that can read one another's memory, "
@@ -360,15 +364,15 @@ class Communicator:
     # ---- Sums and parts ----
     def is_for_nccl(self, x):
         """Whether NCCL takes so many numbers."""
-        return self.channel.nccl and (x.nbytes > NCCL_BYTES or not self.has_inboxes)
+        return self.channel.nccl and (x.size > 2 * self.capacity or not self.has_inboxes)
 
-    def pieces(self, count):
-        """[(first, count, thread blocks)]: so many numbers, in pieces that fit into an inbox."""
+    def parts(self, count):
+        """Yields (first, count, grid): so many numbers, in parts that fit into an inbox."""
         most = 2 * self.capacity
-        threads = self.kernels.EXCHANGE_THREADS
         for first in range(0, count, most):
-            piece = min(most, count - first)
-            yield first, piece, -(-piece // (2 * threads))
+            part = min(most, count - first)
+            num_pieces = -(-part // (2 * self.kernels.EXCHANGE_THREADS))
+            yield first, part, (min(num_pieces, self.most_blocks),)
 
     def all_reduce(self, x):
         """Replaces x by the sum over the ranks, and returns it. x: bfloat16, an even number of them."""
@@ -377,8 +381,8 @@ class Communicator:
             self.channel.nccl.allReduce(x.data.ptr, x.data.ptr, x.size, NCCL_BFLOAT16, NCCL_SUM, stream)
             return x
         numbers = x.reshape(-1)
-        for first, count, num_blocks in self.pieces(x.size):
-            self.kernels.all_reduce((num_blocks,), numbers[first:first + count], count, self.addresses,
+        for first, count, grid in self.parts(x.size):
+            self.kernels.all_reduce(grid, numbers[first:first + count], count, self.addresses,
                                     self.rank, self.size, self.capacity, self.calls)
         return x
 
@@ -391,7 +395,7 @@ class Communicator:
             self.channel.nccl.allGather(x.data.ptr, parts.data.ptr, x.size, NCCL_BFLOAT16, stream)
             return self.device.xp.ascontiguousarray(parts.transpose(1, 0, 2)).reshape(rows, -1)
         out = self.device.empty((rows, self.size * columns))
-        for first, count, num_blocks in self.pieces(x.size):
-            self.kernels.all_gather((num_blocks,), out, x, columns, first, count, self.addresses, self.rank,
+        for first, count, grid in self.parts(x.size):
+            self.kernels.all_gather(grid, out, x, columns, first, count, self.addresses, self.rank,
                                     self.size, self.capacity, self.calls)
         return out

@@ -230,16 +230,19 @@ class CudaDevice:
     is_simulated = False
     headers = (FOLDER / "ptx.h",)
 
-    def __init__(self, number=0):
-        """number: of the GPU, among those of this process."""
+    def __init__(self, number=None):
+        """number: of the GPU; None: CuPy's current one."""
         import cupy
         self.xp = cupy
-        cupy.cuda.Device(number).use()
+        if number is not None:
+            cupy.cuda.Device(number).use()
         self.CompileError = cupy.cuda.compiler.CompileException
         runtime = cupy.cuda.runtime
+        number = runtime.getDevice()
+        self.number = number
+        self.count = runtime.getDeviceCount() - number          # GPUs from this one on
         properties = runtime.getDeviceProperties(number)
         self.name = properties["name"].decode()
-        self.count = runtime.getDeviceCount()
         major, minor = properties["major"], properties["minor"]
         if major < 8:
             raise TinyVLLMError("expected a GPU of compute capability 8.0 or newer, for bfloat16 (RTX 30 "
@@ -354,6 +357,7 @@ class CpuDevice:
     is_simulated = True
     headers = ()                                    # simulator.py puts simulator.h in front
     CompileError = simulator.CompileError
+    number = 0
     count = math.inf                                # of GPUs: as many processes as one likes
     memory_bandwidth = None                         # no figure of the simulator's speed means anything
     has_warned = False
@@ -414,8 +418,8 @@ class CpuDevice:
         return function(), function
 
 
-def open_device(name="auto", number=0):
-    """name: "cuda", "cpu", or "auto": a GPU if there is one. number: of the GPU, where there are several."""
+def open_device(name="auto", number=None):
+    """name: "cuda", "cpu", or "auto": a GPU if there is one. number: of the GPU; None: the current one."""
     if name not in ("auto", "cpu", "cuda"):
         raise TinyVLLMError(f"device: expected auto, cpu or cuda, got {name!r:.60}")
     if name == "cpu":

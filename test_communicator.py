@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 
+import communicator
 import tinyvllm
 from communicator import start_ranks
 from device import KERNELS, CpuDevice, compile_kernels, open_device, paste
@@ -45,13 +46,14 @@ SIZES = {"HIDDEN": 64, "FFN": 64, "NUM_LAYERS": 1, "NUM_HEADS": 1, "NUM_KV_HEADS
 
 def exchange_at_random(ranks, calls=120):
     """In every rank: sums and parts of random numbers, of random sizes, in random order. Every result
-    is NumPy's, bit for bit."""
+    is NumPy's, bit for bit. The largest do not fit into an inbox."""
+    communicator.INBOX_BYTES = 24 << 10
     device = open_device(DEVICE, ranks.rank)
     ranks.connect(device, compile_kernels(device, SIZES, paste(KERNELS)))
     for call in range(calls):
         rng = RNG(call)                                     # the same in every rank
         rows = int(rng.integers(1, 9))
-        columns = 2 * int(2 ** rng.uniform(0, 10))          # from one word to four full inboxes
+        columns = 2 * int(2 ** rng.uniform(0, 10))
         parts = [RNG((call, rank)).standard_normal((rows, columns)).astype(bfloat16)
                  for rank in range(ranks.size)]
         x = device.to_device(parts[ranks.rank])
@@ -136,6 +138,13 @@ def test_logits_of_several_ranks(tmp_path, changes, size):
     llm = LLM(tmp_path, device=DEVICE, max_num_batched_tokens=50, tensor_parallel_size=size)
     for error in errors_of_logits(llm, config, float64_weights(tmp_path), (1, 17, 70), 6):
         assert error.max() < 0.03
+
+
+def test_more_ranks_than_gpus(monkeypatch):
+    monkeypatch.setattr(CpuDevice, "count", 1)
+    message = "tensor_parallel_size: expected at most 1, the number of GPUs, got 2"
+    with pytest.raises(TinyVLLMError, match=message):
+        LLM(PARROT, device="cpu", tensor_parallel_size=2)
 
 
 # --------------------------------------------------------------------------------------------------

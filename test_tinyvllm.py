@@ -1694,8 +1694,8 @@ MAY_IMPORT = {"tokenizer": set(), "views": set(), "simulator": set(), "load": se
               "tools": {"device", "grammar"},
               "completions": {"device", "sampling", "tinyvllm", "tokenizer", "tools"}}
 MAY_COME_LATE = {"cupy", "huggingface_hub", "llguidance"}      # in a function: not every run has or needs it
-MOST_LINES = {"tinyvllm.py": 1750, "program.py": 260, "sampling.py": 180, "weights.py": 480, "device.py": 440,
-              "communicator.py": 400, "kernels.cu": 1260, "ptx.h": 270, "decode.cu": 1025, "simulator.h": 545,
+MOST_LINES = {"tinyvllm.py": 1750, "program.py": 260, "sampling.py": 180, "weights.py": 480, "device.py": 445,
+              "communicator.py": 400, "kernels.cu": 1285, "ptx.h": 270, "decode.cu": 1025, "simulator.h": 545,
               "simulator.py": 150,
               "tokenizer.py": 360, "views.py": 820, "bench.py": 750, "load.py": 600, "reference.py": 300,
               "chat.py": 180, "grammar.py": 90, "tools.py": 140, "server.py": 770, "completions.py": 710}

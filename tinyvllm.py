@@ -1343,9 +1343,9 @@ RANK_COMMAND = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(FOLD
 
 def run_rank(communicator):
     """The whole work of a rank other than 0: it launches the steps that rank 0 sends."""
-    folder, config, args = communicator.exchange(None)[0]
+    folder, config, args, first_gpu = communicator.exchange(None)[0]
     CpuDevice.has_warned = True         # by rank 0
-    device = open_device(args.device, communicator.rank)
+    device = open_device(args.device, first_gpu + communicator.rank)
     model, _, _ = load_model(folder, config, device, args, communicator)
     while step := communicator.receive_step():
         size, arrays = step
@@ -1371,7 +1371,7 @@ class LLM:
         check("tensor_parallel_size", args.tensor_parallel_size, lambda n: n <= self.device.count,
               f"at most {self.device.count}, the number of GPUs")
         communicator = start_ranks(args.tensor_parallel_size, RANK_COMMAND)
-        communicator.exchange((folder, rank_config, args))
+        communicator.exchange((folder, rank_config, args, self.device.number))
         if communicator.size > 1:
             self.device.name = f"{communicator.size} x {self.device.name}"
         model, self.max_model_len, self.advice = load_model(
