@@ -254,23 +254,23 @@ class Communicator:
         self.channel.send(values)
         return values
 
-    def connect(self, device, kernels):
+    def connect(self, device, kernels, inbox_bytes=INBOX_BYTES):
         """Gets ready for all_reduce() and all_gather(), at the end of loading. kernels: of kernels.cu."""
         self.device = device
         self.kernels = kernels
         self.most_blocks = kernels.EXCHANGE_BLOCKS * min(self.exchange(device.multiprocessors))
-        num_pieces = INBOX_BYTES // (self.size - 1) // (4 * kernels.EXCHANGE_THREADS)
+        num_pieces = inbox_bytes // (self.size - 1) // (4 * kernels.EXCHANGE_THREADS)
         self.capacity = num_pieces * kernels.EXCHANGE_THREADS           # words of four bytes, two numbers
         self.calls = device.xp.zeros(num_pieces, np.int32)
         stop = device.pinned(8).view(np.uint64)         # the kernels read it, too
         stop[0] = 0
         self.channel.stop = stop
-        inbox_bytes = 2 * self.size * self.capacity * 8
+        num_bytes = 2 * self.size * self.capacity * 8   # of an inbox: two buffers, with numbers of calls
         if device.is_simulated:
-            inboxes = self.map_inboxes(inbox_bytes)
+            inboxes = self.map_inboxes(num_bytes)
         else:
             self.open_nccl()
-            inboxes = self.open_inboxes(inbox_bytes)
+            inboxes = self.open_inboxes(num_bytes)
         os.close(self.memory)
         self.has_inboxes = bool(inboxes)
         self.addresses = device.to_device(np.array([*inboxes, stop.ctypes.data], np.uint64))

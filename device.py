@@ -240,7 +240,6 @@ class CudaDevice:
         runtime = cupy.cuda.runtime
         number = runtime.getDevice()
         self.number = number
-        self.count = runtime.getDeviceCount() - number          # GPUs from this one on
         properties = runtime.getDeviceProperties(number)
         self.name = properties["name"].decode()
         major, minor = properties["major"], properties["minor"]
@@ -248,6 +247,7 @@ class CudaDevice:
             raise TinyVLLMError("expected a GPU of compute capability 8.0 or newer, for bfloat16 (RTX 30 "
                                 f"series, A100, ...), got {self.name} with {major}.{minor}: use --device cpu "
                                 "or another GPU")
+        self.count = runtime.getDeviceCount() - number          # GPUs from this one on
         check_cupy_cache()
         self.gemm, self.set_stream, self.cublas = open_cublas(cupy)
         self.graph_pool = cupy.cuda.MemoryPool()

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 
-import communicator
 import tinyvllm
 from communicator import start_ranks
 from device import KERNELS, CpuDevice, compile_kernels, open_device, paste
@@ -47,9 +46,8 @@ SIZES = {"HIDDEN": 64, "FFN": 64, "NUM_LAYERS": 1, "NUM_HEADS": 1, "NUM_KV_HEADS
 def exchange_at_random(ranks, calls=120):
     """In every rank: sums and parts of random numbers, of random sizes, in random order. Every result
     is NumPy's, bit for bit. The largest do not fit into an inbox."""
-    communicator.INBOX_BYTES = 24 << 10
     device = open_device(DEVICE, ranks.rank)
-    ranks.connect(device, compile_kernels(device, SIZES, paste(KERNELS)))
+    ranks.connect(device, compile_kernels(device, SIZES, paste(KERNELS)), inbox_bytes=24 << 10)
     for call in range(calls):
         rng = RNG(call)                                     # the same in every rank
         rows = int(rng.integers(1, 9))
