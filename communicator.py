@@ -122,9 +122,9 @@ class Channel:
             self.nccl.abort()
 
     def check(self):
-        """Raises TinyVLLMError if a rank has ended or does not answer: what was computed is wrong."""
+        """Raises TinyVLLMError if a rank has ended: what was computed since may be wrong."""
         if self.stop[0]:
-            raise TinyVLLMError(self.failure or "a rank does not answer any more: start the program anew")
+            raise TinyVLLMError(self.failure)
 
     def close(self):
         """In rank 0: ends the other ranks, each after the steps that were launched."""

@@ -1176,8 +1176,9 @@ extern "C" __global__ __launch_bounds__(SAMPLE_THREADS) void best_logprobs(
 // ended.
 //
 // A rank that has died sends nothing. The others stop waiting when their own CPU says so in the word
-// `stop`, or after STOP_SECONDS, when they write to `stop`. Their results are then wrong, and the
-// host raises an error instead of using the results: Channel.check in communicator.py.
+// `stop`: their results are then wrong, and their host raises an error instead of using the results
+// (Channel.check in communicator.py). After STOP_SECONDS a rank gives up by itself, with an error of
+// its GPU: no rank could tell its wrong results from right ones.
 //   addresses [ranks + 1]: of each rank's inbox [2 buffers, ranks, capacity], at first 0; of `stop`.
 //   capacity: words, a multiple of EXCHANGE_THREADS, n / 2 or more.
 //   calls [capacity / EXCHANGE_THREADS]: the calls of each piece so far, modulo 2^32.
@@ -1185,10 +1186,10 @@ extern "C" __global__ __launch_bounds__(SAMPLE_THREADS) void best_logprobs(
 // -------------------------------------------------------------------------------------------------
 EXPORT(EXCHANGE_THREADS, 512);
 EXPORT(EXCHANGE_BLOCKS, 2);    // that run at once on every multiprocessor: each card runs 1,024 threads
-EXPORT(STOP_SECONDS, 30);      // far longer than any rank can be late
+constexpr u64 STOP_SECONDS = 20;    // far longer than any rank can be late
 
 // Waits for the word of this call. The CPU's memory, where `stop` lies, is far away: looked at rarely.
-__device__ inline unsigned await_word(const u64* p, unsigned call, u64* stop) {
+__device__ inline unsigned await_word(const u64* p, unsigned call, const u64* stop) {
     u64 word = load_word_system(p);
     u64 start = 0;
     for (unsigned looks = 1; word >> 32 != call; ++looks) {
@@ -1197,7 +1198,7 @@ __device__ inline unsigned await_word(const u64* p, unsigned call, u64* stop) {
         if (looks % 1024 != 0) continue;
         const u64 now = nanoseconds();
         if (start == 0) start = now;
-        if (now - start > STOP_SECONDS * (u64)1000000000) store_word_system(stop, 1);
+        if (now - start > STOP_SECONDS * 1000000000) __trap();
         if (load_word_system(stop)) break;
     }
     return (unsigned)word;
@@ -1207,7 +1208,7 @@ struct Received {    // the words of all ranks at one place of their pieces
     const u64* first;
     int capacity;
     unsigned call;
-    u64* stop;
+    const u64* stop;
     __device__ unsigned from(int sender) const {
         return await_word(first + (size_t)sender * capacity, call, stop);
     }
@@ -1233,7 +1234,7 @@ __device__ inline void exchange(
             store_word_system(place(receiver, rank, call, i), word);
         }
     }
-    u64* stop = reinterpret_cast<u64*>(addresses[ranks]);
+    const u64* stop = reinterpret_cast<const u64*>(addresses[ranks]);
     for (int piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
         const unsigned call = (unsigned)calls[piece] + 1;
         const int i = piece * EXCHANGE_THREADS + threadIdx.x;

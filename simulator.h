@@ -539,6 +539,7 @@ inline void relax_for_others(SIMULATOR_LINE) {
     simulator::block->looks_outside++;
     let_others_run(line);
 }
+inline void __trap(SIMULATOR_LINE) { simulator::fail(line, "gives up"); }
 inline void store_word_system(u64* p, u64 w) { __atomic_store_n(p, w, __ATOMIC_RELAXED); }
 inline u64 load_word_system(const u64* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
 inline u64 nanoseconds() { return std::chrono::steady_clock::now().time_since_epoch().count(); }
