@@ -101,6 +101,12 @@ def measure_card(device):
             "operations_per_second": 2 * size**3 / multiplying}
 
 
+def of_several(card, count):
+    """The card's figures, for `count` such cards together: each has a part of every matrix."""
+    rates = {name: count * card[name] for name in ("bytes_per_second", "operations_per_second")}
+    return {"name": f"{count} x {card['name']}", **rates} if count > 1 else card
+
+
 def step_at_best(config, card, tokens, rows, pairs, context):
     """The least time of a step, in seconds, on a card of the given rates. tokens: of the whole step.
     rows: tokens that go through the head. pairs: how often a query meets a key. context: tokens with
@@ -698,7 +704,7 @@ def main(argv=None):
     sizes = load.Sizes()
     card = {"name": device.name}
     if not device.is_simulated:
-        card = measure_card(device)
+        card = of_several(measure_card(device), engine_args.tensor_parallel_size)
     elif all(name.startswith("serve-") for name in rows):
         sizes = load.SIMULATED
         rows = {name: server_rows(sizes)[name] for name in rows}

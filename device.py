@@ -230,12 +230,16 @@ class CudaDevice:
     is_simulated = False
     headers = (FOLDER / "ptx.h",)
 
-    def __init__(self):
+    def __init__(self, number=None):
+        """number: of the GPU; None: CuPy's current one."""
         import cupy
         self.xp = cupy
+        if number is not None:
+            cupy.cuda.Device(number).use()
         self.CompileError = cupy.cuda.compiler.CompileException
         runtime = cupy.cuda.runtime
         number = runtime.getDevice()
+        self.number = number
         properties = runtime.getDeviceProperties(number)
         self.name = properties["name"].decode()
         major, minor = properties["major"], properties["minor"]
@@ -243,6 +247,7 @@ class CudaDevice:
             raise TinyVLLMError("expected a GPU of compute capability 8.0 or newer, for bfloat16 (RTX 30 "
                                 f"series, A100, ...), got {self.name} with {major}.{minor}: use --device cpu "
                                 "or another GPU")
+        self.count = runtime.getDeviceCount() - number          # GPUs from this one on
         check_cupy_cache()
         self.gemm, self.set_stream, self.cublas = open_cublas(cupy)
         self.graph_pool = cupy.cuda.MemoryPool()
@@ -266,8 +271,8 @@ class CudaDevice:
         return self.xp.empty(shape, dtype)
 
     def to_device(self, array):
-        """A copy of a NumPy array on the device."""
-        return self.xp.asarray(array)
+        """A copy of an array on the device."""
+        return self.xp.array(array, order="C")
 
     def address(self, array):
         """The address of an array of the device, for kernels that read addresses from an array."""
@@ -352,6 +357,8 @@ class CpuDevice:
     is_simulated = True
     headers = ()                                    # simulator.py puts simulator.h in front
     CompileError = simulator.CompileError
+    number = 0
+    count = math.inf                                # of GPUs: as many processes as one likes
     memory_bandwidth = None                         # no figure of the simulator's speed means anything
     has_warned = False
 
@@ -411,8 +418,8 @@ class CpuDevice:
         return function(), function
 
 
-def open_device(name="auto"):
-    """name: "cuda", "cpu", or "auto": a GPU if there is one."""
+def open_device(name="auto", number=None):
+    """name: "cuda", "cpu", or "auto": a GPU if there is one. number: of the GPU; None: the current one."""
     if name not in ("auto", "cpu", "cuda"):
         raise TinyVLLMError(f"device: expected auto, cpu or cuda, got {name!r:.60}")
     if name == "cpu":
@@ -430,4 +437,4 @@ def open_device(name="auto"):
         if not isinstance(error, ModuleNotFoundError):
             print(f"tiny-vLLM: CuPy is here, but {problem}", file=sys.stderr)
         return CpuDevice()
-    return CudaDevice()
+    return CudaDevice(number)

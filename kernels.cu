@@ -12,6 +12,8 @@
 //     rms_norm          the norm before the head (a layer's norms: in rope_and_cache and silu_mul)
 //     sample            logits -> token, on the GPU: 8 bytes a sequence go to the CPU, not V logits
 //     best_logprobs     logits -> the most probable tokens, where a request asks for them
+//     all_reduce        with several GPUs: the sum over the GPUs, behind two products of every layer
+//     all_gather        with several GPUs: each has the logits of a part of the vocabulary
 //
 // Letters are sizes:
 //     T  tokens in this step, a ragged batch:    D  hidden size         F  feed-forward size
@@ -1151,4 +1153,129 @@ extern "C" __global__ __launch_bounds__(SAMPLE_THREADS) void best_logprobs(
         }
         if (mine == best) mine = best_below(row, best);    // no candidate is another thread's
     }
+}
+
+// -------------------------------------------------------------------------------------------------
+// all_reduce, all_gather: with several GPUs, the numbers of all ranks (a rank: a process and its GPU)
+//
+// Every rank calls the same kernels, in the same order, with the same sizes and grids. A thread sends
+// its words to all ranks, and waits for the words of all ranks.
+//
+// An inbox is memory of one rank that all ranks write to. Its words have 8 bytes: two bf16, and the
+// number of the call. One store brings both, so a reader that finds the number of its own call has
+// the two bf16, too: no order of stores matters. Sums are in the order of ranks, so all ranks get the
+// same bits.
+//
+// A piece is EXCHANGE_THREADS words, one for each thread. Each piece counts its own calls. All threads
+// send a word, also beyond the last number. So a place of an inbox changes in every call of its
+// piece, and there is no old number that could be taken for a new one, not even after 2^32 calls.
+//
+// Two buffers, used in turn, are enough. In call e of a piece, a rank writes where the words of call
+// e - 2 were. The rank's call e - 1 has ended, so every other rank had begun call e - 1, and had
+// ended call e - 2 and its reading. Hazard: no launch may begin before the kernel in front of it has
+// ended.
+//
+// A rank that has died sends nothing. The others stop waiting when their own CPU says so in the word
+// `stop`: their results are then wrong, and their host raises an error instead of using the results
+// (Channel.check in communicator.py). After STOP_SECONDS a rank gives up by itself, with an error of
+// its GPU: no rank could tell its wrong results from right ones.
+//   addresses [ranks + 1]: of each rank's inbox [2 buffers, ranks, capacity], at first 0; of `stop`.
+//   capacity: words, a multiple of EXCHANGE_THREADS, n / 2 or more.
+//   calls [capacity / EXCHANGE_THREADS]: the calls of each piece so far, modulo 2^32.
+//   Grid (any number of thread blocks that run at once): a thread block has every gridDim-th piece.
+// -------------------------------------------------------------------------------------------------
+EXPORT(EXCHANGE_THREADS, 512);
+EXPORT(EXCHANGE_BLOCKS, 2);    // that run at once on every multiprocessor: each card runs 1,024 threads
+constexpr u64 STOP_SECONDS = 20;    // far longer than any rank can be late
+
+// Waits for the word of this call. The CPU's memory, where `stop` lies, is far away: looked at rarely.
+__device__ inline unsigned await_word(const u64* p, unsigned call, const u64* stop) {
+    u64 word = load_word_system(p);
+    u64 start = 0;
+    for (unsigned looks = 1; word >> 32 != call; ++looks) {
+        relax_for_others();
+        word = load_word_system(p);
+        if (looks % 1024 != 0) continue;
+        const u64 now = nanoseconds();
+        if (start == 0) start = now;
+        if (now - start > STOP_SECONDS * 1000000000) __trap();
+        if (load_word_system(stop)) break;
+    }
+    return (unsigned)word;
+}
+
+struct Received {    // the words of all ranks at one place of their pieces
+    const u64* first;
+    int capacity;
+    unsigned call;
+    const u64* stop;
+    __device__ unsigned from(int sender) const {
+        return await_word(first + (size_t)sender * capacity, call, stop);
+    }
+};
+
+// Sends the words send(i) of this thread to all ranks. Then calls receive(i, received) for each i. n:
+// numbers, two in a word.
+template <class Send, class Receive>
+__device__ inline void exchange(
+        int n, const u64* addresses, int rank, int ranks, int capacity, int* calls, Send send,
+        Receive receive) {
+    const int pieces = (n / 2 + EXCHANGE_THREADS - 1) / EXCHANGE_THREADS;
+    const auto place = [&](int receiver, int sender, unsigned call, int i) {
+        u64* inbox = reinterpret_cast<u64*>(addresses[receiver]);
+        return inbox + ((size_t)(call % 2) * ranks + sender) * capacity + i;
+    };
+    for (int piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
+        const unsigned call = (unsigned)calls[piece] + 1;
+        const int i = piece * EXCHANGE_THREADS + threadIdx.x;
+        const u64 word = (u64)call << 32 | (2 * i < n ? send(i) : 0);
+        for (int distance = 1; distance <= ranks; ++distance) {    // not all to the same rank at once
+            const int receiver = (rank + distance) % ranks;
+            store_word_system(place(receiver, rank, call, i), word);
+        }
+    }
+    const u64* stop = reinterpret_cast<const u64*>(addresses[ranks]);
+    for (int piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
+        const unsigned call = (unsigned)calls[piece] + 1;
+        const int i = piece * EXCHANGE_THREADS + threadIdx.x;
+        receive(i, Received{place(rank, 0, call, i), capacity, call, stop});
+    }
+    __syncthreads();    // all threads have read the numbers of calls
+    for (int piece = blockIdx.x; piece < pieces; piece += gridDim.x)
+        if (threadIdx.x == 0) calls[piece] = (int)((unsigned)calls[piece] + 1);
+}
+
+// x [n]: replaced by the sum over the ranks. n: even.
+extern "C" __global__ __launch_bounds__(EXCHANGE_THREADS, EXCHANGE_BLOCKS) void all_reduce(
+        bf16* x, int n, const u64* addresses, int rank, int ranks, int capacity, int* calls) {
+    unsigned* words = reinterpret_cast<unsigned*>(x);
+    const auto add = [&](int i, const Received& received) {
+        float low = 0;
+        float high = 0;
+        for (int sender = 0; sender < ranks; ++sender) {
+            const unsigned word = received.from(sender);
+            low += __uint_as_float(word << 16);
+            high += __uint_as_float(word & 0xffff0000);
+        }
+        if (2 * i < n) words[i] = pack_bf16x2(low, high);
+    };
+    exchange(n, addresses, rank, ranks, capacity, calls, [&](int i) { return words[i]; }, add);
+}
+
+// out [R, ranks, columns]: out[r, p] is row r of rank p's x [R, columns]. columns: even. The call is
+// for the numbers first to first + n - 1 of x, both even.
+extern "C" __global__ __launch_bounds__(EXCHANGE_THREADS, EXCHANGE_BLOCKS) void all_gather(
+        bf16* out, const bf16* x, int columns, int first, int n, const u64* addresses, int rank, int ranks,
+        int capacity, int* calls) {
+    const unsigned* words = reinterpret_cast<const unsigned*>(x + first);
+    const auto put = [&](int i, const Received& received) {
+        const size_t row = (first + 2 * i) / columns;
+        const int column = (first + 2 * i) % columns;
+        for (int sender = 0; sender < ranks; ++sender) {
+            bf16* target = out + (row * ranks + sender) * columns + column;
+            const unsigned word = received.from(sender);
+            if (2 * i < n) *reinterpret_cast<unsigned*>(target) = word;
+        }
+    };
+    exchange(n, addresses, rank, ranks, capacity, calls, [&](int i) { return words[i]; }, put);
 }

@@ -45,6 +45,7 @@ class EngineArgs:
         "downloaded before, else the bundled Parrot)")
     device: str = option(
         "auto", "auto: a GPU if there is one, else the simulator", choices=("auto", "cpu", "cuda"))
+    tensor_parallel_size: int = option(1, "GPUs that share the model", type=int, metavar="N")
     load_format: str = option(
         "auto", f"dummy: random weights, for a --model that may also be one of {', '.join(SHAPES)}",
         choices=("auto", "dummy"))
@@ -80,6 +81,7 @@ class EngineArgs:
         want("load_format", lambda name: name in ("auto", "dummy"), "auto or dummy")
         want("gpu_memory_utilization", lambda share: is_number(share, 0, 1) and share > 0,
              "more than 0 and at most 1")
+        want("tensor_parallel_size", is_int, "a whole number of 1 or more")
         want("block_size", lambda n: is_int(n) and n in (8, 16, 32, 64, 128), "8, 16, 32, 64 or 128")
         for f in fields(self):
             if isinstance(f.default, bool):

@@ -248,3 +248,21 @@ __device__ inline void set_registers() {
 }
 
 __device__ inline void relax() {}    // between two looks at what another thread will change
+
+// ---- Words between GPUs -------------------------------------------------------------------------
+// Relaxed: another GPU, or the CPU, sees a store in the end. The 8 bytes of a word come at once.
+__device__ inline void store_word_system(u64* p, u64 w) {
+    asm volatile("st.relaxed.sys.global.u64 [%0], %1;" :: "l"(p), "l"(w) : "memory");
+}
+__device__ inline u64 load_word_system(const u64* p) {
+    u64 w;
+    asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(w) : "l"(p) : "memory");
+    return w;
+}
+__device__ inline u64 nanoseconds() {    // since some moment
+    u64 now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    return now;
+}
+// As relax(), but the word comes from another process. The caller counts the seconds.
+__device__ inline void relax_for_others() {}

@@ -208,6 +208,7 @@ class StandIn:
         self.block_size = block_size
         self.end_every = end_every
         self.device = SimpleNamespace(name="stand-in", memory_bandwidth=None)
+        self.communicator = SimpleNamespace(check=lambda: None)
         self.cache = [(None, None)] * num_slots     # (digest of the text before the token, with the token)
         self.sampled = []                           # tokens of the latest step, as in StepBuffer
         self.steps = []                             # the number of tokens of each step

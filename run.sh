@@ -33,15 +33,22 @@ cupy_wheel() {          # the wheel for this machine's driver; nothing where the
     esac
 }
 
+nccl_wheel() {          # NCCL for the CuPy wheel $1, where there are several GPUs
+    if [[ $1 =~ cuda([0-9]+)x ]] && (( $(nvidia-smi -L | wc -l) > 1 )); then
+        echo "nvidia-nccl-cu${BASH_REMATCH[1]}"
+    fi
+}
+
 install() {             # packages into $venv
     "$venv/bin/python" -m pip install -qq --disable-pip-version-check "$@" >&2 ||
         fail "pip could not install the packages: check the network, and run this again"
 }
 
 set_up() {              # makes $venv, unless its stamp names this Python and these packages
-    local wheel wanted found
+    local wheel nccl wanted found
     wheel=$(cupy_wheel)
-    wanted="$wheel $(cat "$here/requirements.txt")"
+    nccl=$(nccl_wheel "$wheel")
+    wanted="$wheel${nccl:+ $nccl} $(cat "$here/requirements.txt")"
     found=$(cat "$venv/stamp" 2>/dev/null) || true
     if [[ $found == "$("$venv/bin/python" -V 2>/dev/null) $wanted" ]]; then return; fi
 
@@ -58,7 +65,7 @@ set_up() {              # makes $venv, unless its stamp names this Python and th
     mkdir -p "$venv" || fail "cannot make $venv"
     echo unfinished > "$venv/stamp"
     [[ -e $venv/bin/python ]] || python3 -m venv "$venv" || fail "cannot make $venv"
-    install -r "$here/requirements.txt" ${wheel:+"$wheel"}
+    install -r "$here/requirements.txt" ${wheel:+"$wheel"} ${nccl:+"$nccl"}
     echo "$("$venv/bin/python" -V) $wanted" > "$venv/stamp"
 }
 

@@ -28,6 +28,7 @@
 //       --args python ...
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -164,6 +165,7 @@ struct Block {                      // one for each core, used for one thread bl
     Launch* launch;
     int current;                    // the running thread
     int barrier_line;               // where threads wait at a barrier; 0: none does
+    unsigned looks_outside;         // calls of relax_for_others()
     bool any, any_before;           // whether a thread brings a true to this barrier, or brought to the last
     uint64_t random;
     unsigned order;                 // threads run as 0 ^ order, 1 ^ order, ...: of any two, each may be first
@@ -229,7 +231,9 @@ inline bool open_barrier(Block& b) {
     unsigned live = 0;
     for (auto& warp : b.warps) live |= warp.runnable = std::exchange(warp.relaxing, 0);
     if (live) {
-        std::this_thread::yield();
+        const bool is_long = b.looks_outside > 10000;    // the other process may want this core
+        if (is_long) std::this_thread::sleep_for(std::chrono::microseconds(50));
+        else std::this_thread::yield();
         return true;
     }
     // Then a warp whose lanes wait for other lanes in vain: the lanes say so, and fail.
@@ -262,6 +266,7 @@ inline void run_block(Block& b, Launch& launch, unsigned number) {
     blockDim = launch.block;
     blockIdx = {number % gridDim.x, number / gridDim.x % gridDim.y, number / gridDim.x / gridDim.y};
     b.launch = &launch;
+    b.looks_outside = 0;
     b.order = 0;
     b.random = (shuffle_seed + number) * 0x9e3779b97f4a7c15;
     for (unsigned i = 0; i < launch.threads; i++) {
@@ -520,12 +525,24 @@ inline void load_words_if(bool yes, unsigned (&w)[4], const void* p) {
     for (int i = 0; i < 4 && yes; i++) w[i] = __atomic_load_n((const unsigned*)p + i, __ATOMIC_RELAXED);
 }
 template <int N> void set_registers() {}
-inline void relax(SIMULATOR_LINE) {    // lets the other threads run
+inline void let_others_run(int line) {
     simulator::Block& b = *simulator::block;
-    if (b.launch->failed || ++b.fibre().looks > 1 << 20) simulator::fail(line, "waits in vain");
+    if (b.launch->failed) simulator::fail(line, "waits for a thread that has failed");
     b.warp().relaxing |= b.bit();
     simulator::suspend();
 }
+inline void relax(SIMULATOR_LINE) {
+    if (++simulator::block->fibre().looks > 1 << 20) simulator::fail(line, "waits in vain");
+    let_others_run(line);
+}
+inline void relax_for_others(SIMULATOR_LINE) {
+    simulator::block->looks_outside++;
+    let_others_run(line);
+}
+inline void __trap(SIMULATOR_LINE) { simulator::fail(line, "gives up"); }
+inline void store_word_system(u64* p, u64 w) { __atomic_store_n(p, w, __ATOMIC_RELAXED); }
+inline u64 load_word_system(const u64* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
+inline u64 nanoseconds() { return std::chrono::steady_clock::now().time_since_epoch().count(); }
 
 #define SIMULATOR_EXPORT(name)                                                                          \
     SIMULATOR_PUBLIC int name##_launch(const unsigned grid[3], const unsigned block[3], void** args) {  \

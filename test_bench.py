@@ -42,6 +42,16 @@ def test_bench_floor_against_counting():
     assert abs(decode - (2 * (matrices + head) + 4 * pair)) <= norms
 
 
+def test_bench_floor_of_several_cards():
+    """Two cards read and multiply twice as fast together."""
+    c = tinyvllm.SHAPES["llama-3.1-8b"]
+    card = {"name": "Card", "bytes_per_second": 3e12, "operations_per_second": 7e14}
+    one = bench.seconds_at_best(c, card, [(100, 3)] * 4)
+    two = bench.seconds_at_best(c, bench.of_several(card, 2), [(100, 3)] * 4)
+    assert np.allclose(one, 2 * np.array(two), rtol=1e-12)
+    assert [bench.of_several(card, n)["name"] for n in (1, 2)] == ["Card", "2 x Card"]
+
+
 def test_bench_floor_adds_up_kernels():
     """Two rows on an H200, kernel by kernel and by hand: of each kernel, the longer of its two times."""
     c = tinyvllm.SHAPES["llama-3.2-1b"]

@@ -54,8 +54,9 @@ try:
     from tqdm import tqdm
 
     import views
-    from device import (DECODE_KERNEL, FOLDER, KERNELS, TinyVLLMError, check, compile_kernels, open_device,
-                        first_line, paste, shown)
+    from communicator import OneRank, start_ranks
+    from device import (DECODE_KERNEL, FOLDER, KERNELS, CpuDevice, TinyVLLMError, check, compile_kernels,
+                        first_line, open_device, paste, shown)
     from grammar import Grammars
     from program import (ArgumentParser, EngineArgs, add_sampling_options, as_flags, check_writable,
                          given_sampling, run_program, sampling_params)
@@ -745,7 +746,7 @@ class StepBuffer:
         per_sequence = self.SEQUENCE_BYTES + self.ROW_BYTES
         self.device = device
         # Of the latest step: [0] token ids, [1] log-probabilities, float32 seen as int32.
-        self.sampled = device.empty((2, max_seqs), np.int32)
+        self.sampled = device.xp.zeros((2, max_seqs), np.int32)
         self.sources = []
         self.allocate(self.TOKEN_BYTES * max_tokens + per_sequence * (max_seqs + 1) + 4 * max_blocks)
 
@@ -797,19 +798,22 @@ def rope_frequencies(config):
 class Model:
     """Config, weights, kernels and the KV cache, on a device."""
 
-    def __init__(self, config, weights, device, num_blocks, max_model_len, buffer, args):
+    def __init__(self, config, weights, device, num_blocks, max_model_len, buffer, args,
+                 communicator=None):
         """num_blocks: pages of the KV cache. max_model_len: number of possible positions. buffer: a
-        StepBuffer. args: block_size, enforce_eager and fused_decode of EngineArgs."""
+        StepBuffer. args: block_size, enforce_eager and fused_decode of EngineArgs. communicator: where
+        several ranks share the model; config and weights are then a rank's."""
         c = config
         self.config = config
         self.weights = weights
         self.device = device
         self.buffer = buffer
+        self.communicator = communicator or OneRank()
         self.graph_sizes = () if args.enforce_eager else GRAPH_SIZES
         self.graphs = {}                    # size -> replay(), see device.record
         # 1 / sqrt(h), times log2(e): the kernels' softmax takes powers of 2.
         self.query_scale = math.log2(math.e) / math.sqrt(c.head_dim)
-        has_decode_kernel = args.fused_decode and device.runs_decode
+        has_decode_kernel = args.fused_decode and device.runs_decode and self.communicator.size == 1
         code = paste(KERNELS, DECODE_KERNEL) if has_decode_kernel else paste(KERNELS)
         self.kernels = compile_kernels(device, {            # with this model's sizes as constants
             "HIDDEN": c.hidden_size, "FFN": c.intermediate_size, "NUM_LAYERS": c.num_hidden_layers,
@@ -834,6 +838,7 @@ class Model:
         angles = np.arange(max_model_len)[:, None] * rope_frequencies(c)                # [max_model_len, h/2]
         cos_sin = np.concatenate([np.cos(angles), np.sin(angles)], 1, dtype=np.float32)
         self.cos_sin = device.to_device(cos_sin)                                        # [max_model_len, h]
+        self.communicator.connect(device, self.kernels)
 
     def graph_size(self, batch):
         """The size of the CUDA graph for this batch. None: the batch runs without a graph."""
@@ -847,6 +852,12 @@ class Model:
         log-probabilities, float32 [R + P]. All three can have more rows, which mean nothing."""
         size = self.graph_size(batch)
         batch = batch if size is None else batch.padded(size)
+        with self.communicator.step(size, [getattr(batch, name) for name in BATCH_ARRAYS]):
+            logits = self.start(batch, size)
+        return logits, self.fetch_pair(self.buffer.sampled)
+
+    def start(self, batch, size):
+        """Starts a step, in every rank. size: of the CUDA graph, or None. Returns the logits."""
         if batch.num_bytes > len(self.buffer.target):       # changed logits and masks have no limit
             self.buffer.allocate(2 * batch.num_bytes)
             self.graphs.clear()                             # recorded with the old addresses
@@ -859,7 +870,8 @@ class Model:
             b = self.buffer.device_batch(batch)
             run = self.decode if size <= self.decode_batch else self.forward
             logits, self.graphs[size] = self.device.record(lambda: run(b))
-        return logits, self.fetch_pair(self.buffer.sampled)
+        self.communicator.keep(self.buffer.sampled[0])
+        return logits
 
     def fetch_pair(self, pair):
         """Starts a copy of token ids and log-probabilities (float32, seen as int32) to the host.
@@ -868,6 +880,7 @@ class Model:
 
         def wait():
             tokens, logprobs = wait_for_both()
+            self.communicator.check()
             return tokens, logprobs.view(np.float32)
         return wait
 
@@ -908,7 +921,7 @@ class Model:
                                    v_cache, self.query_scale, layer.qkv_bias, layer.qk_norm)
             attend((K * splits, num_tiles), attention, qkv, k_cache, v_cache, b.block_tables, b.cu_blocks,
                    b.cu_seqlens, b.context_lens, b.tiles, partial)
-            linear(attention, layer.o, add_to=residual)
+            residual = self.add_product(residual, attention, layer.o)
             if layer.o_bias is not None:                # for all tokens: a product with ones [T, 1]
                 linear(self.device.xp.ones((T, 1), residual.dtype), layer.o_bias, add_to=residual)
 
@@ -916,14 +929,21 @@ class Model:
             # applies the norm's factor.
             gate_up = linear(residual, layer.gate_up)                                   # [T, 2F]
             kernels.silu_mul((cdiv(F, kernels.SILU_COLUMNS), T), activation, gate_up, residual)
-            linear(activation, layer.down, add_to=residual)
+            residual = self.add_product(residual, activation, layer.down)
 
         if num_rows == 0:
             return None
         x = self.device.empty((num_rows, D))                # not of all tokens: the head is large
         kernels.rms_norm((num_rows,), x, residual, b.last_tokens, w.norm)
-        logits = linear(x, w.head)
+        logits = self.communicator.all_gather(linear(x, w.head))
         return self.sample(logits, b)
+
+    def add_product(self, residual, x, w):
+        """residual + x @ w.T. Several ranks have parts of x and w, so the sum of their products is taken;
+        the product of rank 0 is added to the residual, which so comes into the sum once."""
+        is_first = self.communicator.rank == 0
+        product = self.device.linear(x, w, add_to=residual if is_first else None)
+        return self.communicator.all_reduce(product)
 
     def decode(self, b):
         """forward() for a few sequences with one token each, in one kernel (decode.cu)."""
@@ -964,7 +984,9 @@ CUBLAS_AND_CODE_BYTES = 2**28           # cuBLAS's workspace, and the kernels
 def token_bytes(config):
     """Bytes of a step's arrays for a token. Twice: CuPy's pool may still hold the previous step's."""
     c = config
-    return 2 * BYTES * (c.hidden_size + c.qkv_size + c.heads_size + 3 * c.intermediate_size)
+    copies = 1 if c.num_ranks == 1 else 2                   # several ranks: a product beside the residual
+    per_token = copies * c.hidden_size + c.qkv_size + c.heads_size + 3 * c.intermediate_size
+    return 2 * BYTES * per_token
 
 
 def step_bytes(config, args, max_model_len):
@@ -977,7 +999,8 @@ def step_bytes(config, args, max_model_len):
     graph_rows = sum(size for size in GRAPH_SIZES if size < 2 * args.max_num_seqs)
     rows = 2 * args.max_num_seqs + graph_rows
     angles = 4 * c.head_dim * max_model_len
-    logits = BYTES * rows * (c.vocab_size + c.hidden_size)
+    copies = 1 if c.num_ranks == 1 else 2                   # several ranks: all logits, and these in order
+    logits = BYTES * rows * (copies * c.vocab_size + c.hidden_size)
     return tokens * token_bytes(config) + logits + angles + CUBLAS_AND_CODE_BYTES
 
 
@@ -1001,11 +1024,11 @@ def kv_cache_blocks(config, memory, args):
     return int(left // page_bytes)
 
 
-def plan_pool(config, device, args):
-    """(num_blocks, max_prefill_tokens, max_model_len, advice): the pages of the KV cache, the token
-    budget while no sequence decodes, the limit of prompt and answer in tokens, and how to raise the
-    limit. A sequence that fits the pool alone (and, without chunked prefill, a step) can always finish,
-    if the rest is preempted: max_model_len is the only limit for requests."""
+def plan_pool(config, device, args, communicator):
+    """(num_blocks, max_prefill_tokens, max_model_len, advice): the pages of the KV cache (every rank can
+    hold as many), the token budget while no sequence decodes, the limit of prompt and answer in tokens,
+    and how to raise the limit. A sequence that fits the pool alone (and, without chunked prefill, a step)
+    can always finish, if the rest is preempted: max_model_len is the only limit for requests."""
     limit = args.max_model_len or config.max_position_embeddings
     check("max_model_len", limit, lambda n: n <= config.max_position_embeddings,
           f"at most the model's {config.max_position_embeddings}")
@@ -1016,7 +1039,7 @@ def plan_pool(config, device, args):
     if not args.enable_chunked_prefill:
         check("max_model_len", args.max_model_len or 1, lambda n: n <= args.token_budget,
               f"at most max_num_batched_tokens, {args.token_budget}, without chunked prefill")
-    fitting = kv_cache_blocks(config, device.memory(), args)
+    fitting = min(communicator.exchange(kv_cache_blocks(config, device.memory(), args)))
     pages = cdiv(limit, args.block_size)
     # Long steps get the memory of an eighth of the pages at most, if a context fits into the others.
     tokens_per_block = args.block_size * kv_bytes_per_token(config) / token_bytes(config)
@@ -1037,7 +1060,7 @@ def plan_pool(config, device, args):
     advice = f"the model's limit is {config.max_position_embeddings}"
     if option:
         advice = f"raise {option}; {advice}"
-    if limits[option] < limit:
+    if limits[option] < limit and communicator.rank == 0:
         print(f"tiny-vLLM: prompt and answer can have {limits[option]} tokens together: {advice}",
               file=sys.stderr)
     return num_blocks, max_prefill_tokens, limits[option], advice
@@ -1328,24 +1351,53 @@ def open_config(args):
     return folder, ModelConfig.from_folder(folder)
 
 
+def load_model(folder, config, device, args, communicator):
+    """(Model, max_prefill_tokens, max_model_len, advice), in each rank: see plan_pool. config: a rank's."""
+    num_blocks, max_prefill_tokens, max_model_len, advice = plan_pool(config, device, args, communicator)
+    checkpoint = DummyCheckpoint(device) if args.load_format == "dummy" else Checkpoint(folder)
+    weights = load_weights(checkpoint, config, device, communicator.rank)
+    max_tokens = max(max_prefill_tokens, *GRAPH_SIZES)
+    max_seqs = max(args.max_num_seqs, *GRAPH_SIZES)
+    max_blocks = args.max_num_seqs * cdiv(max_model_len, args.block_size)
+    buffer = StepBuffer(device, max_tokens, max_seqs, max_blocks)
+    model = Model(config, weights, device, num_blocks, max_model_len, buffer, args, communicator)
+    return model, max_prefill_tokens, max_model_len, advice
+
+
+# Starts the process of another rank than 0, see communicator.py.
+RANK_COMMAND = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(FOLDER)!r}); import tinyvllm; "
+                                      "from communicator import follow; follow(tinyvllm.run_rank)"]
+
+
+def run_rank(communicator):
+    """The whole work of a rank other than 0: it launches the steps that rank 0 sends."""
+    folder, config, args, first_gpu = communicator.exchange(None)[0]
+    CpuDevice.has_warned = True         # by rank 0
+    device = open_device(args.device, first_gpu + communicator.rank)
+    model, *_ = load_model(folder, config, device, args, communicator)
+    while step := communicator.receive_step():
+        size, arrays = step
+        model.start(Batch([], [], *arrays), size)
+
+
 class InputProcessor:
     """What callers may ask of a model: knows the tokenizer and all limits, and needs no engine."""
 
-    def __init__(self, folder, config, max_model_len, advice, max_logprobs):
-        """max_model_len, advice: see plan_pool."""
+    def __init__(self, folder, config, max_logprobs, max_model_len=None, advice=None):
+        """max_model_len, advice: see plan_pool. An LLM knows both later."""
         self.folder = folder
         self.tokenizer = Tokenizer(folder)
         self.config = replace(config, eos_token_ids=config.eos_token_ids | self.tokenizer.end_ids)
+        self.max_logprobs = max_logprobs
         self.max_model_len = max_model_len
         self.advice = advice
-        self.max_logprobs = max_logprobs
         self.default_sampling = generation_defaults(folder)     # {name of SamplingParams: value}
         end_ids = {i for i in self.config.eos_token_ids if i < config.vocab_size}
         self.grammars = Grammars(self.tokenizer, config.vocab_size, end_ids)
 
     def __reduce__(self):
         """For pickle: another process makes its own from the same folder. Of an LLM, only this part."""
-        return InputProcessor, (self.folder, self.config, self.max_model_len, self.advice, self.max_logprobs)
+        return InputProcessor, (self.folder, self.config, self.max_logprobs, self.max_model_len, self.advice)
 
     def copied(self, params):
         """A copy, checked again: a caller may have changed its own object, and may do so later."""
@@ -1407,16 +1459,17 @@ class LLM(InputProcessor):
         args = EngineArgs(model, **options)
         folder, config = open_config(args)
         self.device = open_device(args.device)
-        num_blocks, max_prefill_tokens, max_model_len, advice = plan_pool(config, self.device, args)
-        super().__init__(folder, config, max_model_len, advice, args.max_logprobs)
-        checkpoint = DummyCheckpoint(self.device) if args.load_format == "dummy" else Checkpoint(folder)
-        weights = load_weights(checkpoint, self.config, self.device)
-        max_tokens = max(max_prefill_tokens, *GRAPH_SIZES)
-        max_seqs = max(args.max_num_seqs, *GRAPH_SIZES)
-        max_blocks = args.max_num_seqs * cdiv(self.max_model_len, args.block_size)
-        buffer = StepBuffer(self.device, max_tokens, max_seqs, max_blocks)
-        model = Model(self.config, weights, self.device, num_blocks, self.max_model_len, buffer, args)
-        allocator = BlockAllocator(num_blocks, args.block_size, args.prefix_caching)
+        super().__init__(folder, config, args.max_logprobs)
+        rank_config = self.config.of_rank(args.tensor_parallel_size)
+        check("tensor_parallel_size", args.tensor_parallel_size, lambda n: n <= self.device.count,
+              f"at most {self.device.count}, the number of GPUs")
+        communicator = start_ranks(args.tensor_parallel_size, RANK_COMMAND)
+        communicator.exchange((folder, rank_config, args, self.device.number))
+        if communicator.size > 1:
+            self.device.name = f"{communicator.size} x {self.device.name}"
+        model, max_prefill_tokens, self.max_model_len, self.advice = load_model(
+            folder, rank_config, self.device, args, communicator)
+        allocator = BlockAllocator(model.kv_cache.shape[2], args.block_size, args.prefix_caching)
         scheduler = Scheduler(allocator, args.token_budget, args.max_num_seqs, args.enable_chunked_prefill,
                               args.static_batching, max_prefill_tokens)
         self.engine = Engine(model, scheduler, args.overlap)

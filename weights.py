@@ -22,7 +22,7 @@ import os
 import re
 import sys
 from collections import namedtuple
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +131,23 @@ class ModelConfig:
     attention_out_bias: bool = False    # on o
     qk_norm: bool = False               # an RMSNorm on each head of q and k, before RoPE
     sliding_window: int | None = None   # a token sees so many keys, its own and those before
+    num_ranks: int = 1                  # GPUs that share the model: H, K and F are a rank's part
+
+    def of_rank(self, num_ranks):
+        """The config of each of several ranks: a part of the heads and of the ffn. A rank's head has a part
+        of the vocabulary, but each rank gets all logits."""
+        expected = f"a multiple of tensor_parallel_size, {num_ranks}"
+        for name in "num_attention_heads", "num_key_value_heads":
+            check(name, getattr(self, name), lambda n: n % num_ranks == 0, expected)
+        check("intermediate_size", self.intermediate_size, lambda n: n % (8 * num_ranks) == 0,
+              f"a multiple of 8 times tensor_parallel_size, {8 * num_ranks}")
+        check("vocab_size", self.vocab_size, lambda n: num_ranks == 1 or n % (2 * num_ranks) == 0,
+              f"a multiple of 2 times tensor_parallel_size, {2 * num_ranks}")
+        return replace(
+            self, num_ranks=num_ranks,
+            num_attention_heads=self.num_attention_heads // num_ranks,
+            num_key_value_heads=self.num_key_value_heads // num_ranks,
+            intermediate_size=self.intermediate_size // num_ranks)
 
     @property
     def heads_size(self):
@@ -261,6 +278,7 @@ SHAPES = {          # for --load-format dummy: models without a download. The si
     "llama-3.2-1b": llama_3_shape(2048, 8192, 16, 32, 8, 64, rope_factor=32.0),
     "llama-3.2-3b": llama_3_shape(3072, 8192, 28, 24, 8, 128, rope_factor=32.0),
     "llama-3.1-8b": llama_3_shape(4096, 14336, 32, 32, 8, 128, rope_factor=8.0, tied=False),
+    "llama-3.1-70b": llama_3_shape(8192, 28672, 80, 64, 8, 128, rope_factor=8.0, tied=False),
     "qwen2.5-1.5b": qwen_shape(1536, 8960, 28, 12, 2, 128, context=32768, attention_bias=True),
     "qwen3-0.6b": qwen_shape(1024, 3072, 28, 16, 8, 128, qk_norm=True),
     "qwen3-8b": qwen_shape(4096, 12288, 36, 32, 8, 128, tied=False, qk_norm=True)}
@@ -271,18 +289,21 @@ BYTES = 2                               # of a bfloat16
 
 
 def decode_weight_bytes(config):
-    """Bytes of weights read by a decode step: each weight once. An untied embedding table is left
-    out: a step reads only a row of the table per token."""
+    """Bytes of weights read by a decode step (of a rank): each weight once. An untied embedding table is
+    left out: a step reads only a row of the table per token."""
     c = config
     layer = c.hidden_size * (c.qkv_size + c.heads_size + 3 * c.intermediate_size)
-    head = c.hidden_size * c.vocab_size
+    head = c.hidden_size * c.vocab_size // c.num_ranks
     return BYTES * (c.num_hidden_layers * layer + head + c.hidden_size)     # the last: the last norm's weight
 
 
 def weight_bytes(config):
-    """Bytes of all weights."""
-    embedding = 0 if config.tie_word_embeddings else BYTES * config.vocab_size * config.hidden_size
-    return decode_weight_bytes(config) + embedding
+    """Bytes of all weights (of a rank). The embedding table is whole in every rank; a tied head is a part of
+    the table."""
+    c = config
+    embedding = c.hidden_size * c.vocab_size
+    shared = embedding // c.num_ranks if c.tie_word_embeddings else 0
+    return decode_weight_bytes(c) + BYTES * (embedding - shared)
 
 
 def kv_bytes_per_token(config):
@@ -308,7 +329,7 @@ class Weights:
     embed: object                       # [V, D]
     layers: list                        # L LayerWeights
     norm: object                        # [D]
-    head: object                        # [V, D]; tied weights: the very array `embed`
+    head: object                        # [V, D]; tied weights: the memory of `embed`
 
 
 Tensor = namedtuple("Tensor", "dtype shape data")       # the dtype's name, a tuple, uint8 [bytes]
@@ -397,25 +418,32 @@ class DummyCheckpoint:
         return (0.02 * self.random.standard_normal(shape, np.float32)).astype(BFLOAT16)
 
 
-def load_weights(checkpoint, config, device):
-    """The model's weights on the device, bfloat16."""
+def load_weights(checkpoint, config, device, rank=0):
+    """The weights on the device, bfloat16. config: of the model or, if several ranks share it, of a rank. A
+    rank has parts of the rows of q, k, v, gate, up and head, and of the columns of o and down."""
     c = config
-    D, F, V, h = c.hidden_size, c.intermediate_size, c.vocab_size, c.head_dim
-    q_rows, kv_rows = c.heads_size, c.num_key_value_heads * h
+    D, V, h = c.hidden_size, c.vocab_size, c.head_dim
+    F = c.intermediate_size * c.num_ranks                   # of the whole model, like all sizes in a file
+    q_rows = c.heads_size * c.num_ranks
+    kv_rows = c.num_key_value_heads * h * c.num_ranks
 
-    def take(name, *shape, kind="weight"):
-        return device.to_device(checkpoint.take(f"{name}.{kind}", *shape)).astype(BFLOAT16, copy=False)
+    def take(name, *shape, kind="weight", axis=None):
+        """A tensor. axis: of this dimension, only the rank's part. A mapped file is read nowhere else."""
+        tensor = checkpoint.take(f"{name}.{kind}", *shape)
+        if axis is not None:
+            tensor = np.split(tensor, c.num_ranks, axis)[rank]
+        return device.to_device(tensor).astype(BFLOAT16, copy=False)
 
     def stack(norm, *parts):
         """A matrix of several (name, rows, columns), below one another, times the norm's weight.
         Each part goes to the device alone: the host never holds the stack."""
         g = take(norm, D).astype(np.float32)
-        scaled = [(take(*part).astype(np.float32) * g).astype(BFLOAT16) for part in parts]
+        scaled = [(take(*part, axis=0).astype(np.float32) * g).astype(BFLOAT16) for part in parts]
         return device.xp.concatenate(scaled)
 
-    def join(*parts, kind="weight"):
-        """A vector of several (name, size), one behind the other."""
-        return device.xp.concatenate([take(*part, kind=kind) for part in parts])
+    def join(*parts, **options):
+        """A vector of several (name, size), one behind the other. options: of take."""
+        return device.xp.concatenate([take(*part, **options) for part in parts])
 
     def layer(i):
         attention = f"model.layers.{i}.self_attn"
@@ -423,19 +451,20 @@ def load_weights(checkpoint, config, device):
         return LayerWeights(
             qkv=stack(f"model.layers.{i}.input_layernorm", (f"{attention}.q_proj", q_rows, D),
                       (f"{attention}.k_proj", kv_rows, D), (f"{attention}.v_proj", kv_rows, D)),
-            o=take(f"{attention}.o_proj", D, q_rows),
+            o=take(f"{attention}.o_proj", D, q_rows, axis=1),
             gate_up=stack(f"model.layers.{i}.post_attention_layernorm", (f"{mlp}.gate_proj", F, D),
                           (f"{mlp}.up_proj", F, D)),
-            down=take(f"{mlp}.down_proj", D, F),
+            down=take(f"{mlp}.down_proj", D, F, axis=1),
             qkv_bias=join((f"{attention}.q_proj", q_rows), (f"{attention}.k_proj", kv_rows),
-                          (f"{attention}.v_proj", kv_rows), kind="bias") if c.attention_bias else None,
+                          (f"{attention}.v_proj", kv_rows), kind="bias", axis=0)
+            if c.attention_bias else None,
             o_bias=take(f"{attention}.o_proj", D, kind="bias")[:, None] if c.attention_out_bias else None,
             qk_norm=join((f"{attention}.q_norm", h), (f"{attention}.k_norm", h)) if c.qk_norm else None)
 
     embed = take("model.embed_tokens", V, D)
     layers = [layer(i) for i in range(c.num_hidden_layers)]
     norm = take("model.norm", D)
-    head = embed if c.tie_word_embeddings else take("lm_head", V, D)
+    head = np.split(embed, c.num_ranks)[rank] if c.tie_word_embeddings else take("lm_head", V, D, axis=0)
     # An untaken tensor, such as a bias, would be missing from the answers. Two untaken names are
     # only copies: a tied head, and RoPE's table of frequencies.
     left = [name for name in checkpoint.tensors

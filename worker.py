@@ -36,6 +36,7 @@ from tinyvllm import open_llm
 from views import Recorder, picture
 
 STOP_SECONDS = 10               # for the last step to end
+IDLE_MILLISECONDS = 1000        # between two looks at the other GPUs, where there is nothing to do
 NUM_FINISHED = 32               # finished requests that a picture tells of
 LOGGER = logging.getLogger("tinyvllm.worker")
 
@@ -80,9 +81,11 @@ class Worker:
         messages.register(self.connection.fileno(), select.POLLIN)
         while not self.is_stopped:
             is_idle = not (engine.sequences or engine.in_flight)
-            if messages.poll(None if is_idle else 0):
+            if messages.poll(IDLE_MILLISECONDS if is_idle else 0):
                 name, *arguments = self.connection.recv()
                 getattr(self, name)(*arguments)
+            elif is_idle:
+                engine.model.communicator.check()           # of several GPUs, one may have failed
             else:
                 engine.step()
                 self.hand_over()

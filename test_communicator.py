@@ -1,0 +1,319 @@
+"""Several GPUs: the tokens of several ranks are those of one, and all ranks end together.
+
+Without two GPUs the ranks are processes in the simulator. Every oracle is independent of the code
+that it judges: NumPy, Parrot's texts, the operating system's list of processes.
+
+    sums and parts    the model's parts    the engine    the end
+"""
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+import numpy as np
+import pytest
+from ml_dtypes import bfloat16
+
+import tinyvllm
+from communicator import start_ranks
+from device import KERNELS, CpuDevice, compile_kernels, open_device, paste
+from reference import PARROT, RNG, ROOT, TINY, write_model
+from test_tinyvllm import QWEN3, SOME, TEXTS, chats, errors_of_logits, float64_weights, recite, text_of
+from tinyvllm import LLM, SamplingParams, TinyVLLMError
+from weights import Checkpoint, DummyCheckpoint, ModelConfig, load_weights
+
+HAS_TWO_GPUS = not open_device().is_simulated and open_device().count >= 2
+DEVICE = "cuda" if HAS_TWO_GPUS else "cpu"
+
+
+def command(function):
+    """Starts a rank that runs a function of this file."""
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import test_communicator; "
+            f"from communicator import follow; follow(test_communicator.{function})")
+    return [sys.executable, "-c", code]
+
+
+# --------------------------------------------------------------------------------------------------
+# Sums and parts
+# --------------------------------------------------------------------------------------------------
+SIZES = {"HIDDEN": 64, "FFN": 64, "NUM_LAYERS": 1, "NUM_HEADS": 1, "NUM_KV_HEADS": 1, "HEAD_DIM": 32,
+         "VOCAB": 64, "BLOCK_SIZE": 8, "RMS_EPS": "1e-5f", "QKV_BIAS": 0, "O_BIAS": 0, "QK_NORM": 0}
+
+
+def exchange_at_random(ranks, calls=120):
+    """In every rank: sums and parts of random numbers, of random sizes, in random order. Every result
+    is NumPy's, bit for bit. The largest do not fit into an inbox."""
+    device = open_device(DEVICE, ranks.rank)
+    ranks.connect(device, compile_kernels(device, SIZES, paste(KERNELS)), inbox_bytes=24 << 10)
+    for call in range(calls):
+        rng = RNG(call)                                     # the same in every rank
+        rows = int(rng.integers(1, 9))
+        columns = 2 * int(2 ** rng.uniform(0, 10))
+        parts = [RNG((call, rank)).standard_normal((rows, columns)).astype(bfloat16)
+                 for rank in range(ranks.size)]
+        x = device.to_device(parts[ranks.rank])
+        if rng.random() < 0.5:
+            got = ranks.all_reduce(x)
+            want = sum(part.astype(np.float32) for part in parts).astype(bfloat16)
+        else:
+            got = ranks.all_gather(x)
+            want = np.concatenate(parts, 1)
+        got = device.fetch(got)()
+        ranks.check()
+        assert got.shape == want.shape and got.tobytes() == want.tobytes(), (call, rows, columns)
+    if ranks.rank > 0:
+        assert ranks.receive_step() is None
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_sums_and_parts(size):
+    if HAS_TWO_GPUS and open_device().count < size:
+        pytest.skip(f"there are fewer than {size} GPUs")
+    ranks = start_ranks(size, command("exchange_at_random"))
+    exchange_at_random(ranks)
+    ranks.close()
+    assert [process.returncode for process in ranks.channel.processes] == [0] * (size - 1)
+
+
+# --------------------------------------------------------------------------------------------------
+# The model's parts
+# --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("tied", [True, False])
+def test_parts_make_the_whole(tmp_path, tied):
+    """Each number of each matrix is in one rank, at its place, from a file and from random weights."""
+    sizes = TINY | {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32,
+                    "attention_bias": True, "tie_word_embeddings": tied}
+    write_model(tmp_path, sizes=sizes)
+    config = ModelConfig.from_folder(tmp_path)
+    device = CpuDevice()
+
+    def rows(whole, sizes, rank):
+        """A rank's rows of matrices below one another."""
+        parts = np.split(whole, np.cumsum(sizes)[:-1])
+        return np.concatenate([part[rank * len(part) // 4:(rank + 1) * len(part) // 4] for part in parts])
+
+    for checkpoint in (lambda: Checkpoint(tmp_path)), (lambda: DummyCheckpoint(device)):
+        whole = load_weights(checkpoint(), config, device)
+        for rank in range(4):
+            part = load_weights(checkpoint(), config.of_rank(4), device, rank)
+            for layer, mine in zip(whole.layers, part.layers):
+                qkv = 8 * 32, 4 * 32, 4 * 32
+                assert (mine.qkv == rows(layer.qkv, qkv, rank)).all()
+                assert (mine.qkv_bias == rows(layer.qkv_bias, qkv, rank)).all()
+                assert (mine.gate_up == rows(layer.gate_up, (64, 64), rank)).all()
+                assert (mine.o == layer.o[:, 64 * rank:64 * rank + 64]).all()
+                assert (mine.down == layer.down[:, 16 * rank:16 * rank + 16]).all()
+                assert (mine.o_bias == layer.o_bias).all()
+            assert (part.head == whole.head[512 * rank:512 * rank + 512]).all()
+            assert (part.embed == whole.embed).all() and (part.norm == whole.norm).all()
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({}, "num_attention_heads: expected a multiple of tensor_parallel_size, 3, got 4"),
+    ({"num_attention_heads": 6},
+     "num_key_value_heads: expected a multiple of tensor_parallel_size, 3, got 2"),
+    ({"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 72, "vocab_size": 2048},
+     "vocab_size: expected a multiple of 2 times tensor_parallel_size, 6, got 2048"),
+    ({"num_attention_heads": 6, "num_key_value_heads": 3},
+     "intermediate_size: expected a multiple of 8 times tensor_parallel_size, 24, got 64"),
+], ids=["heads", "kv heads", "vocabulary", "ffn"])
+def test_sizes_that_do_not_divide(tmp_path, changes, message):
+    write_model(tmp_path, sizes=TINY | {"num_attention_heads": 4, "num_key_value_heads": 2} | changes)
+    with pytest.raises(TinyVLLMError, match=message):
+        LLM(tmp_path, device=DEVICE, tensor_parallel_size=3)
+
+
+@pytest.mark.parametrize("changes, size", [
+    ({"attention_bias": True, "num_key_value_heads": 2, "tie_word_embeddings": False}, 2),
+    (QWEN3 | {"num_key_value_heads": 4}, 4)], ids=["bias-untied-2", "qwen3-4"])
+def test_logits_of_several_ranks(tmp_path, changes, size):
+    """Prefill, chunks and decode: the oracle's logits, up to bfloat16's rounding."""
+    config = TINY | {"num_attention_heads": 4, "max_position_embeddings": 512, "head_dim": 32} | changes
+    write_model(tmp_path, sizes=config)
+    llm = LLM(tmp_path, device=DEVICE, max_num_batched_tokens=50, tensor_parallel_size=size)
+    for error in errors_of_logits(llm, config, float64_weights(tmp_path), (1, 17, 70), 6):
+        assert error.max() < 0.03
+
+
+def test_more_ranks_than_gpus(monkeypatch):
+    monkeypatch.setattr(CpuDevice, "count", 1)
+    message = "tensor_parallel_size: expected at most 1, the number of GPUs, got 2"
+    with pytest.raises(TinyVLLMError, match=message):
+        LLM(PARROT, device="cpu", tensor_parallel_size=2)
+
+
+# --------------------------------------------------------------------------------------------------
+# The engine
+# --------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def pair():
+    return LLM(PARROT, device=DEVICE, tensor_parallel_size=2)
+
+
+def test_recitation(pair):
+    """Several texts together, and a conversation whose beginning is found in the prefix cache."""
+    recite(pair, SOME[:4])
+    wordings, answer = TEXTS[1]
+    messages = [{"role": "system", "content": "You are a helpful assistant."},
+                {"role": "user", "content": wordings[0]}]
+    for num_cached in 0, 16:
+        [output] = pair.generate([pair.tokenizer.chat(messages)], SamplingParams(max_tokens=None))
+        assert output.text == answer and output.num_cached_tokens >= num_cached
+
+
+def test_preemption():
+    """In a pool that is too small, without prefix caching, by eager steps of few tokens."""
+    llm = LLM(PARROT, device=DEVICE, tensor_parallel_size=2, num_blocks=18, max_num_batched_tokens=40,
+              enforce_eager=True, prefix_caching=False)
+    outputs = recite(llm, SOME[:4])
+    assert sum(output.num_preemptions for output in outputs) >= 1
+
+
+def test_sampling_and_stop_strings(pair):
+    """Draws, penalties, a bias, log-probabilities and a stop text: the answers of one rank."""
+    one = LLM(PARROT, device=DEVICE)
+    prompts = chats(one, TEXTS[1:5])
+    params = [SamplingParams(temperature=1.5, seed=1, max_tokens=12, logprobs=3),
+              SamplingParams(repetition_penalty=1.3, max_tokens=12, logit_bias={7: 2.5}),
+              SamplingParams(max_tokens=40, stop=[" the"], prompt_logprobs=2),
+              SamplingParams(temperature=0.7, seed=2, top_k=5, top_p=0.9, max_tokens=12)]
+    for want, got in zip(one.generate(prompts, params), pair.generate(prompts, params)):
+        assert (got.text, got.token_ids, got.finish_reason) == (want.text, want.token_ids, want.finish_reason)
+        for a, b in zip(want.logprobs or [], got.logprobs or []):
+            assert a.keys() == b.keys() and all(math.isclose(a[k], b[k], abs_tol=0.2) for k in a)
+
+
+def test_aborts_and_interrupts(pair):
+    """Requests that are given up, and Ctrl-C in the middle of a launch, disturb no other request."""
+    prompts = chats(pair, TEXTS[1:4])
+    stream = pair.stream(prompts[0])
+    text = next(stream).delta
+    for _ in pair.stream(prompts[1]):
+        break                                   # given up after a token
+    model = pair.engine.model
+    start = model.start
+    came = []
+
+    def interrupted(batch, size):
+        os.kill(os.getpid(), signal.SIGINT)     # Python's handler runs between two statements
+        result = start(batch, size)
+        came.append("the whole step")
+        return result
+
+    model.start = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        pair.generate(prompts[2])
+    del model.start
+    assert came == ["the whole step"]
+    assert text + "".join(output.delta for output in stream) == TEXTS[1][1]
+    pair.engine.scheduler.check_integrity()
+
+
+def test_tokens_are_compared():
+    """A rank that samples another token than rank 0 ends the run."""
+    llm = LLM(PARROT, device=DEVICE, tensor_parallel_size=2)
+    ranks = llm.engine.model.communicator
+    keep = ranks.keep
+
+    def keep_others(tokens):
+        keep(tokens + 1)
+
+    ranks.keep = keep_others
+    with pytest.raises(TinyVLLMError, match="rank 1: expected the tokens of rank 0, sampled others"):
+        llm.generate(chats(llm, [text_of("Recite The Raven.")]), SamplingParams(max_tokens=None))
+
+
+# --------------------------------------------------------------------------------------------------
+# The end
+# --------------------------------------------------------------------------------------------------
+def fail_while_loading(ranks):
+    raise TinyVLLMError("expected a good rank, got a bad one")
+
+
+def fail_in_a_step(ranks):
+    start = tinyvllm.Model.start
+
+    def start_or_fail(model, batch, size):
+        if ranks.num_steps == 5:
+            raise ValueError("the sixth step\nis bad")
+        return start(model, batch, size)
+
+    tinyvllm.Model.start = start_or_fail
+    tinyvllm.run_rank(ranks)
+
+
+@pytest.mark.parametrize("function, message", [
+    ("fail_while_loading", "rank 1: expected a good rank, got a bad one"),
+    ("fail_in_a_step", "rank 1: ValueError: the sixth step")])
+def test_an_error_of_a_rank(monkeypatch, function, message):
+    """The error is rank 0's, and the engine says the same when it is asked again."""
+    monkeypatch.setattr(tinyvllm, "RANK_COMMAND", command(function))
+    with pytest.raises(TinyVLLMError, match=message):
+        llm = LLM(PARROT, device=DEVICE, tensor_parallel_size=2)
+        with pytest.raises(TinyVLLMError, match=message):
+            llm.generate(chats(llm, TEXTS[1:3]))
+        llm.generate(chats(llm, TEXTS[1:3]))
+
+
+def test_an_error_of_rank_0():
+    """The other ranks would wait for rank 0's kernels: they end."""
+    llm = LLM(PARROT, device=DEVICE, tensor_parallel_size=2)
+    [process] = llm.engine.model.communicator.channel.processes
+    llm.engine.model.forward = lambda b: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        llm.generate(chats(llm, TEXTS[1:2]))
+    with pytest.raises(TinyVLLMError, match="rank 0: division by zero"):
+        llm.generate(chats(llm, TEXTS[1:2]))
+    assert process.wait(10) == -signal.SIGKILL
+
+
+def begin(tokens):
+    """A program with two ranks, in the middle of an answer: (its Popen, the id of rank 1)."""
+    command = [sys.executable, str(ROOT / "tinyvllm.py"), "--model", str(PARROT), "--device", DEVICE,
+               "--tensor-parallel-size", "2", "Recite The Raven."]
+    program = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    program.stdout.read(tokens)
+    with open(f"/proc/{program.pid}/task/{program.pid}/children") as file:
+        [rank] = map(int, file.read().split())
+    return program, rank
+
+
+def is_gone(number):
+    """Whether the process ends within ten seconds. A zombie has ended."""
+    for _ in range(100):
+        try:
+            with open(f"/proc/{number}/stat") as file:
+                if file.read().rpartition(")")[2].split()[0] == "Z":
+                    return True
+        except OSError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.parametrize("victim, number, code, message", [
+    (1, signal.SIGKILL, 2, "tinyvllm: rank 1 was killed by signal 9: start the program anew"),
+    (0, signal.SIGKILL, -signal.SIGKILL, None),
+    (0, signal.SIGINT, 130, ""), (0, signal.SIGTERM, 143, "")],
+    ids=["rank 1 killed", "rank 0 killed", "Ctrl-C", "SIGTERM"])
+def test_all_ranks_end_together(victim, number, code, message):
+    """Within ten seconds, with the right exit code, one line at most, and no process left."""
+    program, rank = begin(tokens=20)
+    os.kill((program.pid, rank)[victim], number)
+    _, errors = program.communicate(timeout=10)
+    assert program.returncode == code
+    lines = [line for line in errors.decode().splitlines() if "simulator" not in line]
+    assert lines == [line for line in [message] if line is not None]
+    assert is_gone(rank)
+
+
+def test_a_forgotten_llm_ends_its_ranks():
+    llm = LLM(PARROT, device=DEVICE, tensor_parallel_size=2)
+    [process] = llm.engine.model.communicator.channel.processes
+    del llm
+    assert process.returncode == 0
+
+
