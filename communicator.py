@@ -306,7 +306,7 @@ class Communicator:
 
     def open_nccl(self):
         """Makes NCCL's communicator, unless a rank lacks the library."""
-        nccl = self.device.xp.cuda.nccl
+        from cupy.cuda import nccl
         if all(self.exchange(nccl.available)):
             name = self.exchange(nccl.get_unique_id() if self.rank == 0 else None)[0]
             self.channel.nccl = nccl.NcclCommunicator(self.size, name, self.rank)
