@@ -1,9 +1,8 @@
 """Completions, as OpenAI's API has them: from a JSON request to tokens, and back to JSON.
 
 A Call is a request to /v1/chat/completions (ChatCall) or /v1/completions (TextCall), and the response to
-the request: an ASGI app. A Choice is one answer of a call. server.py gives the choices their progress, step
-by step; a choice remembers how much of the answer the client has. So there is no queue of tokens: a client
-that reads slowly gets fewer and larger chunks, and costs no memory.
+the request: an ASGI app. A Choice is one answer of a call. server.py gives the choices their news, step by
+step; a choice remembers how much of the answer the client has.
 
 A known field that is not supported is refused by its name. Unknown fields are ignored.
 """
@@ -20,7 +19,6 @@ from functools import cached_property
 from starlette.responses import Response
 
 from device import TinyVLLMError, check, first_line, is_int, is_number, shown
-from grammar import grammar_text
 from sampling import SamplingParams
 from tinyvllm import RequestOutput, __version__
 from tokenizer import StreamDecoder, TokenizerError
@@ -295,7 +293,7 @@ class Call:
         self.event_head = JSON.encode(self.head(self.chunk_kind)).removesuffix("}")
         self.choices = []
         self.news = asyncio.Event()     # set when a choice has made progress
-        self.is_short = False           # the prompts are soon encoded
+        self.is_short = False           # the prompts are encoded in the event loop
         self.is_gone = False            # the client has left
         self.num_sends = 0              # of chunks
         self.num_sends_seen = 0         # by look_for_silence
@@ -360,14 +358,10 @@ class Call:
         """Encodes the prompts, and makes the choices: for each prompt n, with seeds one after another.
         Raises RequestError."""
         llm = self.service.llm
-        source = "tools" if self.tools else "response_format"
         try:
-            if self.params.structured_outputs:
-                grammar_text(self.params.structured_outputs)
-            source = "prompt"
             prompts = [(llm.encode_prompt(self.encode(prompt)), self.lead(prompt)) for prompt in self.prompts]
         except TinyVLLMError as error:
-            raise RequestError(error, param=source) from None
+            raise RequestError(error, param="prompt") from None
         for ids, lead in prompts:
             for i in range(self.n):
                 params = self.params
@@ -388,7 +382,7 @@ class Call:
     @property
     def failure(self):
         """Why there is no answer, as a RequestError; None if there is no such reason."""
-        if self.service.error:
+        if self.service.error and not self.is_final:
             return self.service.trouble
         for choice in self.choices:
             if choice.output.finish_reason == "abort":      # and not by the client, who would not ask
@@ -455,7 +449,7 @@ class Call:
                 await send({"type": "http.response.body", "body": data, "more_body": not is_over})
 
     def look_for_silence(self):
-        """Called every few seconds: wakes a stream that has sent nothing since the last call."""
+        """Called every PING_SECONDS: wakes a stream that has sent nothing since the last call."""
         self.is_quiet = self.num_sends == self.num_sends_seen
         self.num_sends_seen = self.num_sends
         if self.is_quiet:

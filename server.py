@@ -24,6 +24,7 @@ import ipaddress
 import itertools
 import logging
 import math
+import multiprocessing.connection
 import os
 import pickle
 import re
@@ -34,7 +35,6 @@ import threading
 import time
 from collections import Counter
 from functools import partial
-from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
 from urllib.parse import quote
 
@@ -67,8 +67,9 @@ MAX_HEAD = 2**14                # bytes of a request's header
 SHORT_BODY = 2**14              # bytes of a body: its prompts are encoded in some milliseconds
 REQUEST_SECONDS = 10            # for a whole request to come in, and a second more for each MiB
 WRITE_SECONDS = 60              # for a client to read anything at all
-STUCK_SECONDS = 60              # a step that takes longer has failed
+STUCK_SECONDS = 60              # a worker that says nothing for so long has failed
 CHUNK_SECONDS = 0.0002          # between two chunks of a stream, for each unfinished sequence
+UPGRADE = re.compile(rb"(?im)^upgrade:.*\r\n")
 LOGGER = logging.getLogger("tinyvllm.server")
 
 
@@ -95,9 +96,10 @@ class Service:
         self.is_stopping = False            # the worker is to end
         self.is_draining = False            # no new requests: the process is about to end
         self.error = None                   # why the engine has failed
+        self.compiling = {}                 # number -> Future of an error or None: grammars in the making
         self.calls = set()                  # unfinished HTTP requests for answers
         self.num_unfinished = 0             # their sequences that have not ended
-        self.keys = itertools.count()       # of choices
+        self.keys = itertools.count()       # of choices and grammars
         self.choices = {}                   # key -> Choice, of all that the worker has
         self.load = (0, 0, 0.0)             # see Worker.hand_over
         self.last_heard = 0.0               # time.monotonic() when the worker was seen to be alive
@@ -109,16 +111,18 @@ class Service:
     async def lifespan(self, app):
         """Talks with the worker for as long as the app runs."""
         self.loop = asyncio.get_running_loop()
-        if self.pipe is None:
-            self.pipe, theirs = socket.socketpair()
-            worker = Worker(self.llm, Pipe(theirs.detach()))
+        pipe = self.pipe
+        if pipe is None:
+            pipe, theirs = socket.socketpair()
+            worker = Worker(self.llm, multiprocessing.connection.Connection(theirs.detach()))
             threading.Thread(target=worker.run, name="worker", daemon=True).start()
-        reader, self.writer = await asyncio.open_connection(sock=self.pipe)
+        reader, self.writer = await asyncio.open_connection(sock=pipe)
         self.reading = asyncio.create_task(self.read(reader))
         yield
         self.is_stopping = True
         self.tell_worker("stop")
-        await asyncio.wait((self.reading,), timeout=STOP_SECONDS)
+        if not self.error:
+            await asyncio.wait((self.reading,), timeout=STOP_SECONDS)
         self.writer.close()
 
     def tell_worker(self, *message):
@@ -129,7 +133,8 @@ class Service:
 
     async def read(self, reader):
         """Takes the messages of the worker, until it ends."""
-        functions = {"deliver": self.deliver, "show": self.pool_watch.show, "fail": self.fail}
+        functions = {"deliver": self.deliver, "compiled": self.take_grammar, "show": self.pool_watch.show,
+                     "fail": self.fail}
         try:
             while True:
                 [length] = struct.unpack("!i", await reader.readexactly(4))
@@ -139,9 +144,9 @@ class Service:
         except (asyncio.IncompleteReadError, ConnectionError):
             reason = "the worker has ended"
         except Exception as error:          # nobody else would notice
-            reason = repr(error)
+            LOGGER.critical("an error of the server itself", exc_info=error)
+            reason = "an error of the server itself"
         if not (self.is_stopping or self.error):
-            LOGGER.critical("the engine has failed: %s", reason)
             self.fail(reason)
 
     def deliver(self, now, load, news):
@@ -201,15 +206,23 @@ class Service:
 
     def fail(self, reason):
         """Ends all calls: there will be no more news."""
+        LOGGER.critical("the engine has failed: %s", reason)
         self.error = reason
         for call in self.calls:
             call.news.set()
+        for number in list(self.compiling):
+            self.take_grammar(number, None)
+
+    def look_for_silence(self):
+        """Gives up a worker that says nothing for too long: its step will not end."""
+        silence = time.monotonic() - self.last_heard
+        if self.choices and silence > STUCK_SECONDS and not self.error:
+            self.fail(f"no step has ended for {silence:.0f} s")
 
     @property
     def trouble(self):
         """Why no request can be answered, as a RequestError; None if one can."""
-        is_silent = self.choices and time.monotonic() - self.last_heard > STUCK_SECONDS
-        if self.error or is_silent:
+        if self.error:
             return RequestError("the engine has failed: the server must be started anew", 503)
         if self.is_draining:
             return RequestError("the server is shutting down: send the request to another, or later", 503,
@@ -242,21 +255,43 @@ class Service:
             self.num_unfinished -= num_sequences
 
     async def submit(self, call):
-        """Encodes the call's prompts, and gives them to the worker."""
+        """Encodes the call's prompts, and gives them to the worker. Raises RequestError."""
         self.calls.add(call)
-        if call.is_short:                   # encoded in about the time that a thread takes to begin
-            self.check_room(call.num_choices)
-            call.prepare()
-        else:
-            await self.in_thread(call.prepare, num_sequences=call.num_choices)
+        self.check_room(call.num_choices)
         self.num_unfinished += call.num_choices
+        try:
+            if call.params.structured_outputs:
+                await self.compile(call)
+            if call.is_short:               # encoded in about the time that a thread takes to begin
+                call.prepare()
+            else:
+                await asyncio.to_thread(call.prepare)
+            if self.trouble:                # since complete() has looked
+                raise self.trouble
+            for choice in call.choices:
+                choice.key = next(self.keys)
+            self.tell_worker("add", [(choice.key, [call.id, choice.index], choice.output.prompt_token_ids,
+                                      choice.params) for choice in call.choices])
+        except BaseException:
+            self.num_unfinished -= call.num_choices
+            raise
         if not self.choices:
             self.last_heard = time.monotonic()      # an idle worker has nothing to say
-        for choice in call.choices:
-            choice.key = next(self.keys)
-            self.choices[choice.key] = choice
-        self.tell_worker("add", [(choice.key, [call.id, choice.index], choice.output.prompt_token_ids,
-                                  choice.params) for choice in call.choices])
+        self.choices |= {choice.key: choice for choice in call.choices}
+
+    async def compile(self, call):
+        """Lets the worker make the call's grammar, which may take seconds. Raises RequestError."""
+        number = next(self.keys)
+        self.compiling[number] = self.loop.create_future()
+        self.tell_worker("compile", number, call.params.structured_outputs)
+        error = await self.compiling[number]
+        if error:
+            raise RequestError(error, param="tools" if call.tools else "response_format")
+
+    def take_grammar(self, number, error):
+        future = self.compiling.pop(number)
+        if not future.done():               # the client may have gone
+            future.set_result(error)
 
     def abort(self, call):
         """Gives the sequences up that have not ended."""
@@ -414,7 +449,7 @@ class Endpoints:
             raise service.trouble
         call = kind(service, body)
         num_bytes = int(request.headers.get("content-length", MEBIBYTE))
-        call.is_short = num_bytes <= SHORT_BODY and not call.params.structured_outputs
+        call.is_short = num_bytes <= SHORT_BODY
         request.state.call = call           # for the log
         return call
 
@@ -616,32 +651,68 @@ class Connection(HttpToolsProtocol):
         super().connection_made(transport)
         self.begin = self.loop.time()       # of the request that is coming in; None: nothing is
         self.num_bytes = 0                  # of the request
-        self.has_head = False               # the request's header has come
+        self.head = b""                     # of the request, as long as it is not whole
+        self.has_head = False
+        self.num_head_bytes = 0             # of all headers, also behind a body
+        self.running = None                 # uvicorn's object for the request that is being answered
         self.num_unsent = 0                 # bytes of answers
         self.last_progress = self.begin     # when num_unsent was seen to change
         self.watch()
 
     def data_received(self, data):
         self.num_bytes += len(data)
-        super().data_received(data)
-        if self.begin and not self.has_head and self.num_bytes > MAX_HEAD:
+        if self.has_head:
+            return super().data_received(data)
+        self.begin = self.begin or self.loop.time()
+        self.head += data
+        end = self.head.find(b"\r\n\r\n") + 4
+        is_whole = end >= 4
+        if (end if is_whole else len(self.head)) > MAX_HEAD:
             self.send_400_response(f"the header: expected {MAX_HEAD} bytes or less")
+        elif is_whole:
+            # Java's client asks for HTTP/2 by Upgrade, and the parser would lose the body.
+            data = UPGRADE.sub(b"", self.head[:end]) + self.head[end:]
+            self.head = b""
+            super().data_received(data)
+        elif not self.head[:1].isalpha():       # no HTTP: the parser refuses it at once
+            self.head = b""
+            super().data_received(data)
 
     def on_message_begin(self):
         super().on_message_begin()
         self.begin = self.begin or self.loop.time()
-        self.has_head = False
+
+    def on_header(self, name, value):
+        self.num_head_bytes += len(name) + len(value)
+        if self.num_head_bytes > MAX_HEAD:
+            raise ValueError("too long a header")               # becomes a 400, like the next
+        super().on_header(name, value)
 
     def on_headers_complete(self):
         self.has_head = True
         if self.parser.get_http_version() == "1.1" and b"host" not in dict(self.headers):
-            raise ValueError("HTTP/1.1 asks for a Host")        # becomes a 400
+            raise ValueError("HTTP/1.1 asks for a Host")
         super().on_headers_complete()
+        if not self.pipeline:
+            self.running = self.cycle
 
     def on_message_complete(self):
         super().on_message_complete()
         self.begin = None
         self.num_bytes = 0
+        self.has_head = False
+        self.num_head_bytes = 0
+
+    def on_response_complete(self):
+        if self.pipeline:
+            self.running = self.pipeline[-1][0]
+        super().on_response_complete()
+
+    def connection_lost(self, error):
+        super().connection_lost(error)      # tells the newest request alone that its client has gone
+        if self.running and not self.running.response_complete:
+            self.running.disconnected = True
+            self.running.message_event.set()
 
     def watch(self):
         """Looks at the connection now and then, until the connection is lost."""
@@ -683,6 +754,7 @@ class Server(uvicorn.Server):
     def handle_exit(self, number, frame):
         """The first signal: no new requests, and the others get time to end. The second: at once."""
         if self.service.is_draining:
+            self.service.reading.cancel()   # and the wait for the worker's end
             self.should_exit = True
             self.force_exit = True
             self.exit_code = 128 + number
@@ -693,6 +765,7 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter):
         """Ten times a second."""
         service = self.service
+        service.look_for_silence()
         is_late = service.is_draining and time.monotonic() > self.deadline
         if is_late:
             for call in service.calls:

@@ -1254,6 +1254,38 @@ def test_garbage(stub):
     with stub.connect() as client:
         client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" * 2)
         assert read_response(client)[0] == 200
+    with stub.connect() as client:              # one large packet, in a head and behind a body
+        client.sendall(endless[:17_000] + b"\r\n\r\n")
+        assert read_response(client)[0] == 400
+    with stub.connect() as client:
+        client.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\n" + b"A: 123456789\r\n" * 2000)
+        assert read_response(client)[0] == 400
+
+
+def test_an_upgrade_is_not_taken(stub):
+    """Java's client asks for HTTP/2 with its first request. The answer comes by HTTP/1.1, in any pieces."""
+    data = json.dumps({"prompt": [1], "max_tokens": 2}).encode()
+    request = (HEAD + b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAA\r\n"
+               b"Content-Length: %d\r\n\r\n" % len(data) + data)
+    for size in len(request), 50:
+        with stub.connect() as client:
+            for start in range(0, len(request), size):
+                client.sendall(request[start:start + size])
+                time.sleep(0.002)
+            status, body = read_response(client)
+            assert status == 200 and json.loads(body)["usage"]["completion_tokens"] == 2
+
+
+def test_a_client_that_has_asked_twice_goes_away(stub):
+    """Two requests on one connection: the pages of the first are free, too."""
+    stub.llm.engine.model.pause = 0.002
+    before = stub.service.metrics.reasons["abort"]
+    with stub.connect() as client:
+        send_post(client, {"prompt": [5], "max_tokens": 100_000, "stream": True})
+        client.sendall(b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        wait_for(lambda: stub.llm.engine.scheduler.running)
+    wait_for(stub.is_idle)
+    assert stub.service.metrics.reasons["abort"] == before + 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1302,27 +1334,31 @@ def test_a_full_queue():
         refusal(it, "/v1/completions", {"prompt": [1], "n": 5}, 503)
 
 
-def test_health(stub, monkeypatch):
-    """A step that does not come back, and a server that drains, are not healthy."""
-    assert stub.request("GET", "/health")[0] == 200
-    monkeypatch.setattr(server, "STUCK_SECONDS", 0.1)
-    stub.llm.engine.model.pause = 0.8
-    runner = threading.Thread(target=stub.complete, kwargs=dict(prompt=[1], max_tokens=1))
-    runner.start()
-    wait_for(lambda: stub.request("GET", "/health")[0] == 503)
-    refusal(stub, "/v1/completions", {"prompt": [1]}, 503)
-    runner.join()
-    wait_for(stub.is_idle)
+def test_health(stub):
+    """A server that drains is not healthy."""
     assert stub.request("GET", "/health")[0] == 200
     stub.service.is_draining = True
     stub.server.deadline = float("inf")
-    stub.server.service = SimpleNamespace(is_draining=False, error=None)    # the server itself goes on
+    stub.server.service = SimpleNamespace(is_draining=False, error=None, look_for_silence=lambda: None)
     try:
         assert stub.request("GET", "/health")[0] == 503
         assert refusal(stub, "/v1/completions", {"prompt": [1]}, 503)["code"] == "shutting_down"
     finally:
         stub.service.is_draining = False
         stub.server.service = stub.service
+
+
+def test_a_step_that_hangs(monkeypatch):
+    """Streams get an error, and the server ends."""
+    monkeypatch.setattr(server, "STUCK_SECONDS", 0.3)
+    with running(stub_llm()) as it:
+        it.llm.engine.model.pause = 1.5
+        stream = it.client().completions.create(model="model", prompt=[1], stream=True)
+        with pytest.raises(openai.APIError, match="the engine has failed"):
+            list(stream)
+        assert "no step has ended" in it.service.error
+        it.thread.join(20)
+        assert not it.thread.is_alive()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1422,6 +1458,7 @@ def test_sigterm_lets_streams_end():
     it = Process()
     stream = it.poem()
     text = text_of(next(stream))
+    os.kill(worker_of(it.process), signal.SIGTERM)          # some send the signal to all processes
     it.process.send_signal(signal.SIGTERM)
     with pytest.raises(openai.InternalServerError) as error:
         while True:

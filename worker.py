@@ -13,6 +13,7 @@ arguments. A key is the server's number of a sequence.
                       ("watch",), ("unwatch",)           somebody wants a picture; nobody looks any more
                       ("stop",)
     to the server     ("deliver", time, load, news)      after each step: see Worker.hand_over
+                      ("compiled", number, error)        None: the grammar is ready, and so "add" is quick
                       ("show", picture)                  of the page pool: see views.picture
                       ("fail", reason)                   the last message: the engine has failed
 
@@ -22,9 +23,11 @@ import contextlib
 import logging
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from multiprocessing.connection import Connection
@@ -57,6 +60,7 @@ class Worker:
     def __init__(self, llm, connection):
         self.llm = llm
         self.connection = connection
+        self.lock = threading.Lock()        # held while a message is sent
         self.is_stopped = False
         self.answers = {}                   # id(output) -> Answer of all unfinished sequences
         self.outputs = {}                   # key -> output of the same
@@ -73,7 +77,7 @@ class Worker:
                 pass                        # the server is gone
             except BaseException as error:  # nobody else would notice
                 LOGGER.critical("the engine has failed", exc_info=error)
-                self.connection.send(("fail", repr(error)))
+                self.send("fail", repr(error))
 
     def loop(self):
         engine = self.llm.engine
@@ -89,6 +93,23 @@ class Worker:
             else:
                 engine.step()
                 self.hand_over()
+
+    def send(self, *message):
+        with self.lock:
+            self.connection.send(message)
+
+    def compile(self, number, structured_outputs):
+        """Makes a grammar for a request that will come. In a thread, since the first grammar of a model takes
+        a second, and a large one nearly as long."""
+        def work():
+            error = None
+            try:
+                self.llm.grammars.matcher(structured_outputs)
+            except TinyVLLMError as refusal:
+                error = str(refusal)
+            with contextlib.suppress(OSError):          # the server is gone
+                self.send("compiled", number, error)
+        threading.Thread(target=work, daemon=True).start()
 
     def add(self, requests):
         """Gives sequences to the engine. A refused one is final already."""
@@ -147,7 +168,7 @@ class Worker:
         allocator = scheduler.allocator
         used = 1 - len(allocator.free) / allocator.num_blocks
         load = (len(scheduler.running), len(scheduler.waiting), used)
-        self.connection.send(("deliver", time.perf_counter(), load, (keys, texts, token_ids, more)))
+        self.send("deliver", time.perf_counter(), load, (keys, texts, token_ids, more))
 
     def watch(self):
         """Sends a picture of the page pool. The engine is recorded from the first picture on. A mistake here
@@ -162,7 +183,7 @@ class Worker:
         except Exception:
             LOGGER.exception("the page pool is not shown any more")
             return
-        self.connection.send(("show", view))
+        self.send("show", view)
 
     def unwatch(self):
         if self.recorder in self.llm.engine.observers:
@@ -207,8 +228,9 @@ def greet(connection, args):
 
 def main(connection):
     """The worker process. Returns the exit code."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)       # some send it to all processes: the server decides
     llm = open_llm(connection.recv())
-    connection.send((llm, llm.device.name, ""))
+    connection.send((llm, llm.device.name, ""))         # of an LLM, pickle takes the InputProcessor
     Worker(llm, connection).run()
     return 0
 
