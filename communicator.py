@@ -9,9 +9,10 @@ the step's arrays to the other ranks, and they launch the same step:
 
 Twice in each layer, the ranks add up their products: all_reduce. Before sampling, they put together the
 logits: all_gather. For few numbers, both are kernels of our own, which write to the memory of the other
-GPUs (kernels.cu). For many numbers, both are NVIDIA's library NCCL. The results have the same bits in all
-ranks. So all ranks sample the same tokens, each has the tokens that its next step needs, and rank 0 gets
-no message during a run.
+GPUs (kernels.cu). For many numbers, both are NVIDIA's library NCCL, but never in a CUDA graph: NCCL's end
+waits for the end of all graphs with NCCL's kernels. The results have the same bits in all ranks. So all
+ranks sample the same tokens, each has the tokens that its next step needs, and rank 0 gets no message
+during a run.
 
 In the simulator the ranks are processes on the CPU. The very same kernels run, in shared memory.
 
@@ -29,19 +30,21 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import weakref
 
 import numpy as np
 
 from device import TinyVLLMError, first_line
 
-# An inbox holds so many bytes of numbers, divided by the number of other ranks: each sends as many. For more,
-# NCCL is faster, measured between 2 and 4 H100.
+# An inbox holds so many bytes of numbers, divided by the number of other ranks: each sends as many. Between
+# two H200, NCCL takes twice the time of our kernels for so many bytes, and less time for 16 times as many.
 INBOX_BYTES = 2 << 20
 NCCL_SUM = 0                            # numbers of NCCL's interface
 NCCL_BFLOAT16 = 9
 COMPARE_STEPS = 64                      # after so many steps, the ranks compare the sampled tokens
 END_SECONDS = 5                         # for the other ranks to end, before they are killed
+KILL_SECONDS = 2                        # for killed ranks to end, and for NCCL
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -53,6 +56,14 @@ class Failure:
 
     def __init__(self, line):
         self.line = line
+
+
+def wait_for(processes, seconds):
+    """Waits until the processes have ended, for so many seconds at most."""
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0, deadline - time.monotonic()))
 
 
 class Channel:
@@ -69,6 +80,10 @@ class Channel:
         self.failure = None             # why the ranks cannot go on, in one line
         self.stop = np.zeros(1, np.uint64)      # not 0: no kernel may wait for another rank
         self.nccl = None
+        self.has_failed = threading.Event()
+        # At its end, Python starts no thread, so this thread waits from the beginning.
+        self.aborter = threading.Thread(target=self.abort_nccl, daemon=True)
+        self.aborter.start()
 
     def send(self, message):
         """Sends a message over each connection."""
@@ -93,8 +108,12 @@ class Channel:
         except (OSError, EOFError, pickle.UnpicklingError):     # the end, or the end in the middle
             if not self.processes:
                 os._exit(1)             # rank 0 has ended
-            code = self.processes[number].wait()
-            how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+            wait_for([self.processes[number]], END_SECONDS)
+            code = self.processes[number].returncode
+            if code is None:
+                how = "has closed its connection"
+            else:
+                how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
             return Failure(f"rank {number + 1} {how}: start the program anew")
 
     def watch(self):
@@ -118,6 +137,12 @@ class Channel:
         self.stop[0] = 1
         for process in self.processes:
             process.kill()
+        self.has_failed.set()
+        self.aborter.join(KILL_SECONDS)
+
+    def abort_nccl(self):
+        """Ends NCCL after a failure, once, in a thread of its own: the end may wait for ever."""
+        self.has_failed.wait()
         if self.nccl:
             self.nccl.abort()
 
@@ -135,12 +160,9 @@ class Channel:
             connection.settimeout(END_SECONDS)
         with contextlib.suppress(OSError):
             self.send(None)
-        for process in self.processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(END_SECONDS)
+        wait_for(self.processes, END_SECONDS)
         self.fail("the ranks have ended")
-        for process in self.processes:
-            process.wait()
+        wait_for(self.processes, KILL_SECONDS)
         for end in *self.readers, *self.sockets:
             end.close()
 
@@ -207,6 +229,7 @@ class OneRank:
     """The Communicator of an engine with one GPU: there is nothing to do."""
     rank = 0
     size = 1
+    fits_graphs = True
 
     def exchange(self, value):
         return [value]
@@ -273,6 +296,7 @@ class Communicator:
             inboxes = self.open_inboxes(num_bytes)
         os.close(self.memory)
         self.has_inboxes = bool(inboxes)
+        self.fits_graphs = self.has_inboxes             # without them, only NCCL is left
         self.addresses = device.to_device(np.array([*inboxes, stop.ctypes.data], np.uint64))
         self.exchange("ready")
         if self.rank == 0:
@@ -327,8 +351,8 @@ class Communicator:
                 yield
             except BaseException as error:
                 if isinstance(error, ConnectionError):  # the watcher knows why the connection has ended
-                    self.watcher.join(END_SECONDS)
-                    self.check()
+                    self.watcher.join(END_SECONDS + KILL_SECONDS)
+                self.check()                            # the end of a rank can be the reason for any error
                 self.channel.fail(f"rank 0: {first_line(error)}: start the program anew")
                 raise
 
@@ -364,7 +388,14 @@ class Communicator:
     # ---- Sums and parts ----
     def is_for_nccl(self, x):
         """Whether NCCL takes so many numbers."""
-        return self.channel.nccl and (x.size > 2 * self.capacity or not self.has_inboxes)
+        is_large = x.size > 2 * self.capacity or not self.has_inboxes
+        return self.channel.nccl and is_large and not self.device.is_recording
+
+    def call_nccl(self, name, *arguments):
+        """Calls a function of NCCL, on the current stream. After the end of a rank, another thread frees
+        NCCL's memory."""
+        self.check()
+        getattr(self.channel.nccl, name)(*arguments, self.device.xp.cuda.get_current_stream().ptr)
 
     def parts(self, count):
         """Yields (first, count, grid): so many numbers, in parts that fit into an inbox."""
@@ -377,8 +408,7 @@ class Communicator:
     def all_reduce(self, x):
         """Replaces x by the sum over the ranks, and returns it. x: bfloat16, an even number of them."""
         if self.is_for_nccl(x):
-            stream = self.device.xp.cuda.get_current_stream().ptr
-            self.channel.nccl.allReduce(x.data.ptr, x.data.ptr, x.size, NCCL_BFLOAT16, NCCL_SUM, stream)
+            self.call_nccl("allReduce", x.data.ptr, x.data.ptr, x.size, NCCL_BFLOAT16, NCCL_SUM)
             return x
         numbers = x.reshape(-1)
         for first, count, grid in self.parts(x.size):
@@ -391,8 +421,7 @@ class Communicator:
         rows, columns = x.shape
         if self.is_for_nccl(x):
             parts = self.device.empty((self.size, rows, columns))
-            stream = self.device.xp.cuda.get_current_stream().ptr
-            self.channel.nccl.allGather(x.data.ptr, parts.data.ptr, x.size, NCCL_BFLOAT16, stream)
+            self.call_nccl("allGather", x.data.ptr, parts.data.ptr, x.size, NCCL_BFLOAT16)
             return self.device.xp.ascontiguousarray(parts.transpose(1, 0, 2)).reshape(rows, -1)
         out = self.device.empty((rows, self.size * columns))
         for first, count, grid in self.parts(x.size):

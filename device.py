@@ -225,9 +225,20 @@ def check_cupy_cache():
                             f"{folder} ({error.strerror}): set CUPY_CACHE_DIR to another") from None
 
 
+@contextlib.contextmanager
+def recording(device):
+    """Sets device.is_recording in the block: not every kernel may be a part of a CUDA graph."""
+    device.is_recording = True
+    try:
+        yield
+    finally:
+        device.is_recording = False
+
+
 class CudaDevice:
     """An NVIDIA GPU, through CuPy."""
     is_simulated = False
+    is_recording = False                            # whether record() runs
     headers = (FOLDER / "ptx.h",)
 
     def __init__(self, number=None):
@@ -337,7 +348,8 @@ class CudaDevice:
         self.xp.cuda.get_current_stream().synchronize()
         # A graph's arrays must not be reused while the graph may run: their pool lives as long as
         # the device. All graphs share the pool: graphs run in turn, and each result stays taken.
-        with self.xp.cuda.using_allocator(self.graph_pool.malloc), self.graph_stream as stream:
+        with (recording(self), self.xp.cuda.using_allocator(self.graph_pool.malloc),
+              self.graph_stream as stream):
             first = function()                      # compiles, loads and allocates everything
             stream.begin_capture()
             try:
@@ -355,6 +367,7 @@ class CudaDevice:
 class CpuDevice:
     """A CPU with the kernels in the simulator, and with the members of CudaDevice."""
     is_simulated = True
+    is_recording = False
     headers = ()                                    # simulator.py puts simulator.h in front
     CompileError = simulator.CompileError
     number = 0
@@ -415,7 +428,10 @@ class CpuDevice:
         return add_to
 
     def record(self, function):
-        return function(), function
+        def replay():
+            with recording(self):                   # as on a GPU, where a replay repeats the recording
+                return function()
+        return replay(), replay
 
 
 def open_device(name="auto", number=None):

@@ -1187,19 +1187,26 @@ extern "C" __global__ __launch_bounds__(SAMPLE_THREADS) void best_logprobs(
 EXPORT(EXCHANGE_THREADS, 512);
 EXPORT(EXCHANGE_BLOCKS, 2);    // that run at once on every multiprocessor: each card runs 1,024 threads
 constexpr u64 STOP_SECONDS = 20;    // far longer than any rank can be late
+constexpr u64 STOP_PAUSE = 10 * 1000 * 1000;    // nanoseconds between two looks at `stop`
 
-// Waits for the word of this call. The CPU's memory, where `stop` lies, is far away: looked at rarely.
-__device__ inline unsigned await_word(const u64* p, unsigned call, const u64* stop) {
+// Waits for the word of this call, unless this thread has stopped waiting. `stop` lies in the CPU's
+// memory, far away. Hazard: if all waiting threads looked at `stop` often, they would be late with
+// their next words, the threads of other ranks would wait for the words and look at `stop`, too, and
+// so on. So a thread looks only after a wait that no rank causes in a good run.
+__device__ inline unsigned await_word(const u64* p, unsigned call, const u64* stop, bool& has_stopped) {
     u64 word = load_word_system(p);
     u64 start = 0;
-    for (unsigned looks = 1; word >> 32 != call; ++looks) {
+    u64 last_look = 0;    // at `stop`
+    for (unsigned looks = 1; word >> 32 != call && !has_stopped; ++looks) {
         relax_for_others();
         word = load_word_system(p);
         if (looks % 1024 != 0) continue;
         const u64 now = nanoseconds();
-        if (start == 0) start = now;
+        if (start == 0) start = last_look = now;
         if (now - start > STOP_SECONDS * 1000000000) __trap();
-        if (load_word_system(stop)) break;
+        if (now - last_look < STOP_PAUSE) continue;
+        last_look = now;
+        has_stopped = load_word_system(stop) != 0;
     }
     return (unsigned)word;
 }
@@ -1209,8 +1216,9 @@ struct Received {    // the words of all ranks at one place of their pieces
     int capacity;
     unsigned call;
     const u64* stop;
+    bool& has_stopped;
     __device__ unsigned from(int sender) const {
-        return await_word(first + (size_t)sender * capacity, call, stop);
+        return await_word(first + (size_t)sender * capacity, call, stop, has_stopped);
     }
 };
 
@@ -1235,10 +1243,11 @@ __device__ inline void exchange(
         }
     }
     const u64* stop = reinterpret_cast<const u64*>(addresses[ranks]);
+    bool has_stopped = false;
     for (int piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
         const unsigned call = (unsigned)calls[piece] + 1;
         const int i = piece * EXCHANGE_THREADS + threadIdx.x;
-        receive(i, Received{place(rank, 0, call, i), capacity, call, stop});
+        receive(i, Received{place(rank, 0, call, i), capacity, call, stop, has_stopped});
     }
     __syncthreads();    // all threads have read the numbers of calls
     for (int piece = blockIdx.x; piece < pieces; piece += gridDim.x)

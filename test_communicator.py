@@ -11,22 +11,33 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
+from types import SimpleNamespace
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 
+import communicator
 import tinyvllm
 from communicator import start_ranks
-from device import KERNELS, CpuDevice, compile_kernels, open_device, paste
+from device import KERNELS, CpuDevice, CudaDevice, compile_kernels, open_device, paste
+from load import with_children
 from reference import PARROT, RNG, ROOT, TINY, write_model
 from test_tinyvllm import QWEN3, SOME, TEXTS, chats, errors_of_logits, float64_weights, recite, text_of
 from tinyvllm import LLM, SamplingParams, TinyVLLMError
 from weights import Checkpoint, DummyCheckpoint, ModelConfig, load_weights
 
-HAS_TWO_GPUS = not open_device().is_simulated and open_device().count >= 2
-DEVICE = "cuda" if HAS_TWO_GPUS else "cpu"
+GPUS = 0 if open_device().is_simulated else open_device().count
+
+
+def device_for(size):
+    """Where so many ranks run: on GPUs, or in the simulator if there are too few."""
+    return "cuda" if size <= GPUS else "cpu"
+
+
+DEVICE = device_for(2)
 
 
 def command(function):
@@ -45,37 +56,78 @@ SIZES = {"HIDDEN": 64, "FFN": 64, "NUM_LAYERS": 1, "NUM_HEADS": 1, "NUM_KV_HEADS
 
 def exchange_at_random(ranks, calls=120):
     """In every rank: sums and parts of random numbers, of random sizes, in random order. Every result
-    is NumPy's, bit for bit. The largest do not fit into an inbox."""
-    device = open_device(DEVICE, ranks.rank)
+    is NumPy's, bit for bit. The largest do not fit into an inbox. Some are recorded, and played again."""
+    device = open_device(device_for(ranks.size), ranks.rank)
     ranks.connect(device, compile_kernels(device, SIZES, paste(KERNELS)), inbox_bytes=24 << 10)
+
+    def add(x):
+        return ranks.all_reduce(x.copy())                   # a recording runs more than once
+
     for call in range(calls):
         rng = RNG(call)                                     # the same in every rank
         rows = int(rng.integers(1, 9))
         columns = 2 * int(2 ** rng.uniform(0, 10))
         parts = [RNG((call, rank)).standard_normal((rows, columns)).astype(bfloat16)
                  for rank in range(ranks.size)]
+        if ranks.is_for_nccl(parts[0]):                     # which rounds in between: exact sums
+            parts = [np.rint(part) for part in parts]
         x = device.to_device(parts[ranks.rank])
         if rng.random() < 0.5:
-            got = ranks.all_reduce(x)
             want = sum(part.astype(np.float32) for part in parts).astype(bfloat16)
+            exchange = partial(add, x)
         else:
-            got = ranks.all_gather(x)
             want = np.concatenate(parts, 1)
-        got = device.fetch(got)()
-        ranks.check()
-        assert got.shape == want.shape and got.tobytes() == want.tobytes(), (call, rows, columns)
+            exchange = partial(ranks.all_gather, x)
+        if rng.random() < 0.5:
+            results = [exchange()]
+        else:
+            first, replay = device.record(exchange)
+            results = [first, replay()]
+        for result in results:
+            got = device.fetch(result)()
+            ranks.check()
+            assert got.shape == want.shape and got.tobytes() == want.tobytes(), (call, rows, columns)
     if ranks.rank > 0:
         assert ranks.receive_step() is None
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_sums_and_parts(size):
-    if HAS_TWO_GPUS and open_device().count < size:
-        pytest.skip(f"there are fewer than {size} GPUs")
     ranks = start_ranks(size, command("exchange_at_random"))
     exchange_at_random(ranks)
     ranks.close()
     assert [process.returncode for process in ranks.channel.processes] == [0] * (size - 1)
+
+
+def record_large_ones(ranks):
+    """In every rank: NCCL takes large sums and parts, but none that a CUDA graph repeats."""
+    device = open_device(DEVICE, ranks.rank)
+    ranks.connect(device, compile_kernels(device, SIZES, paste(KERNELS)), inbox_bytes=24 << 10)
+    ranks.channel.nccl = ranks.channel.nccl or SimpleNamespace(abort=lambda: None)
+    ranks.call_nccl = lambda name, *arguments: pytest.fail(f"{name} in a CUDA graph")
+    x = device.to_device(np.ones((1, 5 * ranks.capacity), bfloat16))
+    first, replay = device.record(lambda: ranks.all_gather(ranks.all_reduce(x.copy())))
+    for result in first, replay():
+        assert (device.fetch(result)() == 2).all()
+    with pytest.raises(ZeroDivisionError):
+        device.record(lambda: 1 / 0)
+    assert ranks.is_for_nccl(x)             # now there is no recording
+    if ranks.rank > 0:
+        assert ranks.receive_step() is None
+
+
+def test_no_nccl_in_graphs():
+    ranks = start_ranks(2, command("record_large_ones"))
+    record_large_ones(ranks)
+    ranks.close()
+    assert ranks.channel.processes[0].returncode == 0
+
+
+def test_no_graphs_where_sums_are_nccls(monkeypatch):
+    monkeypatch.setattr(communicator.OneRank, "fits_graphs", False)
+    monkeypatch.setattr(CpuDevice, "record", None)
+    monkeypatch.setattr(CudaDevice, "record", None)
+    recite(LLM(PARROT), SOME[:1])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -123,7 +175,7 @@ def test_parts_make_the_whole(tmp_path, tied):
 def test_sizes_that_do_not_divide(tmp_path, changes, message):
     write_model(tmp_path, sizes=TINY | {"num_attention_heads": 4, "num_key_value_heads": 2} | changes)
     with pytest.raises(TinyVLLMError, match=message):
-        LLM(tmp_path, device=DEVICE, tensor_parallel_size=3)
+        LLM(tmp_path, device="cpu", tensor_parallel_size=3)
 
 
 @pytest.mark.parametrize("changes, size", [
@@ -133,7 +185,7 @@ def test_logits_of_several_ranks(tmp_path, changes, size):
     """Prefill, chunks and decode: the oracle's logits, up to bfloat16's rounding."""
     config = TINY | {"num_attention_heads": 4, "max_position_embeddings": 512, "head_dim": 32} | changes
     write_model(tmp_path, sizes=config)
-    llm = LLM(tmp_path, device=DEVICE, max_num_batched_tokens=50, tensor_parallel_size=size)
+    llm = LLM(tmp_path, device=device_for(size), max_num_batched_tokens=50, tensor_parallel_size=size)
     for error in errors_of_logits(llm, config, float64_weights(tmp_path), (1, 17, 70), 6):
         assert error.max() < 0.03
 
@@ -276,8 +328,7 @@ def begin(tokens):
                "--tensor-parallel-size", "2", "Recite The Raven."]
     program = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     program.stdout.read(tokens)
-    with open(f"/proc/{program.pid}/task/{program.pid}/children") as file:
-        [rank] = map(int, file.read().split())
+    _, rank = with_children(program.pid)
     return program, rank
 
 
@@ -308,6 +359,33 @@ def test_all_ranks_end_together(victim, number, code, message):
     lines = [line for line in errors.decode().splitlines() if "simulator" not in line]
     assert lines == [line for line in [message] if line is not None]
     assert is_gone(rank)
+
+
+def sleep_for_long(ranks):
+    time.sleep(1000)
+
+
+def test_a_rank_that_does_not_end(monkeypatch):
+    monkeypatch.setattr(communicator, "END_SECONDS", 1)
+    ranks = start_ranks(2, command("sleep_for_long"))
+    ranks.close()
+    assert ranks.channel.processes[0].returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("line", ["", "llm.engine.model.communicator.channel.fail('a rank has ended')"],
+                         ids=["an exit", "an exit after a failure"])
+def test_no_end_waits_for_nccl(line):
+    """NCCL's end may wait for ever. It is called once, also when Python ends while there is an LLM."""
+    code = f"""
+import time, tinyvllm
+from types import SimpleNamespace
+llm = tinyvllm.LLM({str(PARROT)!r}, device="cpu", tensor_parallel_size=2)
+abort = lambda: (print("abort", flush=True), time.sleep(1000))
+llm.engine.model.communicator.channel.nccl = SimpleNamespace(abort=abort)
+{line}
+"""
+    program = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, timeout=60)
+    assert (program.returncode, program.stdout) == (0, b"abort\n")
 
 
 def test_a_forgotten_llm_ends_its_ranks():

@@ -809,7 +809,6 @@ class Model:
         self.device = device
         self.buffer = buffer
         self.communicator = communicator or OneRank()
-        self.graph_sizes = () if args.enforce_eager else GRAPH_SIZES
         self.graphs = {}                    # size -> replay(), see device.record
         # 1 / sqrt(h), times log2(e): the kernels' softmax takes powers of 2.
         self.query_scale = math.log2(math.e) / math.sqrt(c.head_dim)
@@ -839,6 +838,8 @@ class Model:
         cos_sin = np.concatenate([np.cos(angles), np.sin(angles)], 1, dtype=np.float32)
         self.cos_sin = device.to_device(cos_sin)                                        # [max_model_len, h]
         self.communicator.connect(device, self.kernels)
+        is_eager = args.enforce_eager or not self.communicator.fits_graphs
+        self.graph_sizes = () if is_eager else GRAPH_SIZES
 
     def graph_size(self, batch):
         """The size of the CUDA graph for this batch. None: the batch runs without a graph."""

@@ -153,6 +153,20 @@ def server_table(name):
     return "\n".join([*lines, ""])
 
 
+def ranks_table(name):
+    """The rows of a file on one GPU and on two, with the second figure's gain."""
+    found = kept(name)
+    head = f"{found['model']} on {found['card']['name']} cards, {found['date']}. {found['note']}"
+    lines = ["", textwrap.fill(head, 100), "",
+             "| | 1 GPU | 2 GPUs | times as fast |", "| --- | ---: | ---: | ---: |"]
+    for row in found["rows"]:
+        one, two = row["values"]
+        ratio = two / one if row["unit"] == "tokens/s" else one / two
+        cells = [shown({"value": value, "unit": row["unit"]}) for value in (one, two)]
+        lines.append(f"| {row['what']} | {cells[0]} | {cells[1]} | {ratio:.2f} |")
+    return "\n".join([*lines, ""])
+
+
 def command():
     """The command that wrote h200.json."""
     return f"\n```sh\n{COMMAND}\n```\n"
