@@ -33,6 +33,7 @@ from safetensors.numpy import load_file
 import simulator
 import tinyvllm
 import weights
+from communicator import OneRank
 from device import compile_kernels, open_device, paste
 from reference import PARROT, RNG, ROOT, ROPE, TINY, numpy_llama, random_weights, write_model
 from tinyvllm import (LLM, BlockAllocator, EngineArgs, RequestOutput, SamplingParams, Scheduler, Sequence,
@@ -854,7 +855,7 @@ def test_long_steps_are_counted(shape, gigabytes, options, tokens):
     args = EngineArgs(**options)
     total = int(gigabytes * 1e9)
     device = SimpleNamespace(memory=lambda: (total, total))
-    num_blocks, num_tokens, max_model_len, _ = tinyvllm.plan_pool(config, device, args)
+    num_blocks, num_tokens, max_model_len, _ = tinyvllm.plan_pool(config, device, args, OneRank())
     assert num_tokens in tokens if isinstance(tokens, range) else num_tokens == tokens
     D, F, H, K, h = (config.hidden_size, config.intermediate_size, config.num_attention_heads,
                      config.num_key_value_heads, config.head_dim)
