@@ -17,6 +17,7 @@ the package. These methods of its matchers are in use:
 import json
 import threading
 from functools import lru_cache
+from importlib.metadata import version
 
 from device import TinyVLLMError
 
@@ -46,7 +47,7 @@ class Grammars:
 
     def compile(self, text):
         """A matcher that stays at the beginning, to be copied."""
-        import llguidance
+        llguidance = the_package()
         if not self.vocabulary:
             words = llguidance.TokenizerWrapper(Words(self.tokenizer, self.vocab_size, self.end_ids))
             self.vocabulary = llguidance.LLTokenizer(words, eos_token=self.end_ids)
@@ -56,15 +57,24 @@ class Grammars:
         return matcher
 
 
+def the_package():
+    """llguidance. Raises TinyVLLMError if there is none, or an old one."""
+    try:
+        import llguidance
+        found = version("llguidance")
+    except ModuleNotFoundError:
+        found = "none"
+    if found == "none" or tuple(map(int, found.split(".")[:2])) < (1, 8):
+        raise TinyVLLMError("structured output: expected the Python package llguidance, 1.8.0 or newer, "
+                            f"found {found}: pip install --upgrade llguidance")
+    return llguidance
+
+
 def grammar_text(structured_outputs):
     """The grammar of {"json": schema} or {"grammar": text, in llguidance's form of Lark}, as llguidance
     takes it. Needs no vocabulary, so it is quick. Raises TinyVLLMError for a grammar that llguidance does
     not take."""
-    try:
-        from llguidance import LLMatcher
-    except ModuleNotFoundError:
-        raise TinyVLLMError("structured output: expected the Python package llguidance, found none: "
-                            "pip install llguidance") from None
+    LLMatcher = the_package().LLMatcher
     [(kind, grammar)] = structured_outputs.items()
     try:
         if kind == "json":

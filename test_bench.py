@@ -366,7 +366,7 @@ def test_every_kind_of_client(request):
     jobs = [Job(body, due=0.1, kind=kind, expected=(known.text, "length", 20))
             for kind in ("whole", "slow", "half", *load.STATUS)]
     jobs += [Job(body | {"max_tokens": 2000}, due=0.1, kind=kind, stays=0.3) for kind in load.LEAVING]
-    Load(server, [[Job(body)]]).wait()
+    Load(server, [[Job(body), Job(body, kind="large")]]).wait()
     before = server.state()
     clients = Load(server, [[job] for job in jobs], num_processes=2)
     replies = clients.wait()

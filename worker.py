@@ -107,6 +107,9 @@ class Worker:
                 self.llm.grammars.matcher(structured_outputs)
             except TinyVLLMError as refusal:
                 error = str(refusal)
+            except Exception as mistake:                # somebody waits for an answer in any case
+                LOGGER.exception("a grammar cannot be made")
+                error = f"structured output: {mistake!r:.200}"
             with contextlib.suppress(OSError):          # the server is gone
                 self.send("compiled", number, error)
         threading.Thread(target=work, daemon=True).start()
