@@ -233,5 +233,5 @@ def test_without_the_package(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
     llm = LLM(folder)
     assert llm.generate([1], SamplingParams(max_tokens=3))[0].finish_reason == "length"
-    with pytest.raises(TinyVLLMError, match="pip install llguidance"):
+    with pytest.raises(TinyVLLMError, match="pip install --upgrade llguidance"):
         llm.generate([1], asked(PERSON, 0))

@@ -513,7 +513,7 @@ def test_refused_schemas(parrot, monkeypatch):
     assert "look-ahead" in refused({"type": "string", "pattern": "(?=a)b"})
     assert "Unknown format" in refused({"type": "string", "format": "x" * 5000})
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    assert "pip install llguidance" in refused({"type": "integer", "maximum": 31})
+    assert "pip install --upgrade llguidance" in refused({"type": "integer", "maximum": 31})
     assert parrot.complete(prompt=[1], max_tokens=1)
 
 
