@@ -1556,6 +1556,16 @@ def test_a_worker_that_is_killed():
     assert code == 1 and "the worker has ended" in rest
 
 
+def test_a_rank_that_is_killed():
+    """Of two GPUs' processes, one ends while there is nothing to do: the server ends, with a line."""
+    it = Process("--tensor-parallel-size", "2")
+    assert it.client.completions.create(model="parrot", prompt="Hi", max_tokens=1).usage.completion_tokens == 1
+    [_, rank] = load.with_children(worker_of(it.process))
+    os.kill(rank, signal.SIGKILL)
+    code, rest = it.end()
+    assert code == 1 and "rank 1 was killed by signal 9" in rest and "Traceback" not in rest
+
+
 def test_a_server_that_is_killed():
     """The worker ends by itself, also in the middle of an answer."""
     it = Process()

@@ -75,6 +75,8 @@ class Worker:
                 self.loop()
             except (EOFError, ConnectionError):
                 pass                        # the server is gone
+            except TinyVLLMError as error:  # another GPU's process has ended
+                self.send("fail", str(error))
             except BaseException as error:  # nobody else would notice
                 LOGGER.critical("the engine has failed", exc_info=error)
                 self.send("fail", repr(error))
