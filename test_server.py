@@ -1559,7 +1559,8 @@ def test_a_worker_that_is_killed():
 def test_a_rank_that_is_killed():
     """Of two GPUs' processes, one ends while there is nothing to do: the server ends, with a line."""
     it = Process("--tensor-parallel-size", "2")
-    assert it.client.completions.create(model="parrot", prompt="Hi", max_tokens=1).usage.completion_tokens == 1
+    answer = it.client.completions.create(model="parrot", prompt="Hi", max_tokens=1)
+    assert answer.usage.completion_tokens == 1
     [_, rank] = load.with_children(worker_of(it.process))
     os.kill(rank, signal.SIGKILL)
     code, rest = it.end()
