@@ -245,14 +245,14 @@ class Service:
             raise RequestError(f"overloaded: {num_waiting} sequences wait already, of {self.max_waiting} at "
                                "most: try again later", 503, code="overloaded")
 
-    async def in_thread(self, function, *arguments, num_sequences=1):
-        """What the function returns. It runs in a thread of its own, and counts as waiting sequences."""
-        self.check_room(num_sequences)
-        self.num_unfinished += num_sequences
+    async def in_thread(self, function, *arguments):
+        """What the function returns. It runs in a thread of its own, and counts as a waiting sequence."""
+        self.check_room(1)
+        self.num_unfinished += 1
         try:
             return await asyncio.to_thread(function, *arguments)
         finally:
-            self.num_unfinished -= num_sequences
+            self.num_unfinished -= 1
 
     async def submit(self, call):
         """Encodes the call's prompts, and gives them to the worker. Raises RequestError."""
