@@ -38,6 +38,7 @@ PATIENCE = 300                          # seconds that a client waits for an ans
 SLOW_BYTES = 1024                       # a slow client reads so much a second
 SETTLE_SECONDS = 10                     # from the last answer until the server must be idle
 SPARE_MEGABYTES = 20                    # that a server may hold more after a load than before
+VICTIM_TOKENS = 3000                    # of an answer whose client is killed: the answer must not end before
 NUM_RUNS = 5                            # of rows that compare the server with the engine alone
 POOL_THREADS = min(32, os.cpu_count() + 4)      # of asyncio.to_thread, which starts them when needed
 
@@ -586,7 +587,7 @@ def measure_kill(test):
             time.sleep(0.005)
         return clock() - start
 
-    victims = Load(server, [[test.random_job(12 * test.sizes.new)] for _ in range(count)], num_processes=1)
+    victims = Load(server, [[test.random_job(VICTIM_TOKENS)] for _ in range(count)], num_processes=1)
     wait_for("num_requests_running", count, limit=60)
     others = Load(server, test.rounds(test.sizes.streams - count, 3), num_processes=7)
     time.sleep(test.sizes.seconds / 10)

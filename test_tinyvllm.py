@@ -1383,9 +1383,15 @@ def test_an_interrupted_compiler_leaves_nothing(monkeypatch, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         simulator.RawModule(NOTHING)
     assert os.listdir(tmp_path / "tinyvllm") == []
-    with open(os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)) as end:
-        while end.read():                   # raises while `sleep` has the other end
-            pass
+    end = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    for _ in range(100):                    # a killed process closes its files a moment later
+        with contextlib.suppress(BlockingIOError):      # while `sleep` has the other end
+            assert os.read(end, 1) == b""
+            break
+        time.sleep(0.05)
+    else:
+        raise AssertionError("`sleep` still runs")
+    os.close(end)
 
 
 # --------------------------------------------------------------------------------------------------
