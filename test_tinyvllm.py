@@ -18,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from types import SimpleNamespace
 from unittest.mock import Mock
