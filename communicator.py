@@ -295,8 +295,7 @@ class Communicator:
             self.open_nccl()
             inboxes = self.open_inboxes(num_bytes)
         os.close(self.memory)
-        self.has_inboxes = bool(inboxes)
-        self.fits_graphs = self.has_inboxes             # without them, only NCCL is left
+        self.fits_graphs = bool(inboxes)                # without inboxes, only NCCL is left
         self.addresses = device.to_device(np.array([*inboxes, stop.ctypes.data], np.uint64))
         self.exchange("ready")
         if self.rank == 0:
@@ -345,7 +344,7 @@ class Communicator:
             self.check()
             kept = self.get_kept() if self.get_kept and self.num_steps % COMPARE_STEPS == 2 else None
             layout = [(array.dtype.str, array.shape) for array in arrays]
-            data = b"".join(array.tobytes() for array in arrays)
+            data = b"".join(arrays)
             try:
                 self.channel.send((size, layout, data, kept))
                 yield
@@ -388,7 +387,7 @@ class Communicator:
     # ---- Sums and parts ----
     def is_for_nccl(self, x):
         """Whether NCCL takes so many numbers."""
-        is_large = x.size > 2 * self.capacity or not self.has_inboxes
+        is_large = x.size > 2 * self.capacity or not self.fits_graphs
         return self.channel.nccl and is_large and not self.device.is_recording
 
     def call_nccl(self, name, *arguments):

@@ -212,11 +212,10 @@ def read_tools(llm, body):
         raise RequestError(error, param=str(error).partition(":")[0]) from None
 
 
-def encode_chat(llm, body):
-    """The token ids of a chat."""
+def encode_chat(llm, body, tools):
+    """The token ids of a chat. tools: see read_tools."""
     messages = want("messages", body.get("messages"), lambda m: isinstance(m, list) and m,
                     "a list of one message or more")
-    tools = read_tools(llm, body)
     definitions = tools.definitions if tools else None
     try:
         messages = with_arguments(messages)
@@ -514,7 +513,7 @@ class ChatCall(Call):
         return (count or 0) if has_logprobs else None
 
     def encode(self, body):
-        return encode_chat(self.service.llm, body)
+        return encode_chat(self.service.llm, body, self.tools)
 
     def logprobs(self, entries):
         """The log-probabilities of (token, offset, {token: logprob}) entries."""

@@ -40,20 +40,30 @@ class Grammars:
         self.compiled = lru_cache(MAX_COMPILED)(self.compile)
 
     def matcher(self, structured_outputs):
-        """A new matcher for SamplingParams.structured_outputs. Raises TinyVLLMError as grammar_text does."""
-        text = grammar_text(structured_outputs)
-        with self.lock:
-            return self.compiled(text).deep_copy()
+        """A new matcher for {"json": schema} or {"grammar": text, in llguidance's form of Lark}. Quick, if
+        somebody has asked for the grammar lately. Raises TinyVLLMError for a grammar that llguidance does
+        not take."""
+        [(kind, grammar)] = structured_outputs.items()
+        try:
+            text = json.dumps(grammar) if kind == "json" else grammar
+            return self.compiled(kind, text).deep_copy()
+        except (TypeError, ValueError, RecursionError) as error:    # no JSON; a refusal by llguidance
+            raise TinyVLLMError("structured output: expected a schema or a grammar that llguidance can "
+                                f"follow, got the error: {' '.join(str(error).split()):.300}") from None
 
-    def compile(self, text):
-        """A matcher that stays at the beginning, to be copied."""
+    def compile(self, kind, text):
+        """A matcher that stays at the beginning, to be copied. Raises ValueError for a bad grammar."""
         llguidance = the_package()
-        if not self.vocabulary:
-            words = llguidance.TokenizerWrapper(Words(self.tokenizer, self.vocab_size, self.end_ids))
-            self.vocabulary = llguidance.LLTokenizer(words, eos_token=self.end_ids)
+        with self.lock:                 # whoever asks for another grammar, which is ready, does not wait
+            if not self.vocabulary:
+                words = llguidance.TokenizerWrapper(Words(self.tokenizer, self.vocab_size, self.end_ids))
+                self.vocabulary = llguidance.LLTokenizer(words, eos_token=self.end_ids)
+        if kind == "json":
+            text = llguidance.LLMatcher.grammar_from_json_schema(
+                text, defaults={"whitespace_pattern": WHITE_SPACE})
         matcher = llguidance.LLMatcher(self.vocabulary, text, log_level=0)
         if matcher.is_error():
-            raise refusal(matcher.get_error())
+            raise ValueError(matcher.get_error())
         return matcher
 
 
@@ -68,29 +78,6 @@ def the_package():
         raise TinyVLLMError("structured output: expected the Python package llguidance, 1.8.0 or newer, "
                             f"found {found}: pip install --upgrade llguidance")
     return llguidance
-
-
-def grammar_text(structured_outputs):
-    """The grammar of {"json": schema} or {"grammar": text, in llguidance's form of Lark}, as llguidance
-    takes it. Needs no vocabulary, so it is quick. Raises TinyVLLMError for a grammar that llguidance does
-    not take."""
-    LLMatcher = the_package().LLMatcher
-    [(kind, grammar)] = structured_outputs.items()
-    try:
-        if kind == "json":
-            grammar = LLMatcher.grammar_from_json_schema(
-                json.dumps(grammar), defaults={"whitespace_pattern": WHITE_SPACE})
-        fault = LLMatcher.validate_grammar(grammar)
-    except (TypeError, ValueError, RecursionError) as error:    # no JSON; a refusal by llguidance
-        raise refusal(error) from None
-    if fault:
-        raise refusal(fault)
-    return grammar
-
-
-def refusal(reason):
-    return TinyVLLMError("structured output: expected a schema or a grammar that llguidance can follow, got "
-                         f"the error: {' '.join(str(reason).split()):.300}")
 
 
 class Words:

@@ -485,7 +485,7 @@ class LoadTest:
         load = Load(server, streams)
         replies = load.wait()
         seconds = max(reply.end for reply in replies) - load.start
-        shares = [f"{(after - before) / seconds:.0%}" for before, after in zip(cpu, server.cpu_seconds())]
+        shares = [f"{(end - start) / seconds:.0%}" for start, end in zip(cpu, server.cpu_seconds())]
         server.check(before, replies)
         whole = [reply for reply in replies if reply.answer]
         compared = sum(reply.job.expected is not None for reply in whole)

@@ -56,7 +56,8 @@ except ModuleNotFoundError as error:
              "packages into .venv, then use .venv/bin/python")
 
 from completions import (JSON, NEUTRAL_CHAT_VALUES, ChatCall, RequestError, TextCall, encode_chat,
-                         encode_text, flag, json_response, read_json, refuse_unsupported, to_json, want)
+                         encode_text, flag, json_response, read_json, read_tools, refuse_unsupported,
+                         to_json, want)
 from device import FOLDER, TinyVLLMError, check, is_int, shown
 from tinyvllm import ArgumentParser, EngineArgs, __version__, run_program
 from weights import HUB_MODEL
@@ -499,7 +500,7 @@ class Endpoints:
         self.service.model_name(body.get("model"))
         if body.get("messages") is not None:
             refuse_unsupported(body, NEUTRAL_CHAT_VALUES)
-            ids = await self.service.in_thread(encode_chat, llm, body)
+            ids = await self.service.in_thread(encode_chat, llm, body, read_tools(llm, body))
         else:
             prompt = want("prompt", body.get("prompt"), lambda prompt: isinstance(prompt, str), "a text")
             add_bos = flag(body, "add_special_tokens", True)
@@ -660,6 +661,7 @@ class Connection(HttpToolsProtocol):
         self.watch()
 
     def data_received(self, data):
+        """Gives data to the parser, the header of a request as a whole."""
         self.num_bytes += len(data)
         if self.has_head:
             return super().data_received(data)

@@ -10,6 +10,7 @@ arguments. A key is the server's number of a sequence.
 
     to the worker     ("add", [(key, [id, index], prompt token ids, SamplingParams)])
                       ("abort", [key])                   the client has left
+                      ("compile", number, SamplingParams.structured_outputs)     for an "add" to come
                       ("watch",), ("unwatch",)           somebody wants a picture; nobody looks any more
                       ("stop",)
     to the server     ("deliver", time, load, news)      after each step: see Worker.hand_over
@@ -45,7 +46,7 @@ LOGGER = logging.getLogger("tinyvllm.worker")
 
 
 class Answer:
-    """A sequence's output, and how much of it the server has."""
+    """A sequence's output, and how much of the output the server has."""
 
     def __init__(self, key, output):
         self.key = key
@@ -63,7 +64,6 @@ class Worker:
         self.lock = threading.Lock()        # held while a message is sent
         self.is_stopped = False
         self.answers = {}                   # id(output) -> Answer of all unfinished sequences
-        self.outputs = {}                   # key -> output of the same
         self.updates = deque()              # outputs with a new token or an end: the engine's listener
         self.names = WeakKeyDictionary()    # sequence -> id and index of the answer, for the page
         self.recorder = None                # while somebody watches
@@ -82,6 +82,7 @@ class Worker:
                 self.send("fail", repr(error))
 
     def loop(self):
+        """All messages that have come, then a step, and so on."""
         engine = self.llm.engine
         messages = select.poll()
         messages.register(self.connection.fileno(), select.POLLIN)
@@ -123,7 +124,6 @@ class Worker:
             sequence = self.llm.prepare(ids, params)
             output = sequence.output
             self.answers[id(output)] = Answer(key, output)
-            self.outputs[key] = output
             self.names[sequence] = name
             sequence.listeners.append(self.updates)
             if output.error:
@@ -135,7 +135,7 @@ class Worker:
             self.hand_over()
 
     def abort(self, keys):
-        self.llm.abort([self.outputs[key] for key in keys if key in self.outputs])
+        self.llm.abort([answer.output for answer in self.answers.values() if answer.key in keys])
 
     def stop(self):
         self.is_stopped = True
@@ -168,7 +168,7 @@ class Worker:
                 more.append((logprobs, prompt_logprobs, output.num_cached_tokens, output.num_preemptions,
                              output.finish_reason, output.error))
             if output.finish_reason:
-                del self.answers[number], self.outputs[answer.key]
+                del self.answers[number]
         scheduler = self.llm.engine.scheduler
         allocator = scheduler.allocator
         used = 1 - len(allocator.free) / allocator.num_blocks
