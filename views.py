@@ -33,7 +33,7 @@ PARTS = {       # of a request's time
     "queued": "waiting for pages and for a place in a step",
     "prefill": "steps that computed a piece of its prompt",
     "decode": "steps that computed one token of its answer",
-    "stalled": "decode beyond its median step, in steps with others' prefill",
+    "stalled": "extra time of decode steps that also computed others' prompts",
     "preempted": "waiting again, after its pages were taken",
     "recomputed": "steps that computed tokens again, after their pages were taken"}
 MAX_STEPS = 20_000              # of a page, lest it have tens of MB, and of a Recorder that forgets
