@@ -167,6 +167,42 @@ def ranks_table(name):
     return "\n".join([*lines, ""])
 
 
+def sums_table(name):
+    """The rows of a file on sums over two GPUs: by the engine's own kernel, and by NCCL."""
+    found = kept(name)
+    head = f"Two {found['card']['name']}, {found['date']}. {found['note']}"
+    lines = ["", textwrap.fill(head, 100), "",
+             "| bytes | all_reduce of kernels.cu | NCCL |", "| ---: | ---: | ---: |"]
+    for row in found["rows"]:
+        lines.append(f"| {row['bytes']:,} | {row['ours']:g} \u00b5s | {row['nccl']:g} \u00b5s |")
+    return "\n".join([*lines, ""])
+
+
+def sums_ms(name, model, by):
+    """Milliseconds for the sums of a decode step of a sequence: two in a layer, each as slow as the smallest
+    sum of the file. by: "ours" or "nccl"."""
+    layers = SHAPES[model].num_hidden_layers
+    return f"{2 * layers * kept(name)['rows'][0][by] / 1e3:.2f}"
+
+
+def gain(name, row):
+    """How many times as fast two GPUs are in a row of a file on ranks, in tokens/s or in steps."""
+    found = kept(name)["rows"][row]
+    less, more = sorted(found["values"])
+    return f"{more / less:.2f}"
+
+
+def num_chapters():
+    """How many chapters the course has."""
+    return len(list(COURSE.glob("*.md")))
+
+
+def num_words():
+    """The words of the chapters, in thousands."""
+    words = sum(len(path.read_text("utf-8").split()) for path in COURSE.glob("*.md"))
+    return f"{round(words, -3):,}"
+
+
 def command():
     """The command that wrote h200.json."""
     return f"\n```sh\n{COMMAND}\n```\n"
