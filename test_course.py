@@ -12,6 +12,7 @@ import doctest
 import io
 import re
 import shlex
+import subprocess
 import sys
 from functools import cache
 from itertools import dropwhile
@@ -51,6 +52,7 @@ PAGES = {name: (ROOT / name).read_text("utf-8")
          for name in ["README.md", *(f"course/{chapter}" for chapter in CHAPTERS)]}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
 HEADINGS = ["It fails", "The idea", "The code", "The test", "The price", "What vLLM does", "Break it"]
+CHANGING = "course/19-changing-the-engine.md"       # its examples run in a changed copy of the project
 PARROT = (ROOT / "parrot" / "texts.json").read_text("utf-8")
 
 
@@ -125,30 +127,32 @@ def bad_arguments(line, arguments):
 
 
 def bad_block(page, language, code):
-    """The mistakes of a fenced block: it must be commands, an example, an exercise, lines of the source, an
-    answer of Parrot's, or a file of the chapter on the server, which test_server.py runs."""
+    """The mistakes of a fenced block: it must be commands, an example, an exercise, a change, lines of the
+    source, an answer of Parrot's, or a file of the chapter on the server, which test_server.py runs."""
     if language == "sh" or code.startswith((".venv", "./run.sh", "python3 -m venv")):
         lines = code.replace("\\\n", " ").splitlines()
         return [mistake for line in lines for part in line.split(" && ") for mistake in bad_command(part)]
     is_example = code.startswith(">>> ") or (page, language) == ("README.md", "python")
     is_answer = language == "" and " ".join(code.split()) in PARROT
     is_file = page == "course/15-server.md" and code.startswith("# replicas.")
-    if language == "diff" or is_example or is_answer or is_file or is_quoted(code):
+    if language in ("diff", "patch") or is_example or is_answer or is_file or is_quoted(code):
         return []
     return [f"{page}: {code}"]
 
 
 def wrong_code(pages):
     """Mistakes in the fenced blocks: see bad_block. An exercise changes lines that a file has once, and
-    names a test."""
+    names a test. A change also changes such lines."""
     wrong = []
     for page, text in pages.items():
         found = list(exercises.exercises(text))
         for name, old, _, tests in found:
             if TEXT.get(name, "").count(old) != 1 or not tests:
                 wrong.append(f"{page}: exercise {old!r}")
-        if len(found) != text.count("```diff"):
-            wrong.append(f"{page}: an exercise names no file")
+        changes = list(exercises.changes(text))
+        wrong += [f"{page}: change {old!r}" for name, old, _ in changes if TEXT.get(name, "").count(old) != 1]
+        if len(found) != text.count("```diff") or len(changes) != text.count("```patch"):
+            wrong.append(f"{page}: an exercise or a change names no file")
         for language, code in FENCE.findall(text):
             wrong += bad_block(page, language, code)
     return wrong
@@ -169,6 +173,8 @@ def test_code_is_quoted():
             ("course/00-run-it.md", "-k test_forward_equals_numpy\n", "-k test_forward_is_numpy\n"),
             ("course/15-server.md", "server.py --port 8001", "server.py --ports 8001"),
             ("course/15-server.md", "# replicas.py: serve", "# a file: serve"),
+            (CHANGING, "-            chunk = min(", "-            chunks = min("),
+            (CHANGING, "# server.py\n", ""),
             ("README.md", "bench.py --model", "bench.py --models"),
             ("README.md", "A KV cache keeps the key", "A KV cache keeps a key")]:
         assert wrong_code(changed(page, old, new)), (page, old)
@@ -183,7 +189,7 @@ def failed_examples(page, text):
     return runner.failures, out.getvalue()
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if ">>> " in PAGES[page]])
+@pytest.mark.parametrize("page", [page for page in PAGES if ">>> " in PAGES[page] and page != CHANGING])
 def test_examples_run(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     failures, out = failed_examples(page, PAGES[page])
@@ -195,6 +201,25 @@ def test_a_wrong_example_is_noticed():
     wrong = changed(page, "88 places in the batch, 49 tokens", "88 places in the batch, 48 tokens")
     failures, _ = failed_examples(page, wrong[page])
     assert failures == 1
+
+
+def report_of_changes(text, folder):
+    """Makes a page's changes in a copy of the project, and runs its examples there. Returns what doctest
+    prints: nothing, if all is well."""
+    copy = exercises.copied(folder)
+    for name, old, new in exercises.changes(text):
+        file = copy / name
+        file.write_text(file.read_text("utf-8").replace(old, new), "utf-8")
+    (copy / "page.txt").write_text(text.replace("\n```\n", "\n\n"), "utf-8")
+    command = [sys.executable, "-m", "doctest", "page.txt"]
+    return subprocess.run(command, cwd=copy, capture_output=True, text=True).stdout
+
+
+def test_changes_work(tmp_path):
+    """The last chapter's changes. Without a line of them, an example fails."""
+    assert report_of_changes(PAGES[CHANGING], tmp_path / "good") == ""
+    bad = changed(CHANGING, "room, self.longest_chunk)", "room)")[CHANGING]
+    assert "[30]" in report_of_changes(bad, tmp_path / "bad")
 
 
 # ======================================================================================================

@@ -130,7 +130,7 @@ def peers_table(ours_name, peers_name, *names):
     peers = kept(peers_name)
     assert (ours["card"]["name"], ours["model"]) == (peers["card"]["name"], peers["model"]), "two cards"
     head = f"{peers['model']} on an {peers['card']['name']}, {peers['date']}. {peers.get('note', '')}"
-    lines = ["", textwrap.fill(head, 100), "",
+    lines = ["", textwrap.fill(head, 100, break_on_hyphens=False), "",
              f"| row | | tiny-vLLM | {peers['engine']} {peers['version']} | times as fast |",
              "| --- | --- | ---: | ---: | ---: |"]
     for name in names or [name for name in BENCH if name in ours["rows"] and name in peers["rows"]]:

@@ -554,7 +554,7 @@ def draw_server():
 # ======================================================================================================
 def draw_overview():
     """The life of a request: a box is a room of the house, with its work below its name."""
-    picture = Picture(860, 246, "The life of a request: from a prompt to an answer, once around for each token")
+    picture = Picture(860, 246, "The life of a request, from a prompt to an answer")
     width = 174
     height = 66
     columns = [4 + 220 * number for number in range(4)]
