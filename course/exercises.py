@@ -65,7 +65,7 @@ def try_exercise(chapter, exercise, copy):
         else:
             result = "DOES NOT FAIL"
             harmless += 1
-        print(f"{chapter:<22} {test:<64} {result}", flush=True)
+        print(f"{chapter:<26} {test:<64} {result}", flush=True)
     file.write_text(source, "utf-8")
     return harmless
 

@@ -198,8 +198,10 @@ def num_chapters():
 
 
 def num_words():
-    """The words of the chapters, in thousands."""
-    words = sum(len(path.read_text("utf-8").split()) for path in COURSE.glob("*.md"))
+    """The words of the chapters, without code and tables, rounded to thousands."""
+    texts = [path.read_text("utf-8") for path in COURSE.glob("*.md")]
+    other = r"^```.*?^```|^\|.*?$|<!--=.*?-->"
+    words = sum(len(re.sub(other, "", text, flags=re.S | re.M).split()) for text in texts)
     return f"{round(words, -3):,}"
 
 
