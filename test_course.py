@@ -225,6 +225,7 @@ def test_changes_work(tmp_path):
 # ======================================================================================================
 # Names and links
 # ======================================================================================================
+@cache
 def functions():
     """Names of the functions and kernels in the source."""
     python = re.findall(r"\bdef (\w+)\(", "\n".join(TEXT.values()) + TESTS)
