@@ -12,6 +12,7 @@ import doctest
 import io
 import re
 import shlex
+import subprocess
 import sys
 from functools import cache
 from itertools import dropwhile
@@ -21,6 +22,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "course"))
 import bench
+import communicator
 import completions
 import device
 import exercises
@@ -39,7 +41,7 @@ import worker
 
 ROOT = Path(__file__).parent
 MODULES = [tinyvllm, program, sampling, weights, device, bench, views, tokenizer, simulator, server,
-           completions, worker]
+           completions, worker, communicator]
 CUDA_FILES = sorted(path.name for path in ROOT.iterdir() if path.suffix in (".cu", ".h"))
 SOURCES = [*(f"{module.__name__}.py" for module in MODULES), *CUDA_FILES]
 TEXT = {name: (ROOT / name).read_text("utf-8") for name in SOURCES}
@@ -50,6 +52,7 @@ PAGES = {name: (ROOT / name).read_text("utf-8")
          for name in ["README.md", *(f"course/{chapter}" for chapter in CHAPTERS)]}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
 HEADINGS = ["It fails", "The idea", "The code", "The test", "The price", "What vLLM does", "Break it"]
+CHANGING = "course/19-changing-the-engine.md"       # its examples run in a changed copy of the project
 PARROT = (ROOT / "parrot" / "texts.json").read_text("utf-8")
 
 
@@ -124,30 +127,32 @@ def bad_arguments(line, arguments):
 
 
 def bad_block(page, language, code):
-    """The mistakes of a fenced block: it must be commands, an example, an exercise, lines of the source, an
-    answer of Parrot's, or a file of the chapter on the server, which test_server.py runs."""
+    """The mistakes of a fenced block: it must be commands, an example, an exercise, a change, lines of the
+    source, an answer of Parrot's, or a file of the chapter on the server, which test_server.py runs."""
     if language == "sh" or code.startswith((".venv", "./run.sh", "python3 -m venv")):
         lines = code.replace("\\\n", " ").splitlines()
         return [mistake for line in lines for part in line.split(" && ") for mistake in bad_command(part)]
     is_example = code.startswith(">>> ") or (page, language) == ("README.md", "python")
     is_answer = language == "" and " ".join(code.split()) in PARROT
     is_file = page == "course/15-server.md" and code.startswith("# replicas.")
-    if language == "diff" or is_example or is_answer or is_file or is_quoted(code):
+    if language in ("diff", "patch") or is_example or is_answer or is_file or is_quoted(code):
         return []
     return [f"{page}: {code}"]
 
 
 def wrong_code(pages):
     """Mistakes in the fenced blocks: see bad_block. An exercise changes lines that a file has once, and
-    names a test."""
+    names a test. A change also changes such lines."""
     wrong = []
     for page, text in pages.items():
         found = list(exercises.exercises(text))
         for name, old, _, tests in found:
             if TEXT.get(name, "").count(old) != 1 or not tests:
                 wrong.append(f"{page}: exercise {old!r}")
-        if len(found) != text.count("```diff"):
-            wrong.append(f"{page}: an exercise names no file")
+        changes = list(exercises.changes(text))
+        wrong += [f"{page}: change {old!r}" for name, old, _ in changes if TEXT.get(name, "").count(old) != 1]
+        if len(found) != text.count("```diff") or len(changes) != text.count("```patch"):
+            wrong.append(f"{page}: an exercise or a change names no file")
         for language, code in FENCE.findall(text):
             wrong += bad_block(page, language, code)
     return wrong
@@ -168,6 +173,8 @@ def test_code_is_quoted():
             ("course/00-run-it.md", "-k test_forward_equals_numpy\n", "-k test_forward_is_numpy\n"),
             ("course/15-server.md", "server.py --port 8001", "server.py --ports 8001"),
             ("course/15-server.md", "# replicas.py: serve", "# a file: serve"),
+            (CHANGING, "-            chunk = min(", "-            chunks = min("),
+            (CHANGING, "# server.py\n", ""),
             ("README.md", "bench.py --model", "bench.py --models"),
             ("README.md", "A KV cache keeps the key", "A KV cache keeps a key")]:
         assert wrong_code(changed(page, old, new)), (page, old)
@@ -182,7 +189,7 @@ def failed_examples(page, text):
     return runner.failures, out.getvalue()
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if ">>> " in PAGES[page]])
+@pytest.mark.parametrize("page", [page for page in PAGES if ">>> " in PAGES[page] and page != CHANGING])
 def test_examples_run(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     failures, out = failed_examples(page, PAGES[page])
@@ -196,9 +203,29 @@ def test_a_wrong_example_is_noticed():
     assert failures == 1
 
 
+def report_of_changes(text, folder):
+    """Makes a page's changes in a copy of the project, and runs its examples there. Returns what doctest
+    prints: nothing, if all is well."""
+    copy = exercises.copied(folder)
+    for name, old, new in exercises.changes(text):
+        file = copy / name
+        file.write_text(file.read_text("utf-8").replace(old, new), "utf-8")
+    (copy / "page.txt").write_text(text.replace("\n```\n", "\n\n"), "utf-8")
+    command = [sys.executable, "-m", "doctest", "page.txt"]
+    return subprocess.run(command, cwd=copy, capture_output=True, text=True).stdout
+
+
+def test_changes_work(tmp_path):
+    """The last chapter's changes. Without a line of them, an example fails."""
+    assert report_of_changes(PAGES[CHANGING], tmp_path / "good") == ""
+    bad = changed(CHANGING, "room, self.longest_chunk)", "room)")[CHANGING]
+    assert "[30]" in report_of_changes(bad, tmp_path / "bad")
+
+
 # ======================================================================================================
 # Names and links
 # ======================================================================================================
+@cache
 def functions():
     """Names of the functions and kernels in the source."""
     python = re.findall(r"\bdef (\w+)\(", "\n".join(TEXT.values()) + TESTS)
@@ -249,7 +276,7 @@ def missing_names(pages):
         tests = re.findall(r"`(test_\w+)`", text)
         missing += [f"{page}: {name}" for name in tests if f"def {name}(" not in TESTS]
         missing += [f"{page}: {name}" for name in names if is_unknown(name)]
-    dictionary = first_column(pages["course/16-real-engines.md"], "| here | vLLM |")
+    dictionary = first_column(pages["course/18-real-engines.md"], "| here | vLLM |")
     readme = pages["README.md"]
     places = re.findall(r"`([^`]+)`", readme[readme.index("| to add |"):].split("\n\n")[0])
     for name in dictionary + places:
@@ -269,8 +296,8 @@ def test_named_things_exist():
             ("course/04-forward.md", "`numpy_llama()`", "`numpy_lama()`"),
             ("course/04-forward.md", "`forward()`", "`forwards()`"),
             ("course/05-kernels.md", "`simulator.h`", "`simulators.h`"),
-            ("course/16-real-engines.md", "| `Scheduler.preempt` |", "| `Scheduler.evict` |"),
-            ("course/16-real-engines.md", "| `--no-overlap` |", "| `--not-overlap` |"),
+            ("course/18-real-engines.md", "| `Scheduler.preempt` |", "| `Scheduler.evict` |"),
+            ("course/18-real-engines.md", "| `--no-overlap` |", "| `--not-overlap` |"),
             ("README.md", "`SUPPORTED`", "`SUPPORT`")]:
         assert missing_names(changed(page, old, new)), (page, old)
 
@@ -309,29 +336,31 @@ def test_links_resolve():
 
 
 def wrong_shape(pages):
-    """Chapters that lack a part, a picture, or the way to the next."""
-    wrong = []
-    for i, name in enumerate(CHAPTERS):
+    """Chapters that lack a part, a picture, or the way to the next; and a list of chapters in README.md that
+    is not the folder's. A chapter has the number of its file."""
+    listed = re.findall(r"^\| \[\d+\. .*?\]\(course/(\d\d-.*?)\) \|", pages["README.md"], re.M)
+    wrong = [] if listed == CHAPTERS else [f"README.md lists {listed}"]
+    for name, next_page in zip(CHAPTERS, [*CHAPTERS[1:], "../README.md"]):
+        number = int(name[:2])
         text = pages[f"course/{name}"]
         headings = [heading for heading in re.findall(r"^## (.+)$", text, re.M) if heading in HEADINGS]
-        expected = {0: ["The test", "Break it"], 16: ["Break it"]}.get(i, HEADINGS)
-        next_page = [*CHAPTERS, "../README.md"][i + 1]
+        expected = {0: ["The test", "Break it"], 18: ["Break it"], 19: ["The test", "Break it"]}.get(
+            number, HEADINGS)
         if headings != expected:
             wrong.append(f"{name}: {headings}")
-        if not re.match(rf"# {i}\. .+\n\n\*[^*]+\?[^*]*\*\n", re.sub(r"<!--.*?-->", "", text)):
+        if not re.match(rf"# {number}\. .+\n\n\*[^*]+\?[^*]*\*\n", re.sub(r"<!--.*?-->", "", text)):
             wrong.append(f"{name}: begins with {text[:60]!r}")
         if not re.search(r"!\[|^\| --- ", text, re.M):
             wrong.append(f"{name} has no picture")
         if f"]({next_page})" not in text:
             wrong.append(f"{name} does not lead on")
         wrong += [f"{name} says {word}" for word in ("TODO", "Incoming") if word in text]
-    if len(CHAPTERS) != 17:
-        wrong.append(f"{len(CHAPTERS)} chapters")
     return wrong
 
 
 def test_every_chapter_is_whole():
     assert wrong_shape(PAGES) == []
+    assert wrong_shape(changed("README.md", "| [7. Pages](course/07-pages.md) |", "| Pages |"))
     for old, new in [("## The price", "## What it costs"), ("](08-attention.md)", "](09-batching.md)"),
                      ("*How long will this answer be?*", ""), ("That one line", "TODO")]:
         assert wrong_shape(changed("course/07-pages.md", old, new)), old

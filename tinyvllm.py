@@ -3,6 +3,13 @@
 
     python tinyvllm.py "What is a KV cache?"            from tinyvllm import LLM, SamplingParams
 
+    server.py, chat.py,  -->  tokenizer.py  -->  Scheduler       -->  Batch
+    tinyvllm.py               text to ids        BlockAllocator       StepBuffer
+                              a step for             ^                    |
+                              each token             |                    v
+    server.py, chat.py,  <--  StreamDecoder <--  sample          <--  Model.forward
+    tinyvllm.py               ids to text        the next token       kernels.cu, decode.cu
+
 The life of a request:
   1. tokenizer.py turns a prompt into token ids. The prompt waits in the scheduler as a Sequence.
   2. At every step the scheduler picks the tokens to compute: one token of each answering sequence

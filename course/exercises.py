@@ -14,16 +14,34 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 EXERCISE = re.compile(r"```diff\n# (\S+)\n(.*?)```(.*?)(?=```diff|\Z)", re.S)
+CHANGE = re.compile(r"```patch\n# (\S+)\n(.*?)```", re.S)
 FAILS = re.compile(r"`(test_\w+)`[^.`]*\bfails?\b")
 
 
 def exercises(text):
     """(file, old lines, new lines, names of the tests that then fail) of each exercise of a chapter."""
     for name, diff, after in EXERCISE.findall(text):
-        lines = diff.splitlines()
-        old = "".join(line[1:] + "\n" for line in lines if line[0] in "- ")
-        new = "".join(line[1:] + "\n" for line in lines if line[0] in "+ ")
-        yield name, old, new, FAILS.findall(after)
+        yield name, *old_and_new(diff), FAILS.findall(after)
+
+
+def changes(text):
+    """(file, old lines, new lines) of each change that a chapter makes to the engine."""
+    for name, diff in CHANGE.findall(text):
+        yield name, *old_and_new(diff)
+
+
+def old_and_new(diff):
+    """The lines of a diff before and after the change."""
+    lines = diff.splitlines()
+    return ("".join(line[1:] + "\n" for line in lines if line[0] in "- "),
+            "".join(line[1:] + "\n" for line in lines if line[0] in "+ "))
+
+
+def copied(folder):
+    """A copy of the project, in a folder."""
+    copy = Path(folder) / "copy"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__"))
+    return copy
 
 
 def fails(test, folder):
@@ -47,7 +65,7 @@ def try_exercise(chapter, exercise, copy):
         else:
             result = "DOES NOT FAIL"
             harmless += 1
-        print(f"{chapter:<22} {test:<64} {result}", flush=True)
+        print(f"{chapter:<26} {test:<64} {result}", flush=True)
     file.write_text(source, "utf-8")
     return harmless
 
@@ -56,8 +74,7 @@ def main(names):
     """Tries the exercises; the exit code is the number of tests that should fail and do not."""
     harmless = 0
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "copy"
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__"))
+        copy = copied(folder)
         for chapter in sorted((ROOT / "course").glob("*.md")):
             if not names or chapter.name.startswith(tuple(names)):
                 for exercise in exercises(chapter.read_text("utf-8")):

@@ -130,7 +130,7 @@ def peers_table(ours_name, peers_name, *names):
     peers = kept(peers_name)
     assert (ours["card"]["name"], ours["model"]) == (peers["card"]["name"], peers["model"]), "two cards"
     head = f"{peers['model']} on an {peers['card']['name']}, {peers['date']}. {peers.get('note', '')}"
-    lines = ["", textwrap.fill(head, 100), "",
+    lines = ["", textwrap.fill(head, 100, break_on_hyphens=False), "",
              f"| row | | tiny-vLLM | {peers['engine']} {peers['version']} | times as fast |",
              "| --- | --- | ---: | ---: | ---: |"]
     for name in names or [name for name in BENCH if name in ours["rows"] and name in peers["rows"]]:
@@ -165,6 +165,44 @@ def ranks_table(name):
         cells = [shown({"value": value, "unit": row["unit"]}) for value in (one, two)]
         lines.append(f"| {row['what']} | {cells[0]} | {cells[1]} | {ratio:.2f} |")
     return "\n".join([*lines, ""])
+
+
+def sums_table(name):
+    """The rows of a file on sums over two GPUs: by the engine's own kernel, and by NCCL."""
+    found = kept(name)
+    head = f"Two {found['card']['name']}, {found['date']}. {found['note']}"
+    lines = ["", textwrap.fill(head, 100), "",
+             "| bytes | all_reduce of kernels.cu | NCCL |", "| ---: | ---: | ---: |"]
+    for row in found["rows"]:
+        lines.append(f"| {row['bytes']:,} | {row['ours']:g} \u00b5s | {row['nccl']:g} \u00b5s |")
+    return "\n".join([*lines, ""])
+
+
+def sums_ms(name, model, by):
+    """Milliseconds for the sums of a decode step of a sequence: two in a layer, each as slow as the smallest
+    sum of the file. by: "ours" or "nccl"."""
+    layers = SHAPES[model].num_hidden_layers
+    return f"{2 * layers * kept(name)['rows'][0][by] / 1e3:.2f}"
+
+
+def gain(name, row):
+    """How many times as fast two GPUs are in a row of a file on ranks, in tokens/s or in steps."""
+    found = kept(name)["rows"][row]
+    less, more = sorted(found["values"])
+    return f"{more / less:.2f}"
+
+
+def num_chapters():
+    """How many chapters the course has."""
+    return len(list(COURSE.glob("*.md")))
+
+
+def num_words():
+    """The words of the chapters, without code and tables, rounded to thousands."""
+    texts = [path.read_text("utf-8") for path in COURSE.glob("*.md")]
+    other = r"^```.*?^```|^\|.*?$|<!--=.*?-->"
+    words = sum(len(re.sub(other, "", text, flags=re.S | re.M).split()) for text in texts)
+    return f"{round(words, -3):,}"
 
 
 def command():

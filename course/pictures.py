@@ -549,5 +549,97 @@ def draw_server():
     return picture
 
 
+# ======================================================================================================
+# README.md and chapter 16
+# ======================================================================================================
+def draw_overview():
+    """The life of a request: a box is a room of the house, with its work below its name."""
+    picture = Picture(860, 246, "The life of a request, from a prompt to an answer")
+    width = 174
+    height = 66
+    columns = [4 + 220 * number for number in range(4)]
+    rows = [26, 146]
+    ground = 2 * width + 46 + 24
+    picture.rect(columns[2] - 12, rows[1] - 14, ground, height + 46, None, "f", ' rx="6" opacity="0.5"')
+    picture.text(columns[3] + width, rows[1] + height + 22, "on the GPU, or in the simulator", "s e")
+    boxes = [
+        (0, 0, 1, ["server.py", "tinyvllm.py, chat.py", "take a prompt"]),
+        (1, 0, 2, ["tokenizer.py", "Tokenizer", "text to token ids"]),
+        (2, 0, 3, ["Scheduler", "BlockAllocator", "which tokens, in which pages"]),
+        (3, 0, 4, ["Batch", "StepBuffer", "arrays, in one copy"]),
+        (3, 1, 5, ["Model.forward", "kernels.cu, decode.cu", "all layers, then the logits"]),
+        (2, 1, 6, ["sample", "kernels.cu", "logits to the next token"]),
+        (1, 1, 2, ["tokenizer.py", "StreamDecoder", "token ids to text"]),
+        (0, 1, 1, ["server.py", "tinyvllm.py, chat.py", "stream the answer"])]
+    for column, row, color, lines in boxes:
+        picture.rect(columns[column], rows[row], width, height, hue(color), "", ' rx="4"')
+        for number, (line, kind) in enumerate(zip(lines, ("d b t", "d t", "d s t"))):
+            picture.text(columns[column] + width / 2, rows[row] + 19 + 19 * number, line, kind)
+    for left in columns[:3]:
+        add_arrow(picture, (left + width + 4, rows[0] + height / 2), (left + 216, rows[0] + height / 2))
+        add_arrow(picture, (left + 216, rows[1] + height / 2), (left + width + 4, rows[1] + height / 2))
+    x = columns[3] + width / 2
+    add_arrow(picture, (x, rows[0] + height + 4), (x, rows[1] - 4))
+    x = columns[2] + width / 2
+    add_arrow(picture, (x, rows[1] - 4), (x, rows[0] + height + 4))
+    picture.text(x - 10, rows[0] + height + 28, "a step for each token of the answer", "s e")
+    picture.text(columns[0], 15, "The life of a request", "b")
+    return picture
+
+
+def add_arrow(picture, start, end):
+    """A horizontal or vertical line from start to end, with a head."""
+    (x0, y0), (x1, y1) = start, end
+    dx = (x1 > x0) - (x1 < x0)
+    dy = (y1 > y0) - (y1 < y0)
+    back_x = x1 - 7 * dx
+    back_y = y1 - 7 * dy
+    head = [(back_x + 4 * dy, back_y + 4 * dx), end, (back_x - 4 * dy, back_y - 4 * dx)]
+    picture.line([start, end], "l", 2)
+    picture.line(head, "l", 2)
+
+
+def draw_ranks():
+    """The matrices of a layer, each with the parts of two ranks. Not to scale."""
+    picture = Picture(832, 274, "The matrices of a layer on two GPUs: by rows, then by columns")
+    hidden = 84
+    ffn = 108
+    top = 40
+
+    def matrix(x, name, shape, parts, across):
+        """parts: (name, size) of the matrices below one another, or beside one another where `across`."""
+        picture.text(x, 16, name, "b")
+        picture.text(x, 31, shape, "s")
+        start = 0
+        for part, size in parts:
+            for rank in range(2):
+                place = start + rank * size / 2
+                label = f"{part}{rank}"
+                if across:
+                    picture.cell(x + place, top, size / 2 - 2, hidden, hue(rank + 1), label)
+                else:
+                    picture.cell(x, top + place, hidden, size / 2 - 2, hue(rank + 1), label)
+            start += size
+
+    matrix(0, "qkv: rows", "[(H + 2K) h, D]", [("q", 84), ("k", 44), ("v", 44)], False)
+    matrix(204, "o: columns", "[D, H h]", [("o", 84)], True)
+    matrix(438, "gate_up: rows", "[2F, D]", [("gate ", ffn), ("up ", ffn)], False)
+    matrix(642, "down: columns", "[D, F]", [("down ", ffn)], True)
+    middle = top + hidden / 2
+    for left, right, text in [(88, 200, "attention"), (526, 638, "silu, times up")]:
+        add_arrow(picture, (left, middle), (right, middle))
+        picture.text((left + right) / 2, middle - 8, text, "s t")
+        picture.text((left + right) / 2, middle + 18, "no message", "s t")
+    for left, right in (292, 434), (754, 826):
+        add_arrow(picture, (left, middle), (right, middle))
+        picture.text((left + right) / 2, middle - 8, "all_reduce", "b t")
+        picture.text((left + right) / 2, middle + 18, "D a token", "s t")
+    picture.legend(204, 186, hue(1), "rank 0")
+    picture.legend(284, 186, hue(2), "rank 1")
+    picture.text(0, 268, "Rows of q, k, v are heads: a rank computes the attention of its own heads. "
+                         "Not to scale.", "s")
+    return picture
+
+
 PICTURES = {f"{name.removeprefix('draw_').replace('_', '-')}.svg": draw
             for name, draw in list(globals().items()) if name.startswith("draw_")}
