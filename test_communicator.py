@@ -67,10 +67,12 @@ def exchange_at_random(ranks, calls=120):
         rng = RNG(call)                                     # the same in every rank
         rows = int(rng.integers(1, 9))
         columns = 2 * int(2 ** rng.uniform(0, 10))
-        parts = [RNG((call, rank)).standard_normal((rows, columns)).astype(bfloat16)
-                 for rank in range(ranks.size)]
+        # So far apart that a sum depends on the order of its numbers.
+        parts = [np.ldexp(normal, own.integers(-12, 13, normal.shape)).astype(bfloat16)
+                 for own in (RNG((call, rank)) for rank in range(ranks.size))
+                 for normal in [own.standard_normal((rows, columns))]]
         if ranks.is_for_nccl(parts[0]):                     # which rounds in between: exact sums
-            parts = [np.rint(part) for part in parts]
+            parts = [np.sign(part) for part in parts]
         x = device.to_device(parts[ranks.rank])
         if rng.random() < 0.5:
             want = sum(part.astype(np.float32) for part in parts).astype(bfloat16)
@@ -236,6 +238,14 @@ def test_sampling_and_stop_strings(pair):
         assert (got.text, got.token_ids, got.finish_reason) == (want.text, want.token_ids, want.finish_reason)
         for a, b in zip(want.logprobs or [], got.logprobs or []):
             assert a.keys() == b.keys() and all(math.isclose(a[k], b[k], abs_tol=0.2) for k in a)
+
+
+def test_ranks_draw_the_same_tokens(pair):
+    """Nearly every token is likely here, so ranks with other noise would draw others, and notice."""
+    params = SamplingParams(temperature=30.0, seed=3, max_tokens=communicator.COMPARE_STEPS + 10,
+                            ignore_eos=True)
+    [output] = pair.generate([[1, 2, 3]], params)
+    assert len(set(output.token_ids)) > 60
 
 
 def test_aborts_and_interrupts(pair):
