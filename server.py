@@ -70,6 +70,8 @@ REQUEST_SECONDS = 10            # for a whole request to come in, and a second m
 WRITE_SECONDS = 60              # for a client to read anything at all
 STUCK_SECONDS = 60              # a worker that says nothing for so long has failed
 CHUNK_SECONDS = 0.0002          # between two chunks of a stream, for each unfinished sequence
+MAX_ACCEPTS = 8                 # connections that one turn of the event loop takes in
+BACKLOG = 2048                  # connections that wait to be taken in
 UPGRADE = re.compile(rb"(?im)^upgrade:.*\r\n")
 LOGGER = logging.getLogger("tinyvllm.server")
 
@@ -745,13 +747,21 @@ class Server(uvicorn.Server):
     def __init__(self, app, shutdown_timeout=30):
         # Clients keep a connection for up to 90 s: close an idle one later than they do.
         config = uvicorn.Config(app, http=Connection, ws="none", loop="asyncio", lifespan="on",
-                                access_log=False, log_config=None, server_header=False, backlog=2048,
+                                access_log=False, log_config=None, server_header=False, backlog=MAX_ACCEPTS,
                                 timeout_keep_alive=120, timeout_graceful_shutdown=5)
         super().__init__(config)
         self.service = app.state.service
         self.shutdown_timeout = shutdown_timeout
         self.deadline = None
         self.exit_code = 0
+
+    async def startup(self, sockets=None):
+        """Of many requests at once, the first reach the worker at once. A turn of the event loop that took in
+        all connections would make the GPU wait for the last request. asyncio takes in `backlog` connections
+        a turn, and lets no more wait."""
+        await super().startup(sockets)
+        for listener in sockets:
+            listener.listen(BACKLOG)
 
     def handle_exit(self, number, frame):
         """The first signal: no new requests, and the others get time to end. The second: at once."""
