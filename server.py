@@ -435,12 +435,12 @@ class Endpoints:
         self.service = service
 
     def routes(self):
-        functions = {
+        functions = {                   # looked through in order: the paths of most requests first
+            "POST /v1/chat/completions": partial(self.complete, ChatCall),
+            "POST /v1/completions": partial(self.complete, TextCall),
             "GET /": self.page, "GET /debug/pool": self.pool,
             "GET /v1/models": self.models, "GET /v1/models/{name:path}": self.model,
             "GET /health": self.health, "GET /metrics": self.metrics, "GET /version": self.version,
-            "POST /v1/chat/completions": partial(self.complete, ChatCall),
-            "POST /v1/completions": partial(self.complete, TextCall),
             "POST /tokenize": self.tokenize, "POST /detokenize": self.detokenize}
         return [Route(name.split()[1], function, methods=name.split()[:1])
                 for name, function in functions.items()]
