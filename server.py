@@ -70,8 +70,7 @@ REQUEST_SECONDS = 10            # for a whole request to come in, and a second m
 WRITE_SECONDS = 60              # for a client to read anything at all
 STUCK_SECONDS = 60              # a worker that says nothing for so long has failed
 CHUNK_SECONDS = 0.0002          # between two chunks of a stream, for each unfinished sequence
-MAX_ACCEPTS = 8                 # connections that one turn of the event loop takes in
-BACKLOG = 2048                  # connections that wait to be taken in
+MAX_ACCEPTS = 8                 # connections a turn of the event loop: the GPU waits for the first 8 requests
 UPGRADE = re.compile(rb"(?im)^upgrade:.*\r\n")
 LOGGER = logging.getLogger("tinyvllm.server")
 
@@ -451,8 +450,7 @@ class Endpoints:
         if service.trouble:
             raise service.trouble
         call = kind(service, body)
-        num_bytes = int(request.headers.get("content-length", MEBIBYTE))
-        call.is_short = num_bytes <= SHORT_BODY
+        call.is_short = int(request.headers.get("content-length", MEBIBYTE)) <= SHORT_BODY
         request.state.call = call           # for the log
         return call
 
@@ -673,12 +671,9 @@ class Connection(HttpToolsProtocol):
         is_whole = end >= 4
         if (end if is_whole else len(self.head)) > MAX_HEAD:
             self.send_400_response(f"the header: expected {MAX_HEAD} bytes or less")
-        elif is_whole:
+        elif is_whole or not self.head[:1].isalpha():       # no HTTP: the parser refuses it at once
             # Java's client asks for HTTP/2 by Upgrade, and the parser would lose the body.
             data = UPGRADE.sub(b"", self.head[:end]) + self.head[end:]
-            self.head = b""
-            super().data_received(data)
-        elif not self.head[:1].isalpha():       # no HTTP: the parser refuses it at once
             self.head = b""
             super().data_received(data)
 
@@ -756,12 +751,9 @@ class Server(uvicorn.Server):
         self.exit_code = 0
 
     async def startup(self, sockets=None):
-        """Of many requests at once, the first reach the worker at once. A turn of the event loop that took in
-        all connections would make the GPU wait for the last request. asyncio takes in `backlog` connections
-        a turn, and lets no more wait."""
+        """asyncio takes in `backlog` connections a turn, and lets no more wait: here, more may wait."""
         await super().startup(sockets)
-        for listener in sockets:
-            listener.listen(BACKLOG)
+        sockets[0].listen(2048)
 
     def handle_exit(self, number, frame):
         """The first signal: no new requests, and the others get time to end. The second: at once."""
