@@ -255,12 +255,6 @@ def encoded(llm, text, encode, param):
     return ids
 
 
-async def disconnection(receive):
-    """Returns when the client is gone."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
 class Call:
     """A request for completions, and its response: the fields, and the choices, which are the answers."""
     tools = None                        # the Tools of a chat
@@ -297,6 +291,7 @@ class Call:
         self.num_sends = 0              # of chunks
         self.num_sends_seen = 0         # by look_for_silence
         self.is_quiet = False           # a stream that must show that it is alive
+        self.timer = None               # of the next look_for_silence
 
     def read_params(self):
         """SamplingParams of the request. What the request leaves out is as generation_config.json says."""
@@ -392,20 +387,22 @@ class Call:
 
     async def __call__(self, scope, receive, send):
         """The response, as an ASGI app. It watches for the client to go away all the while."""
-        work = asyncio.create_task(self.respond(scope, receive, send))
-        gone = asyncio.create_task(disconnection(receive))
+        watching = asyncio.create_task(self.watch(receive, asyncio.current_task()))
+        self.timer = self.service.loop.call_later(PING_SECONDS, self.look_for_silence)
         try:
-            while not work.done() and not gone.done():
-                await asyncio.wait((work, gone), timeout=PING_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-                self.look_for_silence()
-            self.is_gone = not work.done()
-            if work.done():
-                work.result()               # raises what has failed
+            await self.respond(scope, receive, send)
         finally:
-            work.cancel()
-            gone.cancel()
+            watching.cancel()
+            self.timer.cancel()
             self.service.calls.discard(self)
             self.service.abort(self)
+
+    async def watch(self, receive, response):
+        """Cancels the response, a task, when the client is gone."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.is_gone = True
+        response.cancel()
 
     async def respond(self, scope, receive, send):
         await self.service.submit(self)
@@ -453,6 +450,7 @@ class Call:
         self.num_sends_seen = self.num_sends
         if self.is_quiet:
             self.news.set()
+        self.timer = self.service.loop.call_later(PING_SECONDS, self.look_for_silence)
 
     @property
     def usage(self):

@@ -42,9 +42,11 @@ def first_line(error, word=""):
 
 def check(name, value, is_good, expected):
     """Returns the value. Raises TinyVLLMError if is_good(value) is false or the type wrong."""
-    with contextlib.suppress(TypeError, AttributeError, ValueError, OverflowError):
+    try:
         if is_good(value):
             return value
+    except (TypeError, AttributeError, ValueError, OverflowError):
+        pass                                # the wrong type
     raise TinyVLLMError(f"{name}: expected {expected}, got {shown(value)}")
 
 

@@ -70,6 +70,9 @@ REQUEST_SECONDS = 10            # for a whole request to come in, and a second m
 WRITE_SECONDS = 60              # for a client to read anything at all
 STUCK_SECONDS = 60              # a worker that says nothing for so long has failed
 CHUNK_SECONDS = 0.0002          # between two chunks of a stream, for each unfinished sequence
+# Connections taken in at a turn of the event loop. The requests of a turn go through all stages in step: of
+# 256 in one turn, none would reach the worker before all are read.
+MAX_ACCEPTS = 8
 UPGRADE = re.compile(rb"(?im)^upgrade:.*\r\n")
 LOGGER = logging.getLogger("tinyvllm.server")
 
@@ -433,12 +436,12 @@ class Endpoints:
         self.service = service
 
     def routes(self):
-        functions = {
+        functions = {                   # looked through in order: the paths of most requests first
+            "POST /v1/chat/completions": partial(self.complete, ChatCall),
+            "POST /v1/completions": partial(self.complete, TextCall),
             "GET /": self.page, "GET /debug/pool": self.pool,
             "GET /v1/models": self.models, "GET /v1/models/{name:path}": self.model,
             "GET /health": self.health, "GET /metrics": self.metrics, "GET /version": self.version,
-            "POST /v1/chat/completions": partial(self.complete, ChatCall),
-            "POST /v1/completions": partial(self.complete, TextCall),
             "POST /tokenize": self.tokenize, "POST /detokenize": self.detokenize}
         return [Route(name.split()[1], function, methods=name.split()[:1])
                 for name, function in functions.items()]
@@ -449,8 +452,7 @@ class Endpoints:
         if service.trouble:
             raise service.trouble
         call = kind(service, body)
-        num_bytes = int(request.headers.get("content-length", MEBIBYTE))
-        call.is_short = num_bytes <= SHORT_BODY
+        call.is_short = int(request.headers.get("content-length", MEBIBYTE)) <= SHORT_BODY
         request.state.call = call           # for the log
         return call
 
@@ -745,13 +747,18 @@ class Server(uvicorn.Server):
     def __init__(self, app, shutdown_timeout=30):
         # Clients keep a connection for up to 90 s: close an idle one later than they do.
         config = uvicorn.Config(app, http=Connection, ws="none", loop="asyncio", lifespan="on",
-                                access_log=False, log_config=None, server_header=False, backlog=2048,
+                                access_log=False, log_config=None, server_header=False, backlog=MAX_ACCEPTS,
                                 timeout_keep_alive=120, timeout_graceful_shutdown=5)
         super().__init__(config)
         self.service = app.state.service
         self.shutdown_timeout = shutdown_timeout
         self.deadline = None
         self.exit_code = 0
+
+    async def startup(self, sockets=None):
+        """asyncio takes in `backlog` connections a turn, and lets no more wait: here, more may wait."""
+        await super().startup(sockets)
+        sockets[0].listen(2048)
 
     def handle_exit(self, number, frame):
         """The first signal: no new requests, and the others get time to end. The second: at once."""
