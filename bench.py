@@ -17,6 +17,10 @@ context of 1,001 (Llama-3.2-1B; 4,532 GB/s and 734 TFLOP/s of an H200; the longe
 The rows serve-* put a load on server.py, and check that nothing is lost and nothing leaks. These rows
 also run in the simulator, small: python bench.py serve-soak --soak 1200 --device cpu --model parrot
 
+Row accuracy tells what FP8 costs, on any model and text, and runs in the simulator, too:
+
+    python bench.py accuracy --model parrot --quantization fp8 --text README.md
+
 Sections: Card and floors, Rows, Measurements, New processes, Load on the server, Program.
 """
 import argparse
@@ -167,8 +171,8 @@ class BenchRow:
 
     measure: function (llm, row, card) -> figures: "value", "unit", and more. Rows with a floor have
     "best", the value that the card's rates allow, and "share", the part of "best" that is reached.
-    measure_start takes (engine_args, row), and the rows serve-* take a LoadTest: an LLM would hold the
-    memory that new processes need.
+    measure_start and measure_accuracy take (engine_args, row), and the rows serve-* take a LoadTest: an
+    LLM would hold the memory that new processes need.
     """
     measure: object
     what: str                   # for the table
@@ -195,6 +199,7 @@ def bench_rows():
     add("start-compiling", measure_start, "the same, kernels not compiled before", [], compiling=True)
     add("start-from-file", measure_start, "as start, weights from a folder (page cache warm)", [],
         from_file=True)
+    add("accuracy", measure_accuracy, "FP8 against bfloat16, on a text: mean KL divergence", [])
     rows |= server_rows(load.Sizes())
     shapes = [(1, 128), (1, 640), (1, 2048), (1, 16384), (4, 128), (8, 128), (64, 4000), (256, 1000)]
     for batch, context in shapes:
@@ -482,6 +487,56 @@ def time_start(engine_args, environment):
     return seconds
 
 
+NUM_BEST = 100                  # tokens whose probabilities are compared at each place of a text
+WINDOW = 1024                   # tokens of a text that are one prompt
+
+
+def measure_accuracy(engine_args, row):
+    """What the options of FP8 do to a model's probabilities at each token of row.setup["text"]: the
+    mean KL divergence from bfloat16, in nats. Tokens among the NUM_BEST of both are compared one by
+    one, all others as one. So the figure is a lower bound, and close: little probability is left over."""
+    plain = replace(engine_args, quantization=None, kv_cache_dtype="auto")
+    if plain == engine_args:
+        raise TinyVLLMError("row accuracy compares FP8 with bfloat16: expected --quantization fp8, "
+                            "--kv-cache-dtype fp8 or both, got neither")
+    text = row.setup["text"]
+    ids, changed = in_new_process(score_text, engine_args, text)
+    _, exact = in_new_process(score_text, plain, text)
+    divergence = float(np.mean([kl_divergence(p, q) for p, q in zip(exact, changed)]))
+    same = np.mean([max(p, key=p.get) == max(q, key=q.get) for p, q in zip(exact, changed)])
+    perplexity = [float(np.exp(-np.mean([p[i] for i, p in zip(ids, scores)]))) for scores in (exact, changed)]
+    return {"value": divergence, "unit": "nats", "same_best_token": float(same),
+            "perplexity": perplexity[1], "perplexity_bf16": perplexity[0], "num_tokens": len(ids),
+            "note": f"perplexity {perplexity[1]:,.3f}, bfloat16 {perplexity[0]:,.3f}; the most probable "
+                    f"token is the same at {same:.2%} of {len(ids):,} places"}
+
+
+def score_text(engine_args, text):
+    """(token ids, {token: log-probability} at each: the best tokens and the text's own), of all tokens of a
+    text but the first of each window."""
+    llm = tinyvllm.open_llm(replace(engine_args, max_logprobs=NUM_BEST))
+    size = min(WINDOW, llm.max_model_len - 1)
+    text_ids = llm.tokenizer.encode(text)
+    windows = [text_ids[start:start + size] for start in range(0, len(text_ids), size)]
+    ids = []
+    scores = []
+    for output in llm.generate(windows, SamplingParams(max_tokens=1, prompt_logprobs=NUM_BEST)):
+        ids += output.prompt_token_ids[1:]
+        scores += output.prompt_logprobs[1:]
+    return ids, scores
+
+
+def kl_divergence(p, q):
+    """sum p log(p / q), over the tokens that both know, and over all others as one. p, q: {token:
+    log-probability}."""
+    known = p.keys() & q.keys()
+    log_p = np.array([p[i] for i in known])
+    log_q = np.array([q[i] for i in known])
+    rest_p = max(1 - np.exp(log_p).sum(), 1e-9)
+    rest_q = max(1 - np.exp(log_q).sum(), 1e-9)
+    return np.exp(log_p) @ (log_p - log_q) + rest_p * np.log(rest_p / rest_q)
+
+
 def command_line(engine_args):
     """The engine's options as words of a command line."""
     words = []
@@ -674,9 +729,11 @@ def percentiles(figures, time):
 
 
 def chosen_rows(name):
-    """{name: row} of a row or of a group, the rows with names that begin so. name: None for all rows."""
+    """{name: row} of a row or of a group, the rows with names that begin so. name: None for all rows but
+    accuracy, which is no speed."""
     rows = bench_rows()
     if name is None:
+        del rows["accuracy"]
         return rows
     if name in rows:
         return {name: rows[name]}
@@ -694,6 +751,8 @@ def main(argv=None):
     parser.add_argument("--json", metavar="FILE", help="where to write the figures")
     parser.add_argument("--soak", type=float, default=20, metavar="S",
                         help="seconds of row serve-soak (default: %(default)s)")
+    parser.add_argument("--text", metavar="FILE", default=str(tinyvllm.FOLDER / "README.md"),
+                        help="of row accuracy (default: the README)")
     EngineArgs.add_to(parser)
     args = parser.parse_args(argv)
     engine_args = EngineArgs.from_namespace(args)
@@ -708,9 +767,14 @@ def main(argv=None):
     elif all(name.startswith("serve-") for name in rows):
         sizes = load.SIMULATED
         rows = {name: server_rows(sizes)[name] for name in rows}
-    else:
+    elif list(rows) != ["accuracy"]:
         raise TinyVLLMError("the bench needs an NVIDIA GPU: figures from the simulator say nothing (but "
                             "`bench.py serve` checks the server there, too)")
+    if "accuracy" in rows:
+        try:
+            rows["accuracy"].setup["text"] = Path(args.text).read_text("utf-8")
+        except (OSError, ValueError) as error:
+            raise TinyVLLMError(f"--text: expected a file of text, got {args.text} ({error})") from None
     if "serve-soak" in rows:
         rows["serve-soak"].setup["seconds"] = args.soak
     print_head(card, args.model, tinyvllm.open_config(engine_args)[1])
@@ -732,8 +796,8 @@ def measure_rows(rows, engine_args, card, sizes):
         print_row(name, rows[name], results[name])
 
     for name, row in rows.items():
-        if row.measure is measure_start:
-            measure(name, measure_start, engine_args, row)
+        if row.measure in (measure_start, measure_accuracy):
+            measure(name, row.measure, engine_args, row)
     served = [name for name in rows if name.startswith("serve-")]
     if served:
         with server_test(engine_args, sizes) as test:

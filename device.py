@@ -75,7 +75,7 @@ def is_number(value, least, most):
 KERNELS = FOLDER / "kernels.cu"
 DECODE_KERNEL = FOLDER / "decode.cu"
 PARAMETER_TYPES = {"bf16": BFLOAT16, "float": np.dtype(np.float32), "int": np.dtype(np.int32),
-                   "long long": np.dtype(np.int64), "u64": np.dtype(np.uint64)}
+                   "long long": np.dtype(np.int64), "u8": np.dtype(np.uint8), "u64": np.dtype(np.uint64)}
 MAX_GRID_YZ = 65535                     # thread blocks that CUDA allows in y and in z
 
 
@@ -266,6 +266,7 @@ class CudaDevice:
         self.graph_pool = cupy.cuda.MemoryPool()
         self.graph_stream = cupy.cuda.Stream()
         self.multiprocessors = properties["multiProcessorCount"]
+        self.runs_fp8 = (major, minor) >= (8, 9)
         # decode.cu needs bulk copies, and 227 KB of shared memory for a thread block.
         shared_bytes = runtime.deviceGetAttribute(MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, number)
         self.runs_decode = major >= 9 and shared_bytes >= 227 << 10
@@ -374,6 +375,7 @@ class CpuDevice:
     CompileError = simulator.CompileError
     number = 0
     count = math.inf                                # of GPUs: as many processes as one likes
+    runs_fp8 = True
     memory_bandwidth = None                         # no figure of the simulator's speed means anything
     has_warned = False
 

@@ -9,6 +9,7 @@
 //     paged_attention   each query looks at all keys up to its own, in whatever pages the keys lie
 //     decode_attention  the same, for a step in which every sequence brings one token
 //     silu_mul          the gate of the feed-forward part
+//     quantize          with FP8 weights: numbers in 16 bits -> codes in 8 bits, and a scale for each row
 //     rms_norm          the norm before the head (a layer's norms: in rope_and_cache and silu_mul)
 //     sample            logits -> token, on the GPU: 8 bytes a sequence go to the CPU, not V logits
 //     best_logprobs     logits -> the most probable tokens, where a request asks for them
@@ -33,7 +34,7 @@
 // in device.py puts ptx.h in front for a GPU, simulator.h for a CPU, and reads this text too:
 //   extern "C" __global__ __launch_bounds__(THREADS) void name(parameters)
 //     declares a kernel. THREADS is a number or an exported constant (a second bound may follow);
-//     a parameter is a bf16, float, int, long long or u64, or a pointer to such numbers.
+//     a parameter is a bf16, float, int, long long, u8 or u64, or a pointer to such numbers.
 //   EXPORT(NAME, value);
 //     at the beginning of a line declares a constant int that Python reads as kernels.NAME.
 
@@ -747,6 +748,41 @@ extern "C" __global__ __launch_bounds__(SILU_THREADS) void silu_mul(
             gate.v[j] = silu(g) * (up.v[j] * factor);
         }
         vec8(out + token * FFN + i) = to_bf16(gate);
+    }
+}
+
+// -------------------------------------------------------------------------------------------------
+// quantize: rows of a matrix as E4M3 codes, with a scale for each row: x[r, i] is about codes[r, i] scales[r]
+//
+// The scale is max |x[r]| / 448, so the greatest number of a row gets the greatest code. A row's codes depend
+// on the row alone. The codes of NaN and of infinity are NaN's.
+//   codes [R, columns], scales [R], x [R, columns]. columns: a multiple of 8.
+//   Grid (R): a thread block owns one row. Shared memory: block_reduce's.
+// -------------------------------------------------------------------------------------------------
+EXPORT(QUANTIZE_THREADS, 256);
+constexpr float MOST_E4M3 = 448;
+struct alignas(8) Codes8 { unsigned short v[4]; };    // eight codes, in pairs
+
+__device__ inline Codes8 to_e4m3(const Float8& x, float times) {
+    Codes8 codes;
+    for (int i = 0; i < 4; ++i) codes.v[i] = pack_e4m3x2(x.v[2 * i] * times, x.v[2 * i + 1] * times);
+    return codes;
+}
+
+extern "C" __global__ __launch_bounds__(QUANTIZE_THREADS) void quantize(
+        u8* codes, float* scales, const bf16* x, int columns) {
+    if constexpr (FP8_WEIGHTS) {
+        const bf16* row = x + (size_t)blockIdx.x * columns;
+        float greatest = 0;
+        for (int i = 8 * threadIdx.x; i < columns; i += 8 * QUANTIZE_THREADS)
+            for (const float y : to_float(vec8(row + i)).v) greatest = fmaxf(greatest, fabsf(y));
+        greatest = block_reduce(greatest, Max());
+        const float scale = greatest > 1e-30f ? greatest / MOST_E4M3 : 1;    // else 1 / scale might be infinite
+        if (threadIdx.x == 0) scales[blockIdx.x] = scale;
+        for (int i = 8 * threadIdx.x; i < columns; i += 8 * QUANTIZE_THREADS) {
+            u8* target = codes + (size_t)blockIdx.x * columns + i;
+            *reinterpret_cast<Codes8*>(target) = to_e4m3(to_float(vec8(row + i)), 1 / scale);
+        }
     }
 }
 

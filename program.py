@@ -49,6 +49,9 @@ class EngineArgs:
     load_format: str = option(
         "auto", f"dummy: random weights, for a --model that may also be one of {', '.join(SHAPES)}",
         choices=("auto", "dummy"))
+    quantization: str | None = option(
+        None, "fp8: matrices in 8 bits a weight, made from those of the model", choices=("fp8",))
+    kv_cache_dtype: str = option("auto", "fp8: keys and values in 8 bits", choices=("auto", "fp8"))
     max_model_len: int | None = option(
         None, "tokens of prompt and answer together (default: the model's limit)", type=int, metavar="N")
     gpu_memory_utilization: float = option(0.9, "share of the GPU's memory to use", type=float, metavar="X")
@@ -79,6 +82,8 @@ class EngineArgs:
              "a folder or a Hugging Face id")
         want("device", lambda name: name in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
         want("load_format", lambda name: name in ("auto", "dummy"), "auto or dummy")
+        want("quantization", lambda name: name in (None, "fp8"), "fp8 or None")
+        want("kv_cache_dtype", lambda name: name in ("auto", "fp8"), "auto or fp8")
         want("gpu_memory_utilization", lambda share: is_number(share, 0, 1) and share > 0,
              "more than 0 and at most 1")
         want("tensor_parallel_size", is_int, "a whole number of 1 or more")

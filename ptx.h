@@ -26,6 +26,7 @@
 #endif
 
 using bf16 = __nv_bfloat16;
+using u8 = unsigned char;
 using u64 = unsigned long long;
 
 // A constant that Python reads too: compile_kernels() finds the lines that begin with EXPORT( and
@@ -115,6 +116,28 @@ __device__ inline float exp2_approx(float x) {    // 2^x, with a relative error 
 __device__ inline unsigned pack_bf16x2(float low, float high) {
     unsigned both;
     asm volatile("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
+
+// E4M3, a number in 8 bits (its code): sign, 4 bits of exponent, 3 of mantissa. The least number above 0
+// is 2^-9, the greatest 448; there is no infinity, and 0x7f and 0xff are NaN (arXiv:2209.05433).
+// Two codes, that of `low` in the lower byte, rounded to nearest, ties to even. Beyond 448: 448.
+// (Compute capability 8.9 and newer.)
+__device__ inline unsigned short pack_e4m3x2(float low, float high) {
+    unsigned short both;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(both) : "f"(high), "f"(low));
+    return both;
+}
+// The numbers of two codes, exactly. x: a code in the upper byte of each half; the other bytes do not
+// matter. Hazard: the codes of NaN become 480.
+__device__ inline unsigned unpack_e4m3x2(unsigned x) {
+    // Each bit of a code goes to its place in a bf16. The exponents' biases are 7 and 127, so the numbers
+    // are 2^120 times too small. (A product alone would need compute capability 9.0.)
+    constexpr unsigned TWO_TO_120 = 0x7b807b80;
+    constexpr unsigned MINUS_ZERO = 0x80008000;
+    const unsigned small = (x & 0x80008000) | (x >> 4 & 0x07f007f0);
+    unsigned both;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(both) : "r"(small), "r"(TWO_TO_120), "r"(MINUS_ZERO));
     return both;
 }
 

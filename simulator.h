@@ -64,6 +64,7 @@ static thread_local struct uint3 { unsigned x, y, z; } threadIdx, blockIdx, bloc
 // Conversions only, since kernels compute in float32. A bfloat16 is the upper half of a float32.
 struct __nv_bfloat16 { unsigned short bits; };
 using bf16 = __nv_bfloat16;
+using u8 = unsigned char;
 using u64 = unsigned long long;
 inline unsigned __float_as_uint(float x) { return __builtin_bit_cast(unsigned, x); }
 inline float __uint_as_float(unsigned x) { return __builtin_bit_cast(float, x); }
@@ -487,6 +488,23 @@ template <int N> void cp_async_wait() {    // the copies are made here, as late 
 inline float exp2_approx(float x) { return exp2f(x); }
 inline uint32_t pack_bf16x2(float low, float high) {
     return __float2bfloat16(low).bits | __float2bfloat16(high).bits << 16;
+}
+inline u8 pack_e4m3(float x) {
+    u8 sign = __float_as_uint(x) >> 31 << 7;
+    if (x != x) return 0x7f;
+    if (fabsf(x) >= 448) return sign | 0x7e;
+    int exponent = fabsf(x) < 0x1p-6f ? -6 : ilogbf(x);         // below 2^-6, codes are equally far apart
+    int steps = rintf(ldexpf(fabsf(x), 3 - exponent));          // of 2^(exponent - 3); rintf: ties to even
+    return sign | (8 * (exponent + 6) + steps);
+}
+inline unsigned short pack_e4m3x2(float low, float high) { return pack_e4m3(low) | pack_e4m3(high) << 8; }
+inline unsigned unpack_e4m3x2(unsigned x) {
+    auto number = [](u8 code) {
+        int steps = code % 8 + (code / 8 % 16 ? 8 : 0);
+        float size = ldexpf(steps, std::max(code / 8 % 16, 1) - 10);
+        return code < 128 ? size : -size;
+    };
+    return pack_bf16x2(number(x >> 8), number(x >> 24));
 }
 inline unsigned atomic_inc_acq_rel(unsigned* p, unsigned limit) { return atomicInc(p, limit); }
 

@@ -16,9 +16,9 @@ import load
 import tinyvllm
 from device import CpuDevice, compile_kernels
 from load import Job, Load, LoadError, Offline, Reply, Server, Sizes, State
-from reference import PARROT, RNG, ROOT
-from test_tinyvllm import DEVICE, ON_GPU, assert_refused, run_main
-from tinyvllm import LLM, EngineArgs, Model, ModelConfig, SamplingParams, TinyVLLMError
+from reference import PARROT, RNG, ROOT, numpy_llama
+from test_tinyvllm import DEVICE, ON_GPU, PARROT_CONFIG, assert_refused, float64_weights, run_main
+from tinyvllm import LLM, EngineArgs, Model, ModelConfig, SamplingParams, TinyVLLMError, Tokenizer
 
 
 # --------------------------------------------------------------------------------------------------
@@ -50,6 +50,40 @@ def test_bench_floor_of_several_cards():
     two = bench.seconds_at_best(c, bench.of_several(card, 2), [(100, 3)] * 4)
     assert np.allclose(one, 2 * np.array(two), rtol=1e-12)
     assert [bench.of_several(card, n)["name"] for n in (1, 2)] == ["Card", "2 x Card"]
+
+
+def test_kl_divergence():
+    """Of two distributions known whole: the definition. Of their best tokens: all others are one."""
+    p, q = (x / x.sum() for x in RNG(5).exponential(size=(2, 50)) ** 3)
+
+    def of_best(count):
+        best = [{i: np.log(x[i]) for i in np.argsort(-x)[:count].tolist()} for x in (p, q)]
+        return bench.kl_divergence(*best)
+
+    whole = (p * np.log(p / q)).sum()
+    assert np.isclose(of_best(50), whole)
+    known = np.intersect1d(np.argsort(-p)[:20], np.argsort(-q)[:20])
+    p_joined, q_joined = (np.append(x[known], 1 - x[known].sum()) for x in (p, q))
+    assert np.isclose(of_best(20), (p_joined * np.log(p_joined / q_joined)).sum())
+    assert 0 < of_best(20) < whole
+
+
+def test_scores_of_a_text_in_windows(monkeypatch):
+    """Row accuracy's log-probabilities of a text's own tokens, against the reference."""
+    monkeypatch.setattr(bench, "WINDOW", 16)
+    text = "All the world's a stage, " * 4
+    ids, scores = bench.score_text(EngineArgs(PARROT, device="cuda" if ON_GPU else "cpu"), text)
+    text_ids = Tokenizer(PARROT).encode(text)
+    windows = [text_ids[start:start + 16] for start in range(0, len(text_ids), 16)]
+    assert len(windows) > 1 and ids == [i for window in windows for i in window[1:]]
+    weights = float64_weights(PARROT)
+    want = []
+    for window in windows:
+        logits = numpy_llama(PARROT_CONFIG, weights, window)[:-1]
+        logits -= logits.max(-1, keepdims=True)
+        logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+        want += logits[np.arange(len(window) - 1), window[1:]].tolist()
+    assert np.allclose([score[i] for i, score in zip(ids, scores)], want, rtol=0.03, atol=0.1)
 
 
 def test_bench_floor_adds_up_kernels():
@@ -107,7 +141,8 @@ def test_stream_read():
     (["no-such-row"], ["no row no-such-row", "decode-1-128", "mix"]),
     (["mix", "decode"], ["unrecognized arguments: decode", "--help"]),
     (["mix", "--json", "no/such/figures.json"], ["--json", "no/such/figures.json", "No such file"]),
-    (["--device", "cpu", "mix"], ["the bench needs an NVIDIA GPU", "simulator"])])
+    (["--device", "cpu", "mix"], ["the bench needs an NVIDIA GPU", "simulator"]),
+    (["accuracy", "--text", "no-such-file"], ["--text: expected a file of text", "no-such-file"])])
 def test_bench_refuses(arguments, parts):
     assert_refused(run_main(*arguments, program=bench), *parts)
 

@@ -18,7 +18,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from ml_dtypes import bfloat16
+from ml_dtypes import bfloat16, float8_e4m3fn
 
 import simulator
 from device import KERNELS, CpuDevice, compile_kernels, open_device, paste
@@ -37,7 +37,7 @@ from weights import DummyCheckpoint, ModelConfig, load_weights
 # --------------------------------------------------------------------------------------------------
 def sizes(D, H, K, h, F, V, B):
     return dict(HIDDEN=D, NUM_HEADS=H, NUM_KV_HEADS=K, HEAD_DIM=h, FFN=F, VOCAB=V, BLOCK_SIZE=B,
-                RMS_EPS="1e-05f", QKV_BIAS=0, QK_NORM=0)
+                RMS_EPS="1e-05f", QKV_BIAS=0, QK_NORM=0, FP8_WEIGHTS=0, FP8_CACHE=0)
 
 
 # Each model costs a compilation, so a few models share out the odd sizes.
@@ -161,6 +161,73 @@ def test_a_changed_header_is_compiled_again(tmp_path):
     before = num_cached()
     assert_powers(0)
     assert num_cached() == before > 0           # nothing was compiled: the cache is in use
+
+
+E4M3 = """
+extern "C" __global__ __launch_bounds__(32) void to_e4m3(u8* out, const float* x, int n) {
+    for (int i = 2 * threadIdx.x; i < n; i += 64) {
+        const unsigned short both = pack_e4m3x2(x[i], x[i + 1]);
+        out[i] = both;
+        out[i + 1] = both >> 8;
+    }
+}
+// out [256]: the number of each code
+extern "C" __global__ __launch_bounds__(32) void from_e4m3(bf16* out) {
+    for (int i = 2 * threadIdx.x; i < 256; i += 64)
+        *reinterpret_cast<unsigned*>(out + i) = unpack_e4m3x2(i << 8 | (i + 1) << 24 | 0x00a500a5);
+}
+"""
+
+
+@pytest.mark.skipif(not DEVICE.runs_fp8, reason="needs a GPU of compute capability 8.9 or newer")
+def test_e4m3_conversions_equal_those_of_ml_dtypes():
+    kernels = compile_kernels(DEVICE, {}, E4M3)
+    codes = np.arange(256, dtype=np.uint8).view(float8_e4m3fn).astype(np.float32)
+    is_nan = np.isnan(codes)
+    assert np.flatnonzero(is_nan).tolist() == [0x7f, 0xff]
+    numbers = DEVICE.empty(256)
+    kernels.from_e4m3((1,), numbers)
+    numbers = DEVICE.fetch(numbers)().astype(np.float32)
+    assert numbers[~is_nan].tolist() == codes[~is_nan].tolist()
+    assert np.signbit(numbers[[0x00, 0x80]]).tolist() == [False, True]
+    assert numbers[is_nan].tolist() == [480, -480]      # see the hazard in ptx.h
+
+    # Every code, the middle between each two codes, and the floats beside both; then random numbers.
+    exact = np.unique(codes[~is_nan])
+    edges = np.concatenate([exact, (exact[1:] + exact[:-1]) / 2])
+    rng = RNG(3)
+    others = rng.standard_normal(4000) * 2.0 ** rng.integers(-14, 14, 4000)
+    x = np.concatenate([edges, np.nextafter(edges, np.inf), np.nextafter(edges, -np.inf), others,
+                        [1e-30, 449, 464, 480, 1e30, np.inf, -449, -1e30, -np.inf, -0.0]]).astype(np.float32)
+    x = np.append(x, [np.float32(np.nan)] * (2 - len(x) % 2))
+    got = DEVICE.empty(len(x), np.uint8)
+    kernels.to_e4m3((1,), got, DEVICE.to_device(x), len(x))
+    got = DEVICE.fetch(got)()
+    # ml_dtypes rounds numbers beyond 448 to NaN.
+    want = np.clip(x, -448, 448).astype(float8_e4m3fn).view(np.uint8)
+    want[np.isnan(x)] = 0x7f
+    assert got.tolist() == want.tolist()
+
+
+# quantize
+@pytest.mark.skipif(not DEVICE.runs_fp8, reason="needs a GPU of compute capability 8.9 or newer")
+@pytest.mark.parametrize("columns", [8, 144, 2056, 14336])
+def test_quantize(columns):
+    rng = RNG(2)
+    x = (randn(rng, 5, columns) * floats([[1], [1e-20], [0], [1], [1]])).astype(bfloat16)
+    x[3, 2] = np.inf
+    x[4, 5] = NAN
+    codes = np.full(x.shape, 77, np.uint8)
+    scales = poison(len(x), dtype=np.float32)
+    launch(BASE | {"FP8_WEIGHTS": 1}, "quantize", (len(x),), codes, scales, x, columns)
+    want = np.abs(np.float32(x[:3])).max(1) / 448
+    want[2] = 1
+    np.testing.assert_allclose(scales[:3], want, rtol=1e-6)
+    got = codes.view(float8_e4m3fn).astype(np.float32)
+    assert np.abs(got[:2]).max(1).tolist() == [448, 448]
+    error = np.abs(np.float64(got[:3]) - np.float64(x[:3]) / want[:, None])
+    assert (error <= np.maximum(np.abs(got[:3]) * 2.0 ** -4, 2.0 ** -10) * 1.001).all()     # half a step
+    assert np.isnan(got[3, 2]) and np.isnan(got[4, 5])
 
 
 # gather_rows

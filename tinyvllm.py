@@ -826,7 +826,8 @@ class Model:
             "NUM_HEADS": c.num_attention_heads, "NUM_KV_HEADS": c.num_key_value_heads, "HEAD_DIM": c.head_dim,
             "VOCAB": c.vocab_size, "BLOCK_SIZE": args.block_size, "RMS_EPS": f"{c.rms_norm_eps:e}f",
             "QKV_BIAS": int(c.attention_bias), "O_BIAS": int(c.attention_out_bias),
-            "QK_NORM": int(c.qk_norm)}, code)
+            "QK_NORM": int(c.qk_norm), "FP8_WEIGHTS": int(c.quantization == "fp8"),
+            "FP8_CACHE": int(c.kv_cache_dtype == "fp8")}, code)
         self.tiling = Tiling(c.num_attention_heads // c.num_key_value_heads, self.kernels.ATTENTION_ROWS)
         # The greatest batch for decode(). decode.cu says 0 for a model that it cannot divide.
         self.decode_batch = self.kernels.DECODE_BATCH if has_decode_kernel else 0
@@ -1354,9 +1355,11 @@ def open_config(args):
     """(folder, ModelConfig). A shape by name has Parrot's folder: any tokenizer will do."""
     name = args.model or os.environ.get("TINYVLLM_MODEL")
     if args.load_format == "dummy" and name in SHAPES:
-        return FOLDER / "parrot", SHAPES[name]
-    folder = find_model(name, args.load_format)
-    return folder, ModelConfig.from_folder(folder)
+        folder, config = FOLDER / "parrot", SHAPES[name]
+    else:
+        folder = find_model(name, args.load_format)
+        config = ModelConfig.from_folder(folder)
+    return folder, replace(config, quantization=args.quantization, kv_cache_dtype=args.kv_cache_dtype)
 
 
 def load_model(folder, config, device, args, communicator):

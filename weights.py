@@ -132,6 +132,8 @@ class ModelConfig:
     qk_norm: bool = False               # an RMSNorm on each head of q and k, before RoPE
     sliding_window: int | None = None   # a token sees so many keys, its own and those before
     num_ranks: int = 1                  # GPUs that share the model: H, K and F are a rank's part
+    quantization: str | None = None     # "fp8": matrices are E4M3. The caller's wish, like the next one
+    kv_cache_dtype: str = "auto"        # "fp8": keys and values are E4M3; "auto": bfloat16
 
     def of_rank(self, num_ranks):
         """The config of each of several ranks: a part of the heads and of the ffn. A rank's head has a part
@@ -309,6 +311,11 @@ def weight_bytes(config):
 def kv_bytes_per_token(config):
     """Bytes of the KV cache for one token: a key and a value, in each layer, for each kv head."""
     return 2 * BYTES * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+
+
+# A matrix in 8 bits a weight: the weight [r, c] is codes[r, c] * scales[r]. codes: uint8 [out, in], E4M3;
+# scales: float32 [out].
+Fp8Matrix = namedtuple("Fp8Matrix", "codes scales")
 
 
 @dataclass(frozen=True)
