@@ -971,7 +971,8 @@ def recitation(question):
     ({"attention_bias": 1.5}, ["attention_bias: expected True or False", "got 1.5"]),
     ({"mlp_bias": True}, ["mlp_bias: expected False or None, got True"]),
     ({"architectures": ["Qwen2MoeForCausalLM"]}, ["or ['Qwen3ForCausalLM'], got ['Qwen2MoeForCausalLM']"]),
-    ({"quantization_config": {"bits": 4}}, ["quantization_config: expected None, got {'bits': 4}"]),
+    ({"quantization_config": {"bits": 4}},
+     ["quant_method: expected compressed-tensors, or no quantization_config, got None"]),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["rope_type: expected llama3 or", "got 'yarn'"]),
     ({"rope_scaling": "llama3"}, ["rope_scaling: expected a dict, got 'llama3'"]),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
@@ -1735,10 +1736,12 @@ def test_readme_runs(capsys, monkeypatch):
 LEAVES = {"tokenizer", "views", "simulator"}
 # Module: our modules for import. A program, such as bench, may import all modules of this table.
 MAY_IMPORT = {"tokenizer": set(), "views": set(), "simulator": set(), "load": set(), "reference": set(),
-              "device": {"simulator"}, "sampling": {"device"}, "weights": {"device", "sampling", "tokenizer"},
+              "device": {"simulator"}, "fp8": {"device"}, "sampling": {"device"},
+              "weights": {"device", "fp8", "sampling", "tokenizer"},
               "grammar": {"device"}, "communicator": {"device"},
               "program": {"device", "sampling", "tokenizer", "weights"},
-              "tinyvllm": LEAVES | {"communicator", "device", "grammar", "program", "sampling", "weights"},
+              "tinyvllm": LEAVES | {"communicator", "device", "fp8", "grammar", "program", "sampling",
+                                    "weights"},
               "tools": {"device", "grammar"},
               "completions": {"device", "grammar", "sampling", "tinyvllm", "tokenizer", "tools"},
               "worker": {"device", "program", "tinyvllm", "views"}}
