@@ -1,17 +1,16 @@
-"""Weights and activations in 8 bits, with --quantization fp8. A reader of the bfloat16 engine needs none of it.
+"""Weights and activations in 8 bits: --quantization fp8.
 
-E4M3 (arXiv:2209.05433) is a number in 8 bits: a sign, 4 bits of exponent, 3 of mantissa. The greatest is 448.
-A matrix is quantised row by row. The scale of a row is max |w| / 448, a number is a *code* times the scale:
+E4M3 (arXiv:2209.05433) is a number in 8 bits, a *code*: a sign, 4 bits of exponent, 3 of mantissa. The
+greatest is 448. A matrix of weights is quantized row by row: the scale of a row is max |w| / 448, and
+w[r, c] is about codes[r, c] * scales[r]. Codes are half the bytes of bfloat16; each is off by 6% at most.
 
-    w[r, c] = codes[r, c] * scales[r]           half the bytes of bfloat16, with an error of 3% at most
+Both factors of a product are codes. cuBLASLt multiplies codes at twice the speed of bfloat16, and is
+told no scales: it knows one for a whole matrix, and only on some GPUs one for each row, more slowly. But
+the scale of a weight's row belongs to a column of the product, and the scale of a token to a row of the
+product. The kernel behind the product multiplies by both. The tokens' codes come in two ways:
 
-Both factors of a product are codes: cuBLASLt multiplies codes, at twice the speed of bfloat16, and
-knows no scales. A scale belongs to a row of the result (the token's) or to a column (the weight's row), so
-the next kernel multiplies by both. (cuBLASLt knows scales of rows too, but is slower with them for few tokens,
-and takes them on GPUs of compute capability 9.0 alone.)
-
-    input of qkv, gate_up       x / rms(x): at most sqrt(D), so one constant is the scale of all tokens
-    input of o, down, the head  a scale for each token: its greatest number gets the code 448
+    input of qkv and gate_up       x / rms(x) is sqrt(D) at most: a constant is the scale of all tokens
+    input of o, down and the head  a token's greatest number gets the code 448
 
 A token's codes depend on this token alone, never on the others of the step.
 """
@@ -34,21 +33,28 @@ Fp8Matrix = namedtuple("Fp8Matrix", "codes scales")
 
 
 def check_fp8_model(config, device):
-    """Raises TinyVLLMError if the model (of a rank) cannot run in 8 bits on this device."""
+    """Raises TinyVLLMError if the config of a rank wants 8 bits, and device or sizes do not fit."""
+    if not config.quantization:
+        return
     if not device.runs_fp8:
-        raise TinyVLLMError("quantization: fp8 expected a GPU of compute capability 8.9 or newer (RTX 40 series, "
-                            f"L4, H100, ...), got {device.name}: use another GPU, or leave the option out")
-    ranks = config.num_ranks
-    part = f", divided by tensor_parallel_size, {ranks}" if ranks > 1 else ""
-    for name, size in (("hidden_size", config.hidden_size), ("intermediate_size", config.intermediate_size),
-                       ("vocab_size", config.vocab_size / ranks)):
-        check(f"quantization fp8: {name}{part}", size, lambda n: n % MULTIPLE == 0, f"a multiple of {MULTIPLE}")
+        raise TinyVLLMError("quantization: for fp8, expected a GPU of compute capability 8.9 or newer (RTX 40 "
+                            f"series, L4, H100, ...), got {device.name}: use another GPU, or bfloat16")
+    sizes = {"hidden_size": config.hidden_size, "intermediate_size of a rank": config.intermediate_size,
+             "vocab_size of a rank": config.vocab_size / config.num_ranks}
+    for name, size in sizes.items():
+        check(f"quantization: for fp8, {name}", size, lambda n: n % MULTIPLE == 0,
+              f"a multiple of {MULTIPLE}")
+
+
+def empty_matrix(rows, columns, device):
+    """An Fp8Matrix with arbitrary content."""
+    return Fp8Matrix(device.empty((rows, columns), np.uint8), device.empty(rows, np.float32))
 
 
 def quantize(x, device, kernels):
     """The Fp8Matrix of a bfloat16 matrix on the device. kernels: of kernels.cu, with FP8_WEIGHTS."""
     rows, columns = x.shape
-    matrix = Fp8Matrix(device.empty((rows, columns), np.uint8), device.empty(rows, np.float32))
+    matrix = empty_matrix(rows, columns, device)
     kernels.quantize((rows,), *matrix, x, columns)
     return matrix
 
@@ -67,8 +73,11 @@ class Fp8Products:
         self.device = device
         self.kernels = kernels
         self.communicator = communicator
-        multiply = (NumpyCodes() if device.is_simulated else CublasLt(device)).multiply
-        self.linear = lambda codes, w: multiply(codes, w.codes)         # rope_and_cache and silu_mul scale it
+        self.library = NumpyCodes() if device.is_simulated else CublasLt(device)
+
+    def linear(self, codes, w):
+        """The product of codes [T, in] with w's, in bfloat16, not yet scaled."""
+        return self.library.multiply(codes, w.codes)
 
     def first_input(self, residual):
         """The codes of the normed tokens [T, D]."""
@@ -80,36 +89,34 @@ class Fp8Products:
         return w.scales
 
     def empty_activation(self, tokens, columns):
-        """Room for what silu_mul() makes."""
-        return Fp8Matrix(self.device.empty((tokens, columns), np.uint8), self.device.empty(tokens, np.float32))
+        return empty_matrix(tokens, columns, self.device)
 
     def silu_mul(self, activation, gate_up, residual, w):
-        """Fills in the activation [T, F], as codes and scales."""
-        tokens, columns = activation.codes.shape
-        self.kernels.silu_mul((-(-columns // self.kernels.SILU_COLUMNS), tokens), None, gate_up, None,
-                              *activation, w.scales)
+        self.kernels.silu_mul((1, len(gate_up)), None, gate_up, None, *activation, w.scales)
 
     def add(self, residual, x, w, bias=None):
-        """(residual + x @ w.T + bias, the codes of the normed sum). See Products.add."""
+        """(residual + x @ w.T + bias, the codes of the normed sum). x: bfloat16, or silu_mul's Fp8Matrix."""
         if not isinstance(x, Fp8Matrix):
             x = quantize(x, self.device, self.kernels)
         product = self.linear(x.codes, w)
-        codes = self.device.empty(product.shape, np.uint8)
-        is_first = self.communicator.rank == 0
-        is_only = self.communicator.size == 1
-        self.kernels.add_residual((len(codes),), codes if is_only else None, product, residual if is_first else None,
-                                  product, w.scales, x.scales, bias if is_first else None)
+        tokens = len(product)
+        if self.communicator.size == 1:
+            codes = self.device.empty(product.shape, np.uint8)
+            self.kernels.add_residual((tokens,), codes, residual, residual, product, w.scales, x.scales, bias)
+            return residual, codes
+        if self.communicator.rank > 0:              # residual and bias come into the sum once
+            residual = bias = None
+        self.kernels.add_residual((tokens,), None, product, residual, product, w.scales, x.scales, bias)
         residual = self.communicator.all_reduce(product)
-        return residual, codes if is_only else self.first_input(residual)
+        return residual, self.first_input(residual)
 
     def logits(self, x, head):
-        """x @ head.T, for normed tokens in bfloat16."""
         x = quantize(x, self.device, self.kernels)
-        product = self.linear(x.codes, head)
-        rows, columns = product.shape
-        self.kernels.scale_logits((-(-columns // self.kernels.SCALE_COLUMNS), rows), product, head.scales, x.scales,
-                                  columns)
-        return product
+        logits = self.linear(x.codes, head)
+        rows, columns = logits.shape
+        grid = (-(-columns // self.kernels.SCALE_COLUMNS), rows)
+        self.kernels.scale_logits(grid, logits, head.scales, x.scales, columns)
+        return logits
 
 
 class NumpyCodes:
@@ -148,8 +155,8 @@ TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "q": ctypes.c_int64}
 
 class Heuristic(ctypes.Structure):
     """cublasLtMatmulHeuristicResult_t."""
-    _fields_ = [("algorithm", ctypes.c_uint64 * 8), ("workspace_bytes", ctypes.c_size_t), ("status", ctypes.c_int),
-                ("waves", ctypes.c_float), ("reserved", ctypes.c_int * 4)]
+    _fields_ = [("algorithm", ctypes.c_uint64 * 8), ("workspace_bytes", ctypes.c_size_t),
+                ("status", ctypes.c_int), ("waves", ctypes.c_float), ("reserved", ctypes.c_int * 4)]
 
 
 class CublasLt:
@@ -192,16 +199,17 @@ class CublasLt:
         self.call(name, target, attribute, ctypes.byref(value), ctypes.sizeof(value))
 
     def make_plan(self, tokens, rows, columns):
-        """(layouts of w, x and the result, algorithm) for a product. cuBLASLt stores matrices by columns, so our
-        x [T, in] is [in, T] there, see CudaDevice.linear."""
-        sizes = [(CUDA_R_8F_E4M3, columns, rows), (CUDA_R_8F_E4M3, columns, tokens), (CUDA_R_16BF, rows, tokens)]
-        w, x, out = [Layout(self, *size) for size in sizes]
+        """(layouts of w, x and the result, Heuristic) for a product. cuBLASLt stores matrices by columns, so
+        our x [T, in] is [in, T] there, see CudaDevice.linear."""
+        w = Layout(self, CUDA_R_8F_E4M3, columns, rows)
+        x = Layout(self, CUDA_R_8F_E4M3, columns, tokens)
+        out = Layout(self, CUDA_R_16BF, rows, tokens)
         result = Heuristic()
         count = ctypes.c_int()
         self.call("MatmulAlgoGetHeuristic", self.handle, self.product, w.pointer, x.pointer, out.pointer,
                   out.pointer, self.preference, 1, ctypes.byref(result), ctypes.byref(count))
         if count.value == 0 or result.status != 0:
-            raise RuntimeError(f"cuBLASLt has no algorithm for {tokens} x {columns} @ {columns} x {rows} in E4M3")
+            raise RuntimeError(f"cuBLASLt: no E4M3 product [{tokens}, {columns}] @ [{columns}, {rows}]")
         return w, x, out, result
 
     def multiply(self, x, w):

@@ -153,6 +153,12 @@ constexpr float MOST_E4M3 = 448;
 struct alignas(8) Codes8 { unsigned short v[4]; };    // eight codes, in pairs
 struct alignas(16) Scales8 { float v[8]; };
 
+// Threads for a row: one for eight columns, in whole warps, but `most` at most.
+constexpr int row_threads(int columns, int most) {
+    const int threads = (columns + 255) / 256 * 32;
+    return threads < most ? threads : most;
+}
+
 __device__ inline void store_codes(u8* p, const Float8& x, float times) {
     Codes8 codes;
     for (int i = 0; i < 4; ++i) codes.v[i] = pack_e4m3x2(x.v[2 * i] * times, x.v[2 * i + 1] * times);
@@ -764,9 +770,9 @@ extern "C" __global__ __launch_bounds__(ATTENTION_THREADS, HEAD_DIM <= 128 ? 4 :
 //     weights a thread block owns a token, since it must find the token's greatest number.) Shared memory:
 //     block_reduce's.
 // -------------------------------------------------------------------------------------------------
-EXPORT(SILU_THREADS, FP8_WEIGHTS ? 512 : 256);
-EXPORT(SILU_COLUMNS, FP8_WEIGHTS ? (FFN + 4095) / 4096 * 4096 : 4096);    // of a thread block
-constexpr int SILU_GROUPS = SILU_COLUMNS / (8 * SILU_THREADS);    // of eight columns, a thread's
+EXPORT(SILU_THREADS, FP8_WEIGHTS ? row_threads(FFN, 512) : 256);
+constexpr int SILU_GROUPS = FP8_WEIGHTS ? (FFN + 8 * SILU_THREADS - 1) / (8 * SILU_THREADS) : 2;
+EXPORT(SILU_COLUMNS, 8 * SILU_THREADS * SILU_GROUPS);    // of a thread block; a group is eight columns
 
 // exp(-g) is 2^(-g log2(e)). For a very negative g that is inf, and g / inf is right: 0.
 __device__ inline float silu(float g) { return g / (1 + exp2_approx(-LOG2_E * g)); }
@@ -841,11 +847,11 @@ extern "C" __global__ __launch_bounds__(QUANTIZE_THREADS) void quantize(
 //   codes [T, D]: of normed_scale(), see there. Null: none are wanted.
 //   out [T, D], residual [T, D], bias [D]: null, each, for none. out may be residual or product.
 //   product [T, D]: of codes, to be multiplied by row_scales [D] and token_scales [T]. Null for none.
-//   Grid (T): a thread block owns one token, a thread every 256th group of eight columns. Shared memory:
+//   Grid (T): a thread block owns one token, a thread ADD_GROUPS groups of eight columns. Shared memory:
 //     block_reduce's.
 // -------------------------------------------------------------------------------------------------
-EXPORT(ADD_THREADS, 256);
-constexpr int ADD_GROUPS = (HIDDEN + 8 * ADD_THREADS - 1) / (8 * ADD_THREADS);    // of columns, a thread's
+EXPORT(ADD_THREADS, row_threads(HIDDEN, 256));
+constexpr int ADD_GROUPS = (HIDDEN + 8 * ADD_THREADS - 1) / (8 * ADD_THREADS);    // of eight columns, a thread's
 extern "C" __global__ __launch_bounds__(ADD_THREADS) void add_residual(
         u8* codes, bf16* out, const bf16* residual, const bf16* product, const float* row_scales,
         const float* token_scales, const bf16* bias) {

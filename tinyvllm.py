@@ -45,7 +45,6 @@ from array import array as int_array
 from collections import Counter, OrderedDict, deque, namedtuple
 from copy import copy
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
 
 # NumPy's idle threads must sleep, not spin: the simulator needs the cores.
@@ -58,7 +57,7 @@ try:
     from communicator import OneRank, start_ranks
     from device import (DECODE_KERNEL, FOLDER, KERNELS, CpuDevice, TinyVLLMError, check, compile_kernels,
                         first_line, open_device, paste, shown)
-    from fp8 import Fp8Products, check_fp8_model, quantize
+    from fp8 import Fp8Products, check_fp8_model
     from grammar import Grammars
     from program import (ArgumentParser, EngineArgs, add_sampling_options, as_flags, check_writable,
                          given_sampling, run_program, sampling_params)
@@ -800,7 +799,6 @@ def rope_frequencies(config):
 def compile_model(config, device, args):
     """The kernels, with the sizes of a model (of a rank) as constants."""
     c = config
-    # In the simulator decode.cu would be no faster, and it reads bfloat16.
     has_decode_kernel = args.fused_decode and device.runs_decode and c.num_ranks == 1 and not c.quantization
     code = paste(KERNELS, DECODE_KERNEL) if has_decode_kernel else paste(KERNELS)
     return compile_kernels(device, {
@@ -841,9 +839,8 @@ class Products:
         self.kernels.silu_mul(grid, activation, gate_up, residual, None, None, None)
 
     def add(self, residual, x, w, bias=None):
-        """(residual + x @ w.T + bias, the input of the next product). Several ranks have parts of x and w, so
-        the sum of their products is taken; the product of rank 0 is added to the residual, which so comes into
-        the sum once. bias [D, 1]."""
+        """(residual + x @ w.T + bias [D, 1], the input of the next product). Several ranks have parts of x and
+        w, so the sum of their products is taken; rank 0 alone adds its product to the residual."""
         is_first = self.communicator.rank == 0
         product = self.linear(x, w, add_to=residual if is_first else None)
         residual = self.communicator.all_reduce(product)
@@ -1409,10 +1406,8 @@ def load_model(folder, config, device, args, communicator):
     """(Model, max_prefill_tokens, max_model_len, advice), in each rank: see plan_pool. config: a rank's."""
     num_blocks, max_prefill_tokens, max_model_len, advice = plan_pool(config, device, args, communicator)
     checkpoint = DummyCheckpoint(device) if args.load_format == "dummy" else Checkpoint(folder)
-    options = {}
-    if config.quantization:
-        options["quantize"] = partial(quantize, device=device, kernels=compile_model(config, device, args))
-    weights = load_weights(checkpoint, config, device, communicator.rank, **options)
+    kernels = compile_model(config, device, args) if config.quantization else None
+    weights = load_weights(checkpoint, config, device, communicator.rank, kernels)
     max_tokens = max(max_prefill_tokens, *GRAPH_SIZES)
     max_seqs = max(args.max_num_seqs, *GRAPH_SIZES)
     max_blocks = args.max_num_seqs * cdiv(max_model_len, args.block_size)
@@ -1520,8 +1515,7 @@ class LLM(InputProcessor):
         rank_config = self.config.of_rank(args.tensor_parallel_size)
         check("tensor_parallel_size", args.tensor_parallel_size, lambda n: n <= self.device.count,
               f"at most {self.device.count}, the number of GPUs")
-        if config.quantization:
-            check_fp8_model(rank_config, self.device)
+        check_fp8_model(rank_config, self.device)
         communicator = start_ranks(args.tensor_parallel_size, RANK_COMMAND)
         communicator.exchange((folder, rank_config, args, self.device.number))
         if communicator.size > 1:

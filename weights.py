@@ -29,7 +29,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from device import BFLOAT16, FOLDER, TinyVLLMError, check, first_line, is_int
-from fp8 import E4M3, dequantize
+from fp8 import E4M3, dequantize, quantize
 from sampling import SamplingParams
 from tokenizer import check_regular
 
@@ -226,17 +226,18 @@ class ModelConfig:
         if "quantization_config" not in settings:
             return None
         name = f"{file}: quantization_config"
-        quantization = check(name, settings["quantization_config"], lambda value: isinstance(value, dict), "a dict")
-        check(f"{name}: quant_method", quantization.get("quant_method"), lambda it: it == "compressed-tensors",
-              "compressed-tensors, or no quantization_config")
-        groups = quantization.get("config_groups")
-        check(f"{name}: config_groups", groups, lambda groups: all(groups[key]["weights"].keys() for key in groups),
-              "a dict of groups with weights")
-        for group in groups.values():
-            weights = {key: group["weights"].get(key) for key in ("num_bits", "type", "strategy")}
-            check(f"{name}: weights", weights,
-                  lambda its: (its["num_bits"], its["type"]) == (8, "float")
-                  and its["strategy"] in ("channel", "tensor"), "num_bits 8, type float, strategy channel or tensor")
+        method = settings["quantization_config"]
+        check(name, method, lambda method: isinstance(method, dict), "a dict")
+        check(f"{name}: quant_method", method.get("quant_method"),
+              lambda method: method == "compressed-tensors", "compressed-tensors, or no quantization_config")
+        check(f"{name}: config_groups", method.get("config_groups"),
+              lambda groups: groups and all(group.get("weights").get for group in groups.values()),
+              "a dict of groups, each with a dict of weights")
+        for group in method["config_groups"].values():
+            kind = [group["weights"].get(key) for key in ("num_bits", "type", "strategy")]
+            check(f"{name}: num_bits, type and strategy of weights", kind,
+                  lambda kind: kind in ([8, "float", "channel"], [8, "float", "tensor"]),
+                  "[8, 'float', 'channel'] or [8, 'float', 'tensor']")
         return "fp8"
 
     @staticmethod
@@ -454,10 +455,10 @@ class DummyCheckpoint:
         return (0.02 * self.random.standard_normal(shape, np.float32)).astype(BFLOAT16)
 
 
-def load_weights(checkpoint, config, device, rank=0, quantize=lambda matrix: matrix):
+def load_weights(checkpoint, config, device, rank=0, kernels=None):
     """The weights on the device, bfloat16. config: of the model or, if several ranks share it, of a rank. A
-    rank has parts of the rows of q, k, v, gate, up and head, and of the columns of o and down. quantize: makes
-    an Fp8Matrix of each matrix but the embedding, and none of a bias or a norm."""
+    rank has parts of the rows of q, k, v, gate, up and head, and of the columns of o and down. kernels: for a
+    config with quantization, those of kernels.cu."""
     c = config
     D, V, h = c.hidden_size, c.vocab_size, c.head_dim
     F = c.intermediate_size * c.num_ranks                   # of the whole model, like all sizes in a file
@@ -480,7 +481,11 @@ def load_weights(checkpoint, config, device, rank=0, quantize=lambda matrix: mat
         Each part goes to the device alone: the host never holds the stack."""
         g = take(norm, D).astype(np.float32)
         scaled = [(take(*part, axis=0).astype(np.float32) * g).astype(BFLOAT16) for part in parts]
-        return quantize(device.xp.concatenate(scaled))
+        return ready(device.xp.concatenate(scaled))
+
+    def ready(matrix):
+        """The matrix, or the Fp8Matrix made of it."""
+        return quantize(matrix, device, kernels) if c.quantization else matrix
 
     def join(*parts, **options):
         """A vector of several (name, size), one behind the other. options: of take."""
@@ -492,10 +497,10 @@ def load_weights(checkpoint, config, device, rank=0, quantize=lambda matrix: mat
         return LayerWeights(
             qkv=stack(f"model.layers.{i}.input_layernorm", (f"{attention}.q_proj", q_rows, D),
                       (f"{attention}.k_proj", kv_rows, D), (f"{attention}.v_proj", kv_rows, D)),
-            o=quantize(take(f"{attention}.o_proj", D, q_rows, axis=1)),
+            o=ready(take(f"{attention}.o_proj", D, q_rows, axis=1)),
             gate_up=stack(f"model.layers.{i}.post_attention_layernorm", (f"{mlp}.gate_proj", F, D),
                           (f"{mlp}.up_proj", F, D)),
-            down=quantize(take(f"{mlp}.down_proj", D, F, axis=1)),
+            down=ready(take(f"{mlp}.down_proj", D, F, axis=1)),
             qkv_bias=join((f"{attention}.q_proj", q_rows), (f"{attention}.k_proj", kv_rows),
                           (f"{attention}.v_proj", kv_rows), kind="bias", axis=0)
             if c.attention_bias else None,
@@ -513,4 +518,4 @@ def load_weights(checkpoint, config, device, rank=0, quantize=lambda matrix: mat
     if left:
         raise TinyVLLMError(f"{checkpoint.folder}: expected the tensors of config.json's architecture, got "
                             f"{len(left)} others, such as {left[0]}: another architecture, or quantized?")
-    return Weights(embed, layers, norm, quantize(head))
+    return Weights(embed, layers, norm, ready(head))
