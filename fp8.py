@@ -37,8 +37,8 @@ def check_fp8_model(config, device):
     if not config.quantization:
         return
     if not device.runs_fp8:
-        raise TinyVLLMError("quantization: for fp8, expected a GPU of compute capability 8.9 or newer (RTX 40 "
-                            f"series, L4, H100, ...), got {device.name}: use another GPU, or bfloat16")
+        raise TinyVLLMError("quantization: for fp8, expected a GPU of compute capability 8.9 or newer (RTX "
+                            f"40 series, L4, H100, ...), got {device.name}: use another GPU, or bfloat16")
     sizes = {"hidden_size": config.hidden_size, "intermediate_size of a rank": config.intermediate_size,
              "vocab_size of a rank": config.vocab_size / config.num_ranks}
     for name, size in sizes.items():

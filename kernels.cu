@@ -851,7 +851,7 @@ extern "C" __global__ __launch_bounds__(QUANTIZE_THREADS) void quantize(
 //     block_reduce's.
 // -------------------------------------------------------------------------------------------------
 EXPORT(ADD_THREADS, row_threads(HIDDEN, 256));
-constexpr int ADD_GROUPS = (HIDDEN + 8 * ADD_THREADS - 1) / (8 * ADD_THREADS);    // of eight columns, a thread's
+constexpr int ADD_GROUPS = (HIDDEN + 8 * ADD_THREADS - 1) / (8 * ADD_THREADS);    // a thread's
 extern "C" __global__ __launch_bounds__(ADD_THREADS) void add_residual(
         u8* codes, bf16* out, const bf16* residual, const bf16* product, const float* row_scales,
         const float* token_scales, const bf16* bias) {

@@ -24,8 +24,8 @@ bfloat16. A matrix is stored as [out, in], so a product is x @ w.T.
 
 Sections: Pages, Sequences and scheduler, Forward pass, Memory, Engine, API, Command line.
 weights.py reads a model's files, sampling.py holds what a request asks of the sampler, device.py
-compiles and starts kernels, on a GPU or in a simulator, and program.py is what all programs share:
-options, signals, exit codes.
+compiles and starts kernels, on a GPU or in a simulator, fp8.py multiplies matrices in 8 bits (with
+--quantization fp8), and program.py is what all programs share: options, signals, exit codes.
 """
 import signal
 
@@ -839,8 +839,8 @@ class Products:
         self.kernels.silu_mul(grid, activation, gate_up, residual, None, None, None)
 
     def add(self, residual, x, w, bias=None):
-        """(residual + x @ w.T + bias [D, 1], the input of the next product). Several ranks have parts of x and
-        w, so the sum of their products is taken; rank 0 alone adds its product to the residual."""
+        """(residual + x @ w.T + bias [D, 1], the input of the next product). Several ranks have parts of x
+        and w, so the sum of their products is taken; rank 0 alone adds its product to the residual."""
         is_first = self.communicator.rank == 0
         product = self.linear(x, w, add_to=residual if is_first else None)
         residual = self.communicator.all_reduce(product)
