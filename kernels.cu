@@ -154,7 +154,7 @@ struct alignas(8) Codes8 { unsigned short v[4]; };    // eight codes, in pairs
 struct alignas(16) Scales8 { float v[8]; };
 
 // Threads for a row: one for eight columns, in whole warps, but `most` at most.
-constexpr int row_threads(int columns, int most) {
+__device__ constexpr int row_threads(int columns, int most) {
     const int threads = (columns + 255) / 256 * 32;
     return threads < most ? threads : most;
 }
