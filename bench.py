@@ -590,7 +590,7 @@ def write_config(engine_args, folder):
     """Writes the configuration of a model and its tokenizer into a folder, and returns the ModelConfig.
     A shape has more ids than Parrot's tokenizer: the others get a text, too, or a stream of random
     tokens would have nothing to send."""
-    source, config = tinyvllm.open_config(engine_args)
+    source, config = tinyvllm.open_config(replace(engine_args, quantization=None))
     values = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **asdict(config)}
     values["eos_token_id"] = sorted(values.pop("eos_token_ids"))
     if config.rope_scaling:

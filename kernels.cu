@@ -10,6 +10,8 @@
 //     decode_attention  the same, for a step in which every sequence brings one token
 //     silu_mul          the gate of the feed-forward part
 //     quantize          with FP8 weights: numbers in 16 bits -> codes in 8 bits, and a scale for each row
+//     add_residual      with FP8 weights: a product is scaled and added to the residual stream
+//     scale_logits      with FP8 weights: the head's product is scaled
 //     rms_norm          the norm before the head (a layer's norms: in rope_and_cache and silu_mul)
 //     sample            logits -> token, on the GPU: 8 bytes a sequence go to the CPU, not V logits
 //     best_logprobs     logits -> the most probable tokens, where a request asks for them
@@ -144,6 +146,49 @@ __device__ inline float inverse_rms(const bf16* x) {
     return rsqrtf(block_reduce(squares, Sum()) / HIDDEN + RMS_EPS);
 }
 
+// ---- FP8 weights: a number is a code in 8 bits (E4M3, see ptx.h) times a scale -------------------
+// cuBLAS multiplies codes with codes. A kernel behind the product multiplies by the scales: row_scales,
+// one for each row of the weights, so one for each column of the product; and the token's scale.
+constexpr float MOST_E4M3 = 448;
+struct alignas(8) Codes8 { unsigned short v[4]; };    // eight codes, in pairs
+struct alignas(16) Scales8 { float v[8]; };
+
+// Threads for a row: one for eight columns, in whole warps, but `most` at most.
+__device__ constexpr int row_threads(int columns, int most) {
+    const int threads = (columns + 255) / 256 * 32;
+    return threads < most ? threads : most;
+}
+
+__device__ inline void store_codes(u8* p, const Float8& x, float times) {
+    Codes8 codes;
+    for (int i = 0; i < 4; ++i) codes.v[i] = pack_e4m3x2(x.v[2 * i] * times, x.v[2 * i + 1] * times);
+    *reinterpret_cast<Codes8*>(p) = codes;
+}
+
+__device__ inline Float8 multiplied(Float8 x, const float* scales) {
+    const Scales8 times = *reinterpret_cast<const Scales8*>(scales);
+    for (int i = 0; i < 8; ++i) x.v[i] *= times.v[i];
+    return x;
+}
+
+// A normed token needs no scale of its own: |x_i| / rms(x) is sqrt(D) at most. So its codes are those of
+// 448 / sqrt(D) * x / rms(x), and all products with them are multiplied by this constant:
+__device__ inline float normed_scale() { return sqrtf(HIDDEN) / MOST_E4M3; }
+
+__device__ inline float greatest_of(float greatest, const Float8& x) {
+    for (int i = 0; i < 8; ++i) greatest = fmaxf(greatest, fabsf(x.v[i]));
+    return greatest;
+}
+
+// The scale of a row: the greatest number of the row gets the greatest code. greatest: of the thread's
+// numbers. All threads of the thread block must call, and get the result; scales[row] gets it too.
+__device__ inline float row_scale(float greatest, float* scales, int row) {
+    greatest = block_reduce(greatest, Max());
+    const float scale = greatest > 1e-30f ? greatest / MOST_E4M3 : 1;    // else 1 / scale might be infinite
+    if (threadIdx.x == 0) scales[row] = scale;
+    return scale;
+}
+
 // -------------------------------------------------------------------------------------------------
 // rope_and_cache: norms q, k and v, rotates q and k by position, writes k and v to the cache
 //
@@ -163,6 +208,7 @@ __device__ inline float inverse_rms(const bf16* x) {
 //   bias [(H + 2K) h]: added to q, k and v, before they turn. Null unless QKV_BIAS is 1.
 //   qk_norm [2h]: each head of q and of k is normed too, before it turns, with a weight [h] for all
 //     heads of q and one for all heads of k. Null unless QK_NORM is 1.
+//   row_scales [(H + 2K) h]: with FP8 weights, of the codes in the matrix. Otherwise null.
 //   Grid (T): a thread block owns one token. A thread owns eight pairs of a head at a time (so h
 //     must be a multiple of 16), and reads both halves of the pairs before it writes either: no
 //     barrier is needed in between. Shared memory: block_reduce's, and `squares`.
@@ -170,7 +216,8 @@ __device__ inline float inverse_rms(const bf16* x) {
 EXPORT(ROPE_THREADS, 256);
 extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
         bf16* qkv, const bf16* x, const float* cos_sin, const int* positions, const long long* slot_mapping,
-        bf16* k_cache, bf16* v_cache, float query_scale, const bf16* bias, const bf16* qk_norm) {
+        bf16* k_cache, bf16* v_cache, float query_scale, const bf16* bias, const bf16* qk_norm,
+        const float* row_scales) {
     constexpr bool IS_PLAIN = !QKV_BIAS && !QK_NORM;
     constexpr int HALF = HEAD_DIM / 2;
     constexpr int EIGHTS = HALF / 8;
@@ -178,10 +225,11 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
     const long long slot = slot_mapping[token];
     const float* cos = cos_sin + (size_t)positions[token] * HEAD_DIM;
     const float* sin = cos + HALF;
-    const float factor = inverse_rms(x + (size_t)token * HIDDEN);
+    const float factor = FP8_WEIGHTS ? normed_scale() : inverse_rms(x + (size_t)token * HIDDEN);
     const bf16* row = qkv + (size_t)token * QKV;
     const auto load = [&](const bf16* p) {    // eight numbers of the row. Unless IS_PLAIN: factor, then bias
         Float8 y = to_float(vec8(p));
+        if constexpr (FP8_WEIGHTS) y = multiplied(y, row_scales + (p - row));
         Float8 more = {};
         if constexpr (QKV_BIAS) more = to_float(vec8(bias + (p - row)));
         for (int j = 0; j < 8 && !IS_PLAIN; ++j) y.v[j] = y.v[j] * factor + more.v[j];
@@ -716,18 +764,21 @@ extern "C" __global__ __launch_bounds__(ATTENTION_THREADS, HEAD_DIM <= 128 ? 4 :
 //   out [T, F].
 //   gate_up [T, 2F]: a token's gates, then its ups (one matrix product makes both).
 //   x [T, D]: the residual stream before the norm; gate_up is x @ the folded matrix.
-//   Grid (ceil(F / SILU_COLUMNS), T): a thread owns two groups of eight columns of one token.
-//     Shared memory: block_reduce's.
+//   With FP8 weights, row_scales [2F] are those of the matrix, and codes [T, F] and scales [T] are written
+//   in place of out (see quantize). Otherwise the three are null.
+//   Grid (ceil(F / SILU_COLUMNS), T): a thread owns a few groups of eight columns of one token. (With FP8
+//     weights a thread block owns a token, since it must find the token's greatest number.) Shared memory:
+//     block_reduce's.
 // -------------------------------------------------------------------------------------------------
-EXPORT(SILU_THREADS, 256);
-EXPORT(SILU_COLUMNS, 4096);    // of a thread block
-constexpr int SILU_GROUPS = SILU_COLUMNS / (8 * SILU_THREADS);    // of eight columns, a thread's
+EXPORT(SILU_THREADS, FP8_WEIGHTS ? row_threads(FFN, 512) : 256);
+constexpr int SILU_GROUPS = FP8_WEIGHTS ? (FFN + 8 * SILU_THREADS - 1) / (8 * SILU_THREADS) : 2;
+EXPORT(SILU_COLUMNS, 8 * SILU_THREADS * SILU_GROUPS);    // of a thread block; a group is eight columns
 
 // exp(-g) is 2^(-g log2(e)). For a very negative g that is inf, and g / inf is right: 0.
 __device__ inline float silu(float g) { return g / (1 + exp2_approx(-LOG2_E * g)); }
 
 extern "C" __global__ __launch_bounds__(SILU_THREADS) void silu_mul(
-        bf16* out, const bf16* gate_up, const bf16* x) {
+        bf16* out, const bf16* gate_up, const bf16* x, u8* codes, float* scales, const float* row_scales) {
     const size_t token = blockIdx.y;
     const int first = blockIdx.x * SILU_COLUMNS + 8 * threadIdx.x;
     Bf16x8 gates[SILU_GROUPS];    // both arrays are on their way while the squares of x are summed
@@ -737,53 +788,121 @@ extern "C" __global__ __launch_bounds__(SILU_THREADS) void silu_mul(
         gates[k] = vec8(gate_up + token * 2 * FFN + i);
         ups[k] = vec8(gate_up + token * 2 * FFN + FFN + i);
     }
-    const float factor = inverse_rms(x + token * HIDDEN);
+    const float factor = FP8_WEIGHTS ? normed_scale() : inverse_rms(x + token * HIDDEN);
+    Float8 results[SILU_GROUPS];
+    float greatest = 0;
     for (int k = 0; k < SILU_GROUPS; ++k) {
         const int i = first + 8 * SILU_THREADS * k;
         if (i >= FFN) break;
         Float8 gate = to_float(gates[k]);
-        const Float8 up = to_float(ups[k]);
+        Float8 up = to_float(ups[k]);
+        if constexpr (FP8_WEIGHTS) {
+            gate = multiplied(gate, row_scales + i);
+            up = multiplied(up, row_scales + FFN + i);
+        }
         for (int j = 0; j < 8; ++j) {
             const float g = gate.v[j] * factor;
             gate.v[j] = silu(g) * (up.v[j] * factor);
         }
-        vec8(out + token * FFN + i) = to_bf16(gate);
+        if constexpr (FP8_WEIGHTS) {
+            results[k] = gate;
+            greatest = greatest_of(greatest, gate);
+        } else {
+            vec8(out + token * FFN + i) = to_bf16(gate);
+        }
+    }
+    if constexpr (FP8_WEIGHTS) {
+        const float scale = row_scale(greatest, scales, token);
+        for (int k = 0; k < SILU_GROUPS; ++k) {
+            const int i = first + 8 * SILU_THREADS * k;
+            if (i < FFN) store_codes(codes + token * FFN + i, results[k], 1 / scale);
+        }
     }
 }
 
 // -------------------------------------------------------------------------------------------------
 // quantize: rows of a matrix as E4M3 codes, with a scale for each row: x[r, i] is about codes[r, i] scales[r]
 //
-// The scale is max |x[r]| / 448, so the greatest number of a row gets the greatest code. A row's codes depend
-// on the row alone. The codes of NaN and of infinity are NaN's.
+// A row's codes depend on the row alone. The codes of NaN and of infinity are NaN's.
 //   codes [R, columns], scales [R], x [R, columns]. columns: a multiple of 8.
 //   Grid (R): a thread block owns one row. Shared memory: block_reduce's.
 // -------------------------------------------------------------------------------------------------
 EXPORT(QUANTIZE_THREADS, 256);
-constexpr float MOST_E4M3 = 448;
-struct alignas(8) Codes8 { unsigned short v[4]; };    // eight codes, in pairs
-
-__device__ inline Codes8 to_e4m3(const Float8& x, float times) {
-    Codes8 codes;
-    for (int i = 0; i < 4; ++i) codes.v[i] = pack_e4m3x2(x.v[2 * i] * times, x.v[2 * i + 1] * times);
-    return codes;
-}
-
 extern "C" __global__ __launch_bounds__(QUANTIZE_THREADS) void quantize(
         u8* codes, float* scales, const bf16* x, int columns) {
     if constexpr (FP8_WEIGHTS) {
         const bf16* row = x + (size_t)blockIdx.x * columns;
         float greatest = 0;
         for (int i = 8 * threadIdx.x; i < columns; i += 8 * QUANTIZE_THREADS)
-            for (const float y : to_float(vec8(row + i)).v) greatest = fmaxf(greatest, fabsf(y));
-        greatest = block_reduce(greatest, Max());
-        const float scale = greatest > 1e-30f ? greatest / MOST_E4M3 : 1;    // else 1 / scale might be infinite
-        if (threadIdx.x == 0) scales[blockIdx.x] = scale;
-        for (int i = 8 * threadIdx.x; i < columns; i += 8 * QUANTIZE_THREADS) {
-            u8* target = codes + (size_t)blockIdx.x * columns + i;
-            *reinterpret_cast<Codes8*>(target) = to_e4m3(to_float(vec8(row + i)), 1 / scale);
+            greatest = greatest_of(greatest, to_float(vec8(row + i)));
+        const float scale = row_scale(greatest, scales, blockIdx.x);
+        for (int i = 8 * threadIdx.x; i < columns; i += 8 * QUANTIZE_THREADS)
+            store_codes(codes + (size_t)blockIdx.x * columns + i, to_float(vec8(row + i)), 1 / scale);
+    }
+}
+
+// -------------------------------------------------------------------------------------------------
+// add_residual: out = residual + product + bias, and codes of the normed sum, the next product's input
+//
+//   codes [T, D]: of normed_scale(), see there. Null: none are wanted.
+//   out [T, D], residual [T, D], bias [D]: null, each, for none. out may be residual or product.
+//   product [T, D]: of codes, to be multiplied by row_scales [D] and token_scales [T]. Null for none.
+//   Grid (T): a thread block owns one token, a thread ADD_GROUPS groups of eight columns. Shared memory:
+//     block_reduce's.
+// -------------------------------------------------------------------------------------------------
+EXPORT(ADD_THREADS, row_threads(HIDDEN, 256));
+constexpr int ADD_GROUPS = (HIDDEN + 8 * ADD_THREADS - 1) / (8 * ADD_THREADS);    // a thread's
+extern "C" __global__ __launch_bounds__(ADD_THREADS) void add_residual(
+        u8* codes, bf16* out, const bf16* residual, const bf16* product, const float* row_scales,
+        const float* token_scales, const bf16* bias) {
+    if constexpr (FP8_WEIGHTS) {
+        const size_t first = (size_t)blockIdx.x * HIDDEN;
+        Float8 sums[ADD_GROUPS];
+        float squares = 0;
+        for (int k = 0; k < ADD_GROUPS; ++k) {
+            const int i = 8 * (threadIdx.x + k * ADD_THREADS);
+            if (i >= HIDDEN) break;
+            Float8 sum = {};
+            const auto add = [&](const bf16* p) {
+                const Float8 more = to_float(vec8(p));
+                for (int j = 0; j < 8; ++j) sum.v[j] += more.v[j];
+            };
+            if (product) {
+                sum = multiplied(to_float(vec8(product + first + i)), row_scales + i);
+                for (int j = 0; j < 8; ++j) sum.v[j] *= token_scales[blockIdx.x];
+            }
+            if (bias) add(bias + i);
+            if (residual) add(residual + first + i);
+            const Bf16x8 rounded = to_bf16(sum);
+            if (out) vec8(out + first + i) = rounded;
+            sums[k] = to_float(rounded);
+            for (int j = 0; j < 8; ++j) squares += sums[k].v[j] * sums[k].v[j];
+        }
+        if (!codes) return;
+        const float factor = rsqrtf(block_reduce(squares, Sum()) / HIDDEN + RMS_EPS) / normed_scale();
+        for (int k = 0; k < ADD_GROUPS; ++k) {
+            const int i = 8 * (threadIdx.x + k * ADD_THREADS);
+            if (i < HIDDEN) store_codes(codes + first + i, sums[k], factor);
         }
     }
+}
+
+// -------------------------------------------------------------------------------------------------
+// scale_logits: the head's product of codes, multiplied by the scales
+//
+//   logits [R, columns], row_scales [columns], token_scales [R]. columns: a multiple of 8.
+//   Grid (ceil(columns / SCALE_COLUMNS), R): a thread owns eight columns of one row.
+// -------------------------------------------------------------------------------------------------
+EXPORT(SCALE_THREADS, 256);
+EXPORT(SCALE_COLUMNS, 8 * SCALE_THREADS);
+extern "C" __global__ __launch_bounds__(SCALE_THREADS) void scale_logits(
+        bf16* logits, const float* row_scales, const float* token_scales, int columns) {
+    const int i = SCALE_COLUMNS * blockIdx.x + 8 * threadIdx.x;
+    if (i >= columns) return;
+    bf16* mine = logits + (size_t)blockIdx.y * columns + i;
+    Float8 x = multiplied(to_float(vec8(mine)), row_scales + i);
+    for (int j = 0; j < 8; ++j) x.v[j] *= token_scales[blockIdx.y];
+    vec8(mine) = to_bf16(x);
 }
 
 // -------------------------------------------------------------------------------------------------

@@ -50,7 +50,8 @@ class EngineArgs:
         "auto", f"dummy: random weights, for a --model that may also be one of {', '.join(SHAPES)}",
         choices=("auto", "dummy"))
     quantization: str | None = option(
-        None, "fp8: matrices in 8 bits a weight, made from those of the model", choices=("fp8",))
+        None, "fp8: matrices in 8 bits a weight, made while loading (default: as the model's files)",
+        choices=("fp8",))
     kv_cache_dtype: str = option("auto", "fp8: keys and values in 8 bits", choices=("auto", "fp8"))
     max_model_len: int | None = option(
         None, "tokens of prompt and answer together (default: the model's limit)", type=int, metavar="N")

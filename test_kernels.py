@@ -53,6 +53,8 @@ MODELS = [
     sizes(144, 5, 1, 208, 344, 999, 8),
 ]
 MODEL_NAMES = ["-".join(str(size) for size in list(model.values())[:7]) for model in MODELS]
+FP8 = BASE | {"FP8_WEIGHTS": 1}
+LARGE_FP8 = MODELS[2] | {"FP8_WEIGHTS": 1, "FFN": 28672, "QKV_BIAS": 1, "QK_NORM": 1}
 every_model = pytest.mark.parametrize("model", MODELS, ids=MODEL_NAMES)
 NAN = np.float32("nan")
 
@@ -230,6 +232,120 @@ def test_quantize(columns):
     assert np.isnan(got[3, 2]) and np.isnan(got[4, 5])
 
 
+# add_residual, scale_logits, and silu_mul with FP8 weights
+def positive_floats(rng, *shape):
+    return rng.uniform(0.5, 2, shape).astype(np.float32)
+
+
+def numbers_of(codes):
+    return np.float64(codes.view(float8_e4m3fn))
+
+
+def close_codes(codes, want):
+    """want, in float64, is rounded to the next code: by half a step at most, and a bit more for bfloat16."""
+    got = numbers_of(codes)
+    assert (np.abs(got - want) <= np.maximum(np.abs(want) * 2.0 ** -4, 2.0 ** -10) * 1.07).all()
+
+
+@pytest.mark.skipif(not DEVICE.runs_fp8, reason="needs a GPU of compute capability 8.9 or newer")
+@pytest.mark.parametrize("model", [FP8, LARGE_FP8], ids=["144", "2048"])
+@pytest.mark.parametrize("absent", [
+    (), ("residual", "bias"), ("codes",), ("product", "bias", "out")], ids=str)
+def test_add_residual(model, absent):
+    rng = RNG(4)
+    D = model["HIDDEN"]
+    args = {"codes": np.full((3, D), 77, np.uint8), "out": poison(3, D),
+            "residual": randn(rng, 3, D, scale=5),
+            "product": randn(rng, 3, D, scale=900), "row_scales": positive_floats(rng, D) / 100,
+            "token_scales": positive_floats(rng, 3) / 10, "bias": randn(rng, D)}
+    args["residual"][1] *= 1e-4
+    args["product"][1] = 0
+    args["residual"][2] = 0
+    args["product"][2] = [3e5] + [0] * (D - 1)      # one number alone gets the greatest code, and no more
+    args |= dict.fromkeys(absent)
+    want = np.zeros((3, D))
+    if "product" not in absent:
+        want += np.float64(args["product"]) * args["row_scales"] * args["token_scales"][:, None]
+    for name in "residual", "bias":
+        if name not in absent:
+            want += np.float64(args[name])
+    launch(model, "add_residual", (3,), *args.values())
+    if "out" not in absent:
+        close(args["out"], want, floor=1e-6)
+    if "codes" not in absent:
+        sums = np.float64(want.astype(bfloat16))
+        rms = np.sqrt((sums ** 2).mean(1, keepdims=True) + 1e-5)
+        close_codes(args["codes"], sums / rms * 448 / D ** 0.5)
+        if "bias" in absent and "product" not in absent:
+            assert numbers_of(args["codes"])[2].tolist() == [448 * np.sign(want[2, 0])] + [0] * (D - 1)
+
+
+@pytest.mark.skipif(not DEVICE.runs_fp8, reason="needs a GPU of compute capability 8.9 or newer")
+def test_a_token_has_the_same_codes_in_any_company():
+    """Alone, and among 63 tokens with outliers: of the residual stream, of any row, and of silu_mul."""
+    rng = RNG(5)
+    D = FP8["HIDDEN"]
+    F = FP8["FFN"]
+    company = (rng.standard_normal((64, 2 * F)) * 10.0 ** rng.uniform(-3, 5, (64, 1))).astype(bfloat16)
+    company[::3, 17] = 3e38
+    company[5] = NAN
+    mine = randn(rng, 2 * F)
+    row_scales = positive_floats(rng, 2 * F)
+
+    def codes_of(place, x):
+        T = len(x)
+        x[place] = mine
+        narrow = np.ascontiguousarray(x[:, :D])
+        residual = np.full((T, D), 77, np.uint8)
+        rows = np.full((T, 2 * F), 77, np.uint8)
+        activation = np.full((T, F), 77, np.uint8)
+        scales = poison(2, T, dtype=np.float32)
+        launch(FP8, "add_residual", (T,), residual, None, narrow, None, None, None, None)
+        launch(FP8, "quantize", (T,), rows, scales[0], x, 2 * F)
+        launch(FP8, "silu_mul", (1, T), None, x, None, activation, scales[1], row_scales)
+        return [array[place].tolist() for array in (residual, rows, activation, scales[0], scales[1])]
+
+    alone = codes_of(0, np.zeros((1, 2 * F), bfloat16))
+    assert all(len(set(codes)) > 50 for codes in alone[:3])
+    for place in 0, 40, 63:
+        assert codes_of(place, company.copy()) == alone
+
+
+@pytest.mark.skipif(not DEVICE.runs_fp8, reason="needs a GPU of compute capability 8.9 or newer")
+@pytest.mark.parametrize("model", [FP8, LARGE_FP8], ids=["344", "28672"])
+def test_silu_mul_with_fp8_weights(model):
+    rng = RNG(6)
+    F = model["FFN"]
+    gate_up = randn(rng, 3, 2 * F, scale=500)
+    gate_up[0, :4] = [-1e30, 1e5, -100, 0]
+    gate_up[1, F:] = 0
+    row_scales = positive_floats(rng, 2 * F)
+    codes = np.full((4, F), 77, np.uint8)
+    scales = poison(4, dtype=np.float32)
+    gate, up = np.split(np.float64(gate_up) * row_scales * model["HIDDEN"] ** 0.5 / 448, 2, -1)
+    assert compiled(model).SILU_COLUMNS >= F
+    launch(model, "silu_mul", (1, 3), None, gate_up, None, codes, scales, row_scales)
+    with np.errstate(over="ignore"):
+        want = gate / (1 + np.exp(-gate)) * up
+    want_scales = np.abs(want).max(1) / 448
+    want_scales[1] = 1
+    np.testing.assert_allclose(scales[:3], want_scales, rtol=1e-5)
+    close_codes(codes[:3], want / want_scales[:, None])
+    assert (codes[3] == 77).all() and np.isnan(scales[3])
+
+
+@pytest.mark.parametrize("columns", [8, 2048, 4104])
+def test_scale_logits(columns):
+    rng = RNG(7)
+    logits = randn(rng, 3, columns, scale=4000)
+    row_scales = positive_floats(rng, columns)
+    token_scales = positive_floats(rng, 3)
+    want = np.float64(logits) * row_scales * token_scales[:, None]
+    grid = (-(-columns // compiled(FP8).SCALE_COLUMNS), 3)
+    launch(FP8, "scale_logits", grid, logits, row_scales, token_scales, columns)
+    close(logits, want)
+
+
 # gather_rows
 @every_model
 def test_gather_rows(model):
@@ -322,7 +438,7 @@ def test_rope_and_cache(model, T):
     cos, sin = np.split(np.float64(table[positions])[:, None], 2, -1)
     q, k, v = np.split(qkv.reshape(T, H + 2 * K, h) * inverse_rms_twin(x)[..., None], [H, H + K], 1)
     launch(model, "rope_and_cache", (T,),
-           qkv, x, table, positions, slots, caches[0], caches[1], np.float32(0.3), None, None)
+           qkv, x, table, positions, slots, caches[0], caches[1], np.float32(0.3), None, None, None)
     used = slots >= 0
     close(qkv.reshape(T, H + 2 * K, h)[used, :H], 0.3 * rope_twin(q, cos, sin)[used])
     pages = slots[used] // B
@@ -335,11 +451,12 @@ def test_rope_and_cache(model, T):
 
 @pytest.mark.parametrize("model", [
     BASE | {"QKV_BIAS": 1, "QK_NORM": 1}, MODELS[3] | {"QK_NORM": 1}, MODELS[7] | {"QKV_BIAS": 1},
-], ids=["144-4-1, bias, norm", "head 48, norm", "head 208, bias"])
+    FP8, LARGE_FP8,
+], ids=["144-4-1, bias, norm", "head 48, norm", "head 208, bias", "fp8", "fp8, bias, norm"])
 def test_rope_and_cache_with_bias_and_head_norm(model):
-    """rope_and_cache adds the bias, and then norms each head of q and k, before both turn.
+    """rope_and_cache scales, adds the bias, and then norms each head of q and k, before both turn.
 
-    The three threads of a head of 48 can belong to two warps.
+    The three threads of a head of 48 can belong to two warps. With FP8 weights, x is not read.
     """
     rng = RNG(3)
     H, K, h, B = attention_sizes(model)
@@ -353,13 +470,19 @@ def test_rope_and_cache_with_bias_and_head_norm(model):
     slots = rng.permutation(B)[:T].astype(np.int64)
     slots[2] = -1
     caches = poison(2, 1, K, B, h)
-    rows = qkv * inverse_rms_twin(x) + (0 if bias is None else np.float64(bias))
+    scales = None
+    factor = inverse_rms_twin(x)
+    if model["FP8_WEIGHTS"]:
+        scales = positive_floats(rng, (H + 2 * K) * h)
+        factor = np.float64(scales) * model["HIDDEN"] ** 0.5 / 448
+        x[...] = NAN
+    rows = qkv * factor + (0 if bias is None else np.float64(bias))
     q, k, v = np.split(rows.reshape(T, H + 2 * K, h), [H, H + K], 1)
     if weight is not None:
         q = rms_norm_twin(q, weight[:h])
         k = rms_norm_twin(k, weight[h:])
     launch(model, "rope_and_cache", (T,),
-           qkv, x, table, positions, slots, caches[0], caches[1], np.float32(0.3), bias, weight)
+           qkv, x, table, positions, slots, caches[0], caches[1], np.float32(0.3), bias, weight, scales)
     used = slots >= 0
     cos, sin = np.split(np.float64(table[positions])[:, None], 2, -1)
     close(qkv.reshape(T, H + 2 * K, h)[used, :H], 0.3 * rope_twin(q, cos, sin)[used])
@@ -493,7 +616,7 @@ def test_offsets_need_64_bits():
     v = (qkv[:, -1] * inverse_rms_twin(x)).astype(bfloat16)
     launch(BASE, "rope_and_cache", (T,),
            qkv, x, rope_table(T, h), ints(range(T)), slots, np.empty_like(cache), cache, np.float32(1),
-           None, None)
+           None, None, None)
     close(cache[page, 0, :T], v)
     out = poison(T, H, h)
     launch(BASE, "paged_attention", (K, 1), out, qkv, cache, cache, ints([page]), ints([0, 1]), ints([0, T]),
@@ -517,7 +640,8 @@ def test_silu_mul(model):
     out = poison(4, ffn)
     gate_up[0, :4] = [-1e30, 1e30, -100, 0]
     gate, up = np.split(gate_up * inverse_rms_twin(x), 2, -1)
-    launch(model, "silu_mul", (-(-ffn // compiled(model).SILU_COLUMNS), 3), out, gate_up, x)
+    grid = (-(-ffn // compiled(model).SILU_COLUMNS), 3)
+    launch(model, "silu_mul", grid, out, gate_up, x, None, None, None)
     with np.errstate(over="ignore"):
         close(out[:3], gate / (1 + np.exp(-gate)) * up)
     assert np.isnan(np.float32(out[3])).all()

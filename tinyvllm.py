@@ -31,8 +31,8 @@ bfloat16. A matrix is stored as [out, in], so a product is x @ w.T.
 
 Sections: Pages, Sequences and scheduler, Forward pass, Memory, Engine, API, Command line.
 weights.py reads a model's files, sampling.py holds what a request asks of the sampler, device.py
-compiles and starts kernels, on a GPU or in a simulator, and program.py is what all programs share:
-options, signals, exit codes.
+compiles and starts kernels, on a GPU or in a simulator, fp8.py multiplies matrices in 8 bits (with
+--quantization fp8), and program.py is what all programs share: options, signals, exit codes.
 """
 import signal
 
@@ -64,6 +64,7 @@ try:
     from communicator import OneRank, start_ranks
     from device import (DECODE_KERNEL, FOLDER, KERNELS, CpuDevice, TinyVLLMError, check, compile_kernels,
                         first_line, open_device, paste, shown)
+    from fp8 import Fp8Products, check_fp8_model
     from grammar import Grammars
     from program import (ArgumentParser, EngineArgs, add_sampling_options, as_flags, check_writable,
                          given_sampling, run_program, sampling_params)
@@ -802,6 +803,63 @@ def rope_frequencies(config):
     return kept * frequencies + (1 - kept) * frequencies / scaling["factor"]
 
 
+def compile_model(config, device, args):
+    """The kernels, with the sizes of a model (of a rank) as constants."""
+    c = config
+    has_decode_kernel = args.fused_decode and device.runs_decode and c.num_ranks == 1 and not c.quantization
+    code = paste(KERNELS, DECODE_KERNEL) if has_decode_kernel else paste(KERNELS)
+    return compile_kernels(device, {
+        "HIDDEN": c.hidden_size, "FFN": c.intermediate_size, "NUM_LAYERS": c.num_hidden_layers,
+        "NUM_HEADS": c.num_attention_heads, "NUM_KV_HEADS": c.num_key_value_heads, "HEAD_DIM": c.head_dim,
+        "VOCAB": c.vocab_size, "BLOCK_SIZE": args.block_size, "RMS_EPS": f"{c.rms_norm_eps:e}f",
+        "QKV_BIAS": int(c.attention_bias), "O_BIAS": int(c.attention_out_bias),
+        "QK_NORM": int(c.qk_norm), "FP8_WEIGHTS": int(c.quantization == "fp8"),
+        "FP8_CACHE": int(c.kv_cache_dtype == "fp8")}, code)
+
+
+class Products:
+    """The products with a layer's matrices, and what follows them. Fp8Products, in fp8.py, takes the place of
+    this class for matrices in 8 bits: the next product's input, x, is then not the residual stream itself."""
+
+    def __init__(self, device, kernels, communicator):
+        self.device = device
+        self.kernels = kernels
+        self.communicator = communicator
+        self.linear = device.linear
+
+    def first_input(self, residual):
+        """The input of the first layer's qkv."""
+        return residual
+
+    def row_scales(self, w):
+        """The numbers by which the columns of a product with w must still be multiplied, if any."""
+        return None
+
+    def empty_activation(self, tokens, columns):
+        """The array that silu_mul() fills."""
+        return self.device.empty((tokens, columns))
+
+    def silu_mul(self, activation, gate_up, residual, w):
+        """Fills the input of down [T, F]. gate_up: the product with w; silu_mul applies the norm's factor."""
+        tokens, columns = activation.shape
+        grid = (cdiv(columns, self.kernels.SILU_COLUMNS), tokens)
+        self.kernels.silu_mul(grid, activation, gate_up, residual, None, None, None)
+
+    def add(self, residual, x, w, bias=None):
+        """(residual + x @ w.T + bias [D, 1], the input of the next product). Several ranks have parts of x
+        and w, so the sum of their products is taken; rank 0 alone adds its product to the residual."""
+        is_first = self.communicator.rank == 0
+        product = self.linear(x, w, add_to=residual if is_first else None)
+        residual = self.communicator.all_reduce(product)
+        if bias is not None:                        # for all tokens: a product with ones [T, 1]
+            self.linear(self.device.xp.ones((len(x), 1), residual.dtype), bias, add_to=residual)
+        return residual, residual
+
+    def logits(self, x, head):
+        """x @ head.T, for normed tokens."""
+        return self.linear(x, head)
+
+
 class Model:
     """Config, weights, kernels and the KV cache, on a device."""
 
@@ -819,21 +877,15 @@ class Model:
         self.graphs = {}                    # size -> replay(), see device.record
         # 1 / sqrt(h), times log2(e): the kernels' softmax takes powers of 2.
         self.query_scale = math.log2(math.e) / math.sqrt(c.head_dim)
-        has_decode_kernel = args.fused_decode and device.runs_decode and self.communicator.size == 1
-        code = paste(KERNELS, DECODE_KERNEL) if has_decode_kernel else paste(KERNELS)
-        self.kernels = compile_kernels(device, {            # with this model's sizes as constants
-            "HIDDEN": c.hidden_size, "FFN": c.intermediate_size, "NUM_LAYERS": c.num_hidden_layers,
-            "NUM_HEADS": c.num_attention_heads, "NUM_KV_HEADS": c.num_key_value_heads, "HEAD_DIM": c.head_dim,
-            "VOCAB": c.vocab_size, "BLOCK_SIZE": args.block_size, "RMS_EPS": f"{c.rms_norm_eps:e}f",
-            "QKV_BIAS": int(c.attention_bias), "O_BIAS": int(c.attention_out_bias),
-            "QK_NORM": int(c.qk_norm), "FP8_WEIGHTS": int(c.quantization == "fp8"),
-            "FP8_CACHE": int(c.kv_cache_dtype == "fp8")}, code)
+        self.kernels = compile_model(c, device, args)
+        kind = Fp8Products if c.quantization else Products
+        self.products = kind(device, self.kernels, self.communicator)
         self.tiling = Tiling(c.num_attention_heads // c.num_key_value_heads, self.kernels.ATTENTION_ROWS)
         # The greatest batch for decode(). decode.cu says 0 for a model that it cannot divide.
-        self.decode_batch = self.kernels.DECODE_BATCH if has_decode_kernel else 0
+        self.decode_batch = getattr(self.kernels, "DECODE_BATCH", 0)
         matrices = [matrix for layer in weights.layers      # in the order of the forward pass
                     for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-        addresses = [device.address(matrix) for matrix in [*matrices, weights.head]]
+        addresses = [device.address(getattr(matrix, "codes", matrix)) for matrix in [*matrices, weights.head]]
         self.addresses = device.to_device(np.array(addresses, np.uint64))               # [4L + 1]
         self.biases = None                                                              # [L, (H + 2K) h]
         if c.attention_bias:
@@ -905,7 +957,7 @@ class Model:
     def forward(self, b):
         """Puts the new tokens' keys and values into the cache, and the sampled sequences' next
         tokens into the step buffer. Returns the logits [R + P, V]. b: a DeviceBatch."""
-        c, w, kernels, linear = self.config, self.weights, self.kernels, self.device.linear
+        c, w, kernels, products = self.config, self.weights, self.kernels, self.products
         T, num_rows, num_tiles = len(b.token_ids), len(b.last_tokens), len(b.tiles) // 2
         D, F, H, K, h = (c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_key_value_heads,
                          c.head_dim)
@@ -918,41 +970,34 @@ class Model:
         attend = kernels.decode_attention if T == len(b.context_lens) else kernels.paged_attention
         residual = self.device.empty((T, D))
         attention = self.device.empty((T, H * h))
-        activation = self.device.empty((T, F))
+        activation = products.empty_activation(T, F)
 
         # The embedding. A token id ~row is a placeholder for sampled[0][row] of the previous step, and is
         # replaced by the id.
         kernels.gather_rows((T,), residual, w.embed, b.token_ids, self.buffer.sampled[0])
+        x = products.first_input(residual)
         for layer, (k_cache, v_cache) in zip(w.layers, self.kv_cache):
             # residual += attention(norm(residual)) @ o. rope_and_cache applies the norm's factor.
-            qkv = linear(residual, layer.qkv)                                           # [T, (H + 2K) h]
+            qkv = products.linear(x, layer.qkv)                                         # [T, (H + 2K) h]
             kernels.rope_and_cache((T,), qkv, residual, self.cos_sin, b.positions, b.slot_mapping, k_cache,
-                                   v_cache, self.query_scale, layer.qkv_bias, layer.qk_norm)
+                                   v_cache, self.query_scale, layer.qkv_bias, layer.qk_norm,
+                                   products.row_scales(layer.qkv))
             attend((K * splits, num_tiles), attention, qkv, k_cache, v_cache, b.block_tables, b.cu_blocks,
                    b.cu_seqlens, b.context_lens, b.tiles, partial)
-            residual = self.add_product(residual, attention, layer.o)
-            if layer.o_bias is not None:                # for all tokens: a product with ones [T, 1]
-                linear(self.device.xp.ones((T, 1), residual.dtype), layer.o_bias, add_to=residual)
+            residual, x = products.add(residual, attention, layer.o, layer.o_bias)
 
             # residual += (silu(norm(residual) @ gate) * (norm(residual) @ up)) @ down. silu_mul
             # applies the norm's factor.
-            gate_up = linear(residual, layer.gate_up)                                   # [T, 2F]
-            kernels.silu_mul((cdiv(F, kernels.SILU_COLUMNS), T), activation, gate_up, residual)
-            residual = self.add_product(residual, activation, layer.down)
+            gate_up = products.linear(x, layer.gate_up)                                 # [T, 2F]
+            products.silu_mul(activation, gate_up, residual, layer.gate_up)
+            residual, x = products.add(residual, activation, layer.down)
 
         if num_rows == 0:
             return None
         x = self.device.empty((num_rows, D))                # not of all tokens: the head is large
         kernels.rms_norm((num_rows,), x, residual, b.last_tokens, w.norm)
-        logits = self.communicator.all_gather(linear(x, w.head))
+        logits = self.communicator.all_gather(products.logits(x, w.head))
         return self.sample(logits, b)
-
-    def add_product(self, residual, x, w):
-        """residual + x @ w.T. Several ranks have parts of x and w, so the sum of their products is taken;
-        the product of rank 0 is added to the residual, which so comes into the sum once."""
-        is_first = self.communicator.rank == 0
-        product = self.device.linear(x, w, add_to=residual if is_first else None)
-        return self.communicator.all_reduce(product)
 
     def decode(self, b):
         """forward() for a few sequences with one token each, in one kernel (decode.cu)."""
@@ -993,7 +1038,8 @@ CUBLAS_AND_CODE_BYTES = 2**28           # cuBLAS's workspace, and the kernels
 def token_bytes(config):
     """Bytes of a step's arrays for a token. Twice: CuPy's pool may still hold the previous step's."""
     c = config
-    copies = 1 if c.num_ranks == 1 else 2                   # several ranks: a product beside the residual
+    is_plain = c.num_ranks == 1 and not c.quantization
+    copies = 1 if is_plain else 2                           # a product beside the residual
     per_token = copies * c.hidden_size + c.qkv_size + c.heads_size + 3 * c.intermediate_size
     return 2 * BYTES * per_token
 
@@ -1359,14 +1405,16 @@ def open_config(args):
     else:
         folder = find_model(name, args.load_format)
         config = ModelConfig.from_folder(folder)
-    return folder, replace(config, quantization=args.quantization, kv_cache_dtype=args.kv_cache_dtype)
+    quantization = args.quantization or config.quantization
+    return folder, replace(config, quantization=quantization, kv_cache_dtype=args.kv_cache_dtype)
 
 
 def load_model(folder, config, device, args, communicator):
     """(Model, max_prefill_tokens, max_model_len, advice), in each rank: see plan_pool. config: a rank's."""
     num_blocks, max_prefill_tokens, max_model_len, advice = plan_pool(config, device, args, communicator)
     checkpoint = DummyCheckpoint(device) if args.load_format == "dummy" else Checkpoint(folder)
-    weights = load_weights(checkpoint, config, device, communicator.rank)
+    kernels = compile_model(config, device, args) if config.quantization else None
+    weights = load_weights(checkpoint, config, device, communicator.rank, kernels)
     max_tokens = max(max_prefill_tokens, *GRAPH_SIZES)
     max_seqs = max(args.max_num_seqs, *GRAPH_SIZES)
     max_blocks = args.max_num_seqs * cdiv(max_model_len, args.block_size)
@@ -1474,6 +1522,7 @@ class LLM(InputProcessor):
         rank_config = self.config.of_rank(args.tensor_parallel_size)
         check("tensor_parallel_size", args.tensor_parallel_size, lambda n: n <= self.device.count,
               f"at most {self.device.count}, the number of GPUs")
+        check_fp8_model(rank_config, self.device)
         communicator = start_ranks(args.tensor_parallel_size, RANK_COMMAND)
         communicator.exchange((folder, rank_config, args, self.device.number))
         if communicator.size > 1:

@@ -29,6 +29,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from device import BFLOAT16, FOLDER, TinyVLLMError, check, first_line, is_int
+from fp8 import E4M3, dequantize, quantize
 from sampling import SamplingParams
 from tokenizer import check_regular
 
@@ -107,7 +108,6 @@ SUPPORTED = {
     "attention_bias": (True, False, None),
     "mlp_bias": (False, None),
     "use_sliding_window": (True, False, None),
-    "quantization_config": (None,),
     "tie_word_embeddings": (True, False, None)}
 
 
@@ -132,8 +132,8 @@ class ModelConfig:
     qk_norm: bool = False               # an RMSNorm on each head of q and k, before RoPE
     sliding_window: int | None = None   # a token sees so many keys, its own and those before
     num_ranks: int = 1                  # GPUs that share the model: H, K and F are a rank's part
-    quantization: str | None = None     # "fp8": matrices are E4M3. The caller's wish, like the next one
-    kv_cache_dtype: str = "auto"        # "fp8": keys and values are E4M3; "auto": bfloat16
+    quantization: str | None = None     # "fp8": matrices are E4M3, by the caller's wish or the model's files
+    kv_cache_dtype: str = "auto"        # "fp8": keys and values are E4M3; "auto": bfloat16. The caller's wish
 
     def of_rank(self, num_ranks):
         """The config of each of several ranks: a part of the heads and of the ffn. A rank's head has a part
@@ -188,6 +188,7 @@ class ModelConfig:
             rope_scaling=cls.read_rope_scaling(settings, file),
             tie_word_embeddings=bool(settings.get("tie_word_embeddings")),
             eos_token_ids=cls.read_eos_token_ids(settings, folder),
+            quantization=cls.read_quantization(settings, file),
             **cls.read_attention(settings, file))
         config.check_kernel_limits(file)
         return config
@@ -217,6 +218,27 @@ class ModelConfig:
         check(f"{file}: low_freq_factor", scaling["low_freq_factor"], lambda low: low < high,
               f"less than high_freq_factor, {high}")
         return scaling
+
+    @staticmethod
+    def read_quantization(settings, file):
+        """fp8 for weights in E4M3, as the package compressed-tensors writes them. None for a file without
+        quantization_config. Raises TinyVLLMError for any other."""
+        if "quantization_config" not in settings:
+            return None
+        name = f"{file}: quantization_config"
+        method = settings["quantization_config"]
+        check(name, method, lambda method: isinstance(method, dict), "a dict")
+        check(f"{name}: quant_method", method.get("quant_method"),
+              lambda method: method == "compressed-tensors", "compressed-tensors, or no quantization_config")
+        check(f"{name}: config_groups", method.get("config_groups"),
+              lambda groups: groups and all(group.get("weights").get for group in groups.values()),
+              "a dict of groups, each with a dict of weights")
+        for group in method["config_groups"].values():
+            kind = [group["weights"].get(key) for key in ("num_bits", "type", "strategy")]
+            check(f"{name}: num_bits, type and strategy of weights", kind,
+                  lambda kind: kind in ([8, "float", "channel"], [8, "float", "tensor"]),
+                  "[8, 'float', 'channel'] or [8, 'float', 'tensor']")
+        return "fp8"
 
     @staticmethod
     def read_eos_token_ids(settings, folder):
@@ -296,15 +318,22 @@ def decode_weight_bytes(config):
     c = config
     layer = c.hidden_size * (c.qkv_size + c.heads_size + 3 * c.intermediate_size)
     head = c.hidden_size * c.vocab_size // c.num_ranks
-    return BYTES * (c.num_hidden_layers * layer + head + c.hidden_size)     # the last: the last norm's weight
+    numbers = c.num_hidden_layers * layer + head
+    norm = BYTES * c.hidden_size                            # the last norm's weight
+    if not c.quantization:
+        return BYTES * numbers + norm
+    layer_rows = c.qkv_size + 2 * c.hidden_size + 2 * c.intermediate_size
+    rows = c.num_hidden_layers * layer_rows + c.vocab_size // c.num_ranks
+    return numbers + 4 * rows + norm                        # E4M3, and a float32 for each row
 
 
 def weight_bytes(config):
-    """Bytes of all weights (of a rank). The embedding table is whole in every rank; a tied head is a part of
-    the table."""
+    """Bytes of all weights (of a rank). The embedding table is whole in every rank, and bfloat16; a tied head
+    is a part of the table, or its copy in E4M3."""
     c = config
     embedding = c.hidden_size * c.vocab_size
-    shared = embedding // c.num_ranks if c.tie_word_embeddings else 0
+    is_shared = c.tie_word_embeddings and not c.quantization
+    shared = embedding // c.num_ranks if is_shared else 0
     return decode_weight_bytes(c) + BYTES * (embedding - shared)
 
 
@@ -313,14 +342,9 @@ def kv_bytes_per_token(config):
     return 2 * BYTES * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
 
 
-# A matrix in 8 bits a weight: the weight [r, c] is codes[r, c] * scales[r]. codes: uint8 [out, in], E4M3;
-# scales: float32 [out].
-Fp8Matrix = namedtuple("Fp8Matrix", "codes scales")
-
-
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer's weights, on the device."""
+    """One layer's weights, on the device. The first four are each a matrix or, quantized, an Fp8Matrix."""
     qkv: object                         # [(H + 2K) h, D], multiplied by the weight of the preceding norm
     o: object                           # [D, H h]
     gate_up: object                     # [2F, D], multiplied by the weight of the preceding norm
@@ -336,7 +360,7 @@ class Weights:
     embed: object                       # [V, D]
     layers: list                        # L LayerWeights
     norm: object                        # [D]
-    head: object                        # [V, D]; tied weights: the memory of `embed`
+    head: object                        # [V, D]; tied weights: the memory of `embed`, unless quantized
 
 
 Tensor = namedtuple("Tensor", "dtype shape data")       # the dtype's name, a tuple, uint8 [bytes]
@@ -349,7 +373,7 @@ class Checkpoint:
     "shape", "data_offsets": [begin, end]}}, and the numbers. The package validates the header. The
     numbers are mapped, not read: the operating system copies a tensor from its file cache to the
     device, five times as fast as the package does."""
-    DTYPES = {"BF16": BFLOAT16, "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
+    DTYPES = {"BF16": BFLOAT16, "F16": np.dtype(np.float16), "F32": np.dtype(np.float32), "F8_E4M3": E4M3}
 
     def __init__(self, folder):
         self.folder = folder
@@ -408,6 +432,12 @@ class Checkpoint:
               " or ".join(self.DTYPES))
         return tensor.data.view(self.DTYPES[tensor.dtype]).reshape(shape)
 
+    def take_scales(self, name, rows):
+        """The scales of a matrix in E4M3: one for each row, [rows, 1], or one for all, [1]."""
+        tensor = self.tensors.get(f"{name}.weight_scale")
+        shape = (1,) if tensor and tensor.shape == (1,) else (rows, 1)
+        return self.take(f"{name}.weight_scale", *shape)
+
 
 class DummyCheckpoint:
     """Random weights in place of a Checkpoint's, made on the device, the same each time: matrices
@@ -425,9 +455,10 @@ class DummyCheckpoint:
         return (0.02 * self.random.standard_normal(shape, np.float32)).astype(BFLOAT16)
 
 
-def load_weights(checkpoint, config, device, rank=0):
+def load_weights(checkpoint, config, device, rank=0, kernels=None):
     """The weights on the device, bfloat16. config: of the model or, if several ranks share it, of a rank. A
-    rank has parts of the rows of q, k, v, gate, up and head, and of the columns of o and down."""
+    rank has parts of the rows of q, k, v, gate, up and head, and of the columns of o and down. kernels: for a
+    config with quantization, those of kernels.cu."""
     c = config
     D, V, h = c.hidden_size, c.vocab_size, c.head_dim
     F = c.intermediate_size * c.num_ranks                   # of the whole model, like all sizes in a file
@@ -436,9 +467,13 @@ def load_weights(checkpoint, config, device, rank=0):
 
     def take(name, *shape, kind="weight", axis=None):
         """A tensor. axis: of this dimension, only the rank's part. A mapped file is read nowhere else."""
-        tensor = checkpoint.take(f"{name}.{kind}", *shape)
-        if axis is not None:
-            tensor = np.split(tensor, c.num_ranks, axis)[rank]
+        def part(array):
+            return array if axis is None else np.split(array, c.num_ranks, axis)[rank]
+
+        tensor = part(checkpoint.take(f"{name}.{kind}", *shape))
+        if tensor.dtype == E4M3:
+            scales = np.broadcast_to(checkpoint.take_scales(name, shape[0]), shape)
+            return dequantize(tensor, part(scales)[:, 0], device)
         return device.to_device(tensor).astype(BFLOAT16, copy=False)
 
     def stack(norm, *parts):
@@ -446,7 +481,11 @@ def load_weights(checkpoint, config, device, rank=0):
         Each part goes to the device alone: the host never holds the stack."""
         g = take(norm, D).astype(np.float32)
         scaled = [(take(*part, axis=0).astype(np.float32) * g).astype(BFLOAT16) for part in parts]
-        return device.xp.concatenate(scaled)
+        return ready(device.xp.concatenate(scaled))
+
+    def ready(matrix):
+        """The matrix, or the Fp8Matrix made of it."""
+        return quantize(matrix, device, kernels) if c.quantization else matrix
 
     def join(*parts, **options):
         """A vector of several (name, size), one behind the other. options: of take."""
@@ -458,10 +497,10 @@ def load_weights(checkpoint, config, device, rank=0):
         return LayerWeights(
             qkv=stack(f"model.layers.{i}.input_layernorm", (f"{attention}.q_proj", q_rows, D),
                       (f"{attention}.k_proj", kv_rows, D), (f"{attention}.v_proj", kv_rows, D)),
-            o=take(f"{attention}.o_proj", D, q_rows, axis=1),
+            o=ready(take(f"{attention}.o_proj", D, q_rows, axis=1)),
             gate_up=stack(f"model.layers.{i}.post_attention_layernorm", (f"{mlp}.gate_proj", F, D),
                           (f"{mlp}.up_proj", F, D)),
-            down=take(f"{mlp}.down_proj", D, F, axis=1),
+            down=ready(take(f"{mlp}.down_proj", D, F, axis=1)),
             qkv_bias=join((f"{attention}.q_proj", q_rows), (f"{attention}.k_proj", kv_rows),
                           (f"{attention}.v_proj", kv_rows), kind="bias", axis=0)
             if c.attention_bias else None,
@@ -472,11 +511,11 @@ def load_weights(checkpoint, config, device, rank=0):
     layers = [layer(i) for i in range(c.num_hidden_layers)]
     norm = take("model.norm", D)
     head = np.split(embed, c.num_ranks)[rank] if c.tie_word_embeddings else take("lm_head", V, D, axis=0)
-    # An untaken tensor, such as a bias, would be missing from the answers. Two untaken names are
-    # only copies: a tied head, and RoPE's table of frequencies.
-    left = [name for name in checkpoint.tensors
-            if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq")]
+    # An untaken tensor, such as a bias, would be missing from the answers. Two untaken names are only
+    # copies: a tied head, and RoPE's table of frequencies. And our activations find their own scales.
+    left = [name for name in checkpoint.tensors if name != "lm_head.weight"
+            and not name.endswith(("rotary_emb.inv_freq", "input_scale", "k_scale", "v_scale"))]
     if left:
         raise TinyVLLMError(f"{checkpoint.folder}: expected the tensors of config.json's architecture, got "
                             f"{len(left)} others, such as {left[0]}: another architecture, or quantized?")
-    return Weights(embed, layers, norm, head)
+    return Weights(embed, layers, norm, ready(head))
