@@ -54,6 +54,9 @@ MODELS = [
 ]
 MODEL_NAMES = ["-".join(str(size) for size in list(model.values())[:7]) for model in MODELS]
 every_model = pytest.mark.parametrize("model", MODELS, ids=MODEL_NAMES)
+CODE_MODELS = [model | {"FP8_CACHE": 1} for model in MODELS]
+CODE_NAMES = [f"codes-{name}" for name in MODEL_NAMES]
+every_cache = pytest.mark.parametrize("model", MODELS + CODE_MODELS, ids=MODEL_NAMES + CODE_NAMES)
 NAN = np.float32("nan")
 
 
@@ -382,6 +385,23 @@ RAGGED = [(1, 1), (1, 16), (5, 5), (1, 17), (13, 300), (1, 129), (8, 8), (9, 41)
           (5, 3), (1, 601), (9, 530)]       # (queries, context) of each sequence
 
 
+def to_codes(x):
+    """[..., h] as the E4M3 codes of a cache: in the order 0, h/2, 1, h/2 + 1, ..., at most +-448."""
+    codes = np.clip(np.float32(x), -448, 448).astype(float8_e4m3fn).view(np.uint8)
+    return np.stack(np.split(codes, 2, -1), -1).reshape(codes.shape)
+
+
+def from_codes(codes):
+    """The numbers [..., h] of a cache's codes."""
+    numbers = np.ascontiguousarray(codes).view(float8_e4m3fn).astype(np.float32)
+    return np.concatenate([numbers[..., ::2], numbers[..., 1::2]], -1)
+
+
+def poisoned_cache(model, *shape):
+    """A cache of NaN. (The kernels read the code of NaN as 480, far from all numbers of the tests.)"""
+    return np.full(shape, 0x7f, np.uint8) if model["FP8_CACHE"] else poison(*shape)
+
+
 def paged_cache(model, batch, rng, scale):
     """(caches [2, N, K, B, h], tables [S, pages], keys, values) of sequences with shuffled pages.
 
@@ -392,7 +412,7 @@ def paged_cache(model, batch, rng, scale):
     N = sum(counts) + 3
     max_blocks = max(counts) + 2
     pages = iter(rng.permutation(N).tolist())
-    caches = poison(2, N, K, B, h)
+    caches = poisoned_cache(model, 2, N, K, B, h)
     tables = np.full((len(batch), max_blocks), -(1 << 30), np.int32)
     keys = []
     values = []
@@ -400,9 +420,12 @@ def paged_cache(model, batch, rng, scale):
         tables[s, :counts[s]] = [next(pages) for _ in range(counts[s])]
         keys.append(randn(rng, context, K, h, scale=scale))
         values.append(randn(rng, context, K, h))
-        for t in range(context):
-            caches[0, tables[s, t // B], :, t % B] = keys[s][t]
-            caches[1, tables[s, t // B], :, t % B] = values[s][t]
+        for which, numbers in enumerate((keys, values)):
+            stored = to_codes(numbers[s]) if model["FP8_CACHE"] else numbers[s]
+            for t in range(context):
+                caches[which, tables[s, t // B], :, t % B] = stored[t]
+            if model["FP8_CACHE"]:
+                numbers[s] = from_codes(stored)
     return caches, tables, keys, values
 
 
@@ -433,7 +456,7 @@ def check_attention(model, batch, scale=1.0, splits=1):
             compiled(model).module.shuffle(seed)
 
     # The first launch leaves NaN in shared memory for the next one.
-    attend(np.full_like(caches[0], NAN), np.full_like(caches[1], NAN))
+    attend(*poisoned_cache(model, *caches.shape))
     out[...] = NAN
     attend(*caches)
     if splits > 1:      # thread blocks in another order, as a GPU promises none: the same bits
@@ -454,7 +477,7 @@ def check_attention(model, batch, scale=1.0, splits=1):
     assert np.isnan(np.float32(out[T])).all()
 
 
-@every_model
+@every_cache
 @pytest.mark.parametrize("splits", [1, 3])
 def test_attention_ragged(model, splits):
     check_attention(model, RAGGED, splits=splits)

@@ -813,6 +813,7 @@ class Model:
         # 1 / sqrt(h), times log2(e): the kernels' softmax takes powers of 2.
         self.query_scale = math.log2(math.e) / math.sqrt(c.head_dim)
         has_decode_kernel = args.fused_decode and device.runs_decode and self.communicator.size == 1
+        has_decode_kernel &= c.kv_cache_dtype == "auto"
         code = paste(KERNELS, DECODE_KERNEL) if has_decode_kernel else paste(KERNELS)
         self.kernels = compile_kernels(device, {            # with this model's sizes as constants
             "HIDDEN": c.hidden_size, "FFN": c.intermediate_size, "NUM_LAYERS": c.num_hidden_layers,
@@ -834,7 +835,8 @@ class Model:
         # Keys are kv_cache[l, 0], values kv_cache[l, 1] of layer l. Within a page each head's
         # tokens are consecutive.
         self.kv_cache = device.empty(
-            (c.num_hidden_layers, 2, num_blocks, c.num_key_value_heads, args.block_size, c.head_dim))
+            (c.num_hidden_layers, 2, num_blocks, c.num_key_value_heads, args.block_size, c.head_dim),
+            c.kv_dtype)
         angles = np.arange(max_model_len)[:, None] * rope_frequencies(c)                # [max_model_len, h/2]
         cos_sin = np.concatenate([np.cos(angles), np.sin(angles)], 1, dtype=np.float32)
         self.cos_sin = device.to_device(cos_sin)                                        # [max_model_len, h]
@@ -1463,6 +1465,8 @@ class LLM(InputProcessor):
         args = EngineArgs(model, **options)
         folder, config = open_config(args)
         self.device = open_device(args.device)
+        check("kv_cache_dtype", args.kv_cache_dtype, lambda name: name == "auto" or self.device.runs_fp8,
+              f"auto on {self.device.name} (fp8 needs compute capability 8.9: RTX 40 series, H100, ...)")
         super().__init__(folder, config, args.max_logprobs)
         rank_config = self.config.of_rank(args.tensor_parallel_size)
         check("tensor_parallel_size", args.tensor_parallel_size, lambda n: n <= self.device.count,
