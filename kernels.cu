@@ -62,8 +62,7 @@ using kv = u8;
 using kv = bf16;
 #endif
 constexpr int KV_PARTS = HEAD_DIM * sizeof(kv) / 16;    // 16-byte parts of a key or value
-struct alignas(16) Codes16 { unsigned short pairs[8]; };    // sixteen codes
-struct alignas(16) Words4 { unsigned w[4]; };
+struct alignas(16) Words4 { unsigned w[4]; };           // sixteen codes, or eight bf16
 
 __device__ inline Bf16x8& vec8(bf16* p) { return *reinterpret_cast<Bf16x8*>(p); }
 __device__ inline const Bf16x8& vec8(const bf16* p) { return *reinterpret_cast<const Bf16x8*>(p); }
@@ -169,9 +168,10 @@ __device__ inline float inverse_rms(const bf16* x) {
 //   positions [T].
 //   slot_mapping [T]: slot = page * B + offset. Negative for a padding token: nothing is written.
 //   k_cache, v_cache [N, K, B, h]: in a page, one head's keys are consecutive: so attention reads.
-//     Codes stand in the order 0, h/2, 1, h/2 + 1, ...: pairs, as in RoPE. So a code's number is a bf16 of
-//     the fragments of mma, and no byte moves in a register (see mma_shared_e4m3). Beyond 448: 448.
-//     Hazard: a NaN's code is read as 480. The NaN's own token has NaN for logits, in this very step.
+//     Codes stand in the order 0, h/2, 1, h/2 + 1, ..., in the pairs that turn together. A word of codes
+//     then becomes two words of fragments, and no byte changes places (see mma_shared_e4m3). A number
+//     beyond 448 becomes 448. Hazard: attention reads the code of NaN as 480. But the logits of the NaN's
+//     own token are NaN, so the token's request has failed.
 //   query_scale: multiplies every query (see paged_attention).
 //   bias [(H + 2K) h]: added to q, k and v, before they turn. Null unless QKV_BIAS is 1.
 //   qk_norm [2h]: each head of q and of k is normed too, before it turns, with a weight [h] for all
@@ -247,9 +247,10 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
             const long long offset = slot % BLOCK_SIZE;
             cache += ((page * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + offset) * HEAD_DIM;
             if constexpr (FP8_CACHE) {
-                Codes16 codes;
-                for (int j = 0; j < 8; ++j) codes.pairs[j] = pack_e4m3x2(a.v[j], b.v[j]);
-                *reinterpret_cast<Codes16*>(cache + 2 * i) = codes;
+                Words4 codes;
+                for (int j = 0; j < 8; j += 2)
+                    codes.w[j / 2] = pack_e4m3x2(a.v[j], b.v[j]) | pack_e4m3x2(a.v[j + 1], b.v[j + 1]) << 16;
+                *reinterpret_cast<Words4*>(cache + 2 * i) = codes;
                 continue;
             }
             target = reinterpret_cast<bf16*>(cache) + i;
@@ -330,9 +331,10 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
 // Shared memory: q of the thread block's rows, then a ring of STAGES tiles, K, V, K, V, ...: while
 // one stage is multiplied, copies fill the others.
 //
-// Codes. Few rows read the whole cache for a few products: the ring holds codes, and fragments become
-// bf16 in registers. Many rows use each key many times, and wgmma reads shared memory itself: there the
-// codes become bf16 in the stage, once, by the threads that copied them.
+// Codes (FP8_CACHE). With few rows, memory is the limit, so the ring holds codes. A warp loads fragments of
+// codes and turns the codes into bf16 in registers. With many rows, all warps multiply the same keys, and
+// wgmma reads shared memory itself. So the codes become bf16 in the ring: each thread converts the codes that
+// the thread has copied, in place, before the barrier.
 // -------------------------------------------------------------------------------------------------
 EXPORT(ATTENTION_THREADS, 128);                           // four warps: wgmma is an instruction of four
 EXPORT(ATTENTION_ROWS, HEAD_DIM <= 128 ? 128 : 64);       // of a thread block: acc must fit the registers
@@ -381,10 +383,11 @@ struct AttentionBlock : AttentionWork {
     static constexpr int LANE_ROWS = 2 * ROW_TILES;                     // rows of which a lane has numbers
     static constexpr unsigned Q_ROWS = FEW ? 16 : ATTENTION_ROWS;
     static constexpr bool CODES = FP8_CACHE && FEW;                     // whether the ring holds codes
-    static constexpr bool EXPANDS = FP8_CACHE && !FEW;                  // or codes become bf16 in the ring
+    static constexpr bool EXPANDS = FP8_CACHE && !FEW;                  // whether codes become bf16 there
     static constexpr int FEW_TILE = CODES ? 2 * SMALL_TILE : SMALL_TILE;
     static constexpr int KEY_TILE = FEW ? FEW_TILE : PREFILL_TILE;      // keys
-    static constexpr int KEY_WARPS = !FEW ? 1 : FEW_TILE < 64 ? FEW_TILE / 16 : 4;    // that share out a tile
+    static constexpr int SHARES = FEW_TILE < 64 ? FEW_TILE / 16 : 4;
+    static constexpr int KEY_WARPS = FEW ? SHARES : 1;                  // warps that share out a tile's keys
     static constexpr unsigned KEYS = KEY_TILE / KEY_WARPS;              // a warp's, of each tile
     static constexpr unsigned BYTES = FEW ? SMALL_BYTES : PREFILL_BYTES;
     using Queries = Layout<Q_ROWS, PARTS>;
@@ -512,8 +515,8 @@ struct AttentionBlock : AttentionWork {
         if (item % 2) look_up(pages, tile + 1);
     }
 
-    // The codes that this thread has copied become bf16: part p becomes parts p and p + PARTS / 2. The codes
-    // of part p were copied to where p's bf16 belong, and no other thread writes there.
+    // Converts the codes that this thread has copied, in place: 16 bytes of codes are parts p and
+    // p + PARTS / 2 of the bf16, and were copied to the place of part p.
     __device__ void expand(unsigned item) const {
         Bf16x8* stage = ring + item % STAGES * STAGE;
         #pragma unroll
@@ -523,17 +526,19 @@ struct AttentionBlock : AttentionWork {
                 Bf16x8* first = stage + i * STEP * Tile::STRIDE + Tile::place(my_key, p);
                 Bf16x8* second = stage + i * STEP * Tile::STRIDE + Tile::place(my_key, p + PARTS / 2);
                 const Words4 codes = *reinterpret_cast<const Words4*>(first);
-                Words4 even;
+                Words4 even;    // bytes
                 Words4 odd;
-                for (int j = 0; j < 4; ++j) even.w[j] = unpack_e4m3x2(codes.w[j] << 8);
-                for (int j = 0; j < 4; ++j) odd.w[j] = unpack_e4m3x2(codes.w[j]);
+                for (int j = 0; j < 4; ++j) {
+                    even.w[j] = unpack_e4m3x2(codes.w[j] << 8);
+                    odd.w[j] = unpack_e4m3x2(codes.w[j]);
+                }
                 *reinterpret_cast<Words4*>(first) = even;
                 *reinterpret_cast<Words4*>(second) = odd;
             }
     }
 
-    // Waits for the next item in turn. Returns whether any thread's x is true. again: the item has come
-    // before.
+    // Waits for the next item in turn. Returns whether any thread's x is true. again: whether the thread
+    // block has waited for this item before.
     __device__ bool wait(unsigned item, bool x, bool again) const {
         cp_async_wait<STAGES - 2>();
         if constexpr (EXPANDS)

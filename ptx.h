@@ -129,10 +129,10 @@ __device__ inline void mma_shared(float (&d)[R][N][4], Step a, At at) {
     }
 }
 
-// A warp. As mma_shared, for one tile of 16 rows, but b is E4M3 codes; for the codes see unpack_e4m3x2.
-// Part p of a row of b (TRANSPOSED: of a column) is 16 codes: the even bytes are the numbers of part p of
-// as many bf16, the odd bytes are those of part p + half the parts. TRANSPOSED: a(step) has the columns of
-// these two parts.
+// A warp. As mma_shared for a tile of 16 rows, with E4M3 codes for b. A row of b (TRANSPOSED: a column) has
+// half as many parts as the same numbers in bf16. The even bytes of part p are the codes of part p of these
+// bf16; the odd bytes are the codes of a part in the second half: part p + half the number. TRANSPOSED:
+// a(step) has the columns of these two parts.
 template <bool TRANSPOSED, int STRIDE, int STEPS, int N, class Step, class At>
 __device__ inline void mma_shared_e4m3(float (&d)[1][N][4], Step a, At at) {
     #pragma unroll
@@ -140,7 +140,7 @@ __device__ inline void mma_shared_e4m3(float (&d)[1][N][4], Step a, At at) {
         const unsigned (&a_step)[4] = a(step)[0];
         #pragma unroll
         for (int i = 0; i < N / 2; ++i) {
-            unsigned codes[2];    // of rows (TRANSPOSED: of columns) 0 to 7 and 8 to 15, a part each
+            unsigned codes[2];    // a part each of eight rows (TRANSPOSED: columns), and of the next eight
             if (TRANSPOSED) ldmatrix_x2<false>(codes, at(threadIdx.x % 16, step) + 16 * i * STRIDE);
             else ldmatrix_x2<true>(codes, at(threadIdx.x % 16, i) + 16 * step * STRIDE);
             const unsigned even[2] = {unpack_e4m3x2(codes[0] << 8), unpack_e4m3x2(codes[1] << 8)};

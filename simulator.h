@@ -414,7 +414,8 @@ inline u8 pack_e4m3(float x) {
 }
 inline float unpack_e4m3(u8 code) {
     int steps = code % 8 + (code / 8 % 16 ? 8 : 0);
-    float size = steps * __uint_as_float((max(code / 8 % 16, 1) - 10 + 127) << 23);    // of a step: a power of 2
+    int exponent = max(code / 8 % 16, 1) - 10;                  // of a step
+    float size = steps * __uint_as_float((exponent + 127) << 23);
     return code < 128 ? size : -size;
 }
 inline unsigned short pack_e4m3x2(float low, float high) { return pack_e4m3(low) | pack_e4m3(high) << 8; }
