@@ -398,8 +398,8 @@ def test_rope_and_cache_writes_codes(model):
     qkv = randn(rng, T, (H + 2 * K) * h)
     qkv[3] *= 500                           # an outlier among its neighbours
     qkv[4] /= 256                           # half of them below the least normal number, 2^-6
-    x = np.ones((T, model["HIDDEN"]), bfloat16)
-    weight = randn(rng, 2 * h, scale=50) if model["QK_NORM"] else None
+    x = randn(rng, T, model["HIDDEN"])
+    weight = randn(rng, 2 * h, scale=150) if model["QK_NORM"] else None
     table = rope_table(500, h)
     positions = ints(rng.integers(0, 500, T))
     slots = rng.permutation(8 * B)[:T].astype(np.int64)
