@@ -36,7 +36,7 @@
 // in device.py puts ptx.h in front for a GPU, simulator.h for a CPU, and reads this text too:
 //   extern "C" __global__ __launch_bounds__(THREADS) void name(parameters)
 //     declares a kernel. THREADS is a number or an exported constant (a second bound may follow);
-//     a parameter is a bf16, float, int, long long, u8 or u64, or a pointer to such numbers.
+//     a parameter is a bf16, float, int, long long, u8, u64 or kv, or a pointer to such numbers.
 //   EXPORT(NAME, value);
 //     at the beginning of a line declares a constant int that Python reads as kernels.NAME.
 
@@ -56,6 +56,15 @@ static_assert(NUM_HEADS % NUM_KV_HEADS == 0 && GROUP <= 16, "1 to 16 query heads
 struct alignas(16) Bf16x8 { bf16 v[8]; };    // in memory
 struct Float8 { float v[8]; };               // in registers, to compute with
 struct alignas(8) Float2 { float v[2]; };
+
+// A number of the KV cache: bf16, or with --kv-cache-dtype fp8 an E4M3 code (see ptx.h).
+#if FP8_CACHE
+using kv = u8;
+#else
+using kv = bf16;
+#endif
+constexpr int KV_PARTS = HEAD_DIM * sizeof(kv) / 16;    // 16-byte parts of a key or value
+struct alignas(16) Words4 { unsigned w[4]; };           // sixteen codes, or eight bf16
 
 __device__ inline Bf16x8& vec8(bf16* p) { return *reinterpret_cast<Bf16x8*>(p); }
 __device__ inline const Bf16x8& vec8(const bf16* p) { return *reinterpret_cast<const Bf16x8*>(p); }
@@ -204,6 +213,10 @@ __device__ inline float row_scale(float greatest, float* scales, int row) {
 //   positions [T].
 //   slot_mapping [T]: slot = page * B + offset. Negative for a padding token: nothing is written.
 //   k_cache, v_cache [N, K, B, h]: in a page, one head's keys are consecutive: so attention reads.
+//     Codes stand in the order 0, h/2, 1, h/2 + 1, ..., in the pairs that turn together. A word of codes
+//     then becomes two words of fragments, and no byte changes places (see mma_shared_e4m3). A number
+//     beyond 448 becomes 448. Hazard: attention reads the code of NaN as 480. But the logits of the NaN's
+//     own token are NaN, so the token's request has failed.
 //   query_scale: multiplies every query (see paged_attention).
 //   bias [(H + 2K) h]: added to q, k and v, before they turn. Null unless QKV_BIAS is 1.
 //   qk_norm [2h]: each head of q and of k is normed too, before it turns, with a weight [h] for all
@@ -216,7 +229,7 @@ __device__ inline float row_scale(float greatest, float* scales, int row) {
 EXPORT(ROPE_THREADS, 256);
 extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
         bf16* qkv, const bf16* x, const float* cos_sin, const int* positions, const long long* slot_mapping,
-        bf16* k_cache, bf16* v_cache, float query_scale, const bf16* bias, const bf16* qk_norm,
+        kv* k_cache, kv* v_cache, float query_scale, const bf16* bias, const bf16* qk_norm,
         const float* row_scales) {
     constexpr bool IS_PLAIN = !QKV_BIAS && !QK_NORM;
     constexpr int HALF = HEAD_DIM / 2;
@@ -275,12 +288,20 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
         }
         if (slot < 0) break;
         if (head >= NUM_HEADS) {
-            bf16* cache = head < NUM_HEADS + NUM_KV_HEADS ? k_cache : v_cache;
+            kv* cache = head < NUM_HEADS + NUM_KV_HEADS ? k_cache : v_cache;
             const int kv_head = (head - NUM_HEADS) % NUM_KV_HEADS;
             // 64 bits, like slot: in a cache of 4 GB, page * K * B * h passes 2^31.
             const long long page = slot / BLOCK_SIZE;
             const long long offset = slot % BLOCK_SIZE;
-            target = cache + ((page * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + offset) * HEAD_DIM + i;
+            cache += ((page * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + offset) * HEAD_DIM;
+            if constexpr (FP8_CACHE) {
+                Words4 codes;
+                for (int j = 0; j < 8; j += 2)
+                    codes.w[j / 2] = pack_e4m3x2(a.v[j], b.v[j]) | pack_e4m3x2(a.v[j + 1], b.v[j + 1]) << 16;
+                *reinterpret_cast<Words4*>(cache + 2 * i) = codes;
+                continue;
+            }
+            target = reinterpret_cast<bf16*>(cache) + i;
         }
         vec8(target) = to_bf16(a);
         vec8(target + HALF) = to_bf16(b);
@@ -319,7 +340,7 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
 //
 //   out [T, H h].
 //   qkv [T, (H + 2K) h]: the rotated q is read; this step's k and v are in the cache by now.
-//   k_cache, v_cache [N, K, B, h]: of one layer.
+//   k_cache, v_cache [N, K, B, h]: of one layer, as rope_and_cache leaves them.
 //   block_tables [pages of all S], cu_blocks [S + 1]: sequence s has the pages
 //     block_tables[cu_blocks[s] .. cu_blocks[s + 1] - 1], each with B tokens.
 //   cu_seqlens [S + 1]: tokens cu_seqlens[s] .. cu_seqlens[s + 1] - 1 of the step are sequence s's.
@@ -357,11 +378,16 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
 //   warps beyond repeat the work of others.) At the end warp 0 adds up the warps' sums.
 // Shared memory: q of the thread block's rows, then a ring of STAGES tiles, K, V, K, V, ...: while
 // one stage is multiplied, copies fill the others.
+//
+// Codes (FP8_CACHE). With few rows, memory is the limit, so the ring holds codes. A warp loads fragments of
+// codes and turns the codes into bf16 in registers. With many rows, all warps multiply the same keys, and
+// wgmma reads shared memory itself. So the codes become bf16 in the ring: each thread converts the codes that
+// the thread has copied, in place, before the barrier.
 // -------------------------------------------------------------------------------------------------
 EXPORT(ATTENTION_THREADS, 128);                           // four warps: wgmma is an instruction of four
 EXPORT(ATTENTION_ROWS, HEAD_DIM <= 128 ? 128 : 64);       // of a thread block: acc must fit the registers
-constexpr int PARTS = HEAD_DIM / 8;                       // 16-byte parts of a row of q, K or V
-constexpr int SMALL_TILE = HEAD_DIM <= 64 ? 64 : HEAD_DIM <= 128 ? 32 : 16;    // keys: 8 KB of K or V at most
+constexpr int PARTS = HEAD_DIM / 8;                       // 16-byte parts of a row of q, K or V, as bf16
+constexpr int SMALL_TILE = HEAD_DIM <= 64 ? 64 : HEAD_DIM <= 128 ? 32 : 16;    // keys: 8 KB of bf16 at most
 constexpr int SMALL_BYTES = 48 << 10;                     // of shared memory that need no asking for
 constexpr bool WGMMA = HAS_WGMMA && (HEAD_DIM == 64 || HEAD_DIM == 128);
 constexpr int PREFILL_TILE = WGMMA ? 64 : SMALL_TILE;     // keys
@@ -377,18 +403,20 @@ constexpr int MOST_COUNTERS = 1024;                       // A * K, if there are
 // part p xor r % 8. Then the first eight parts of all ROWS come before the next eight
 // parts: wgmma wants rows of 128 bytes. In both layouts row r + 8 starts 8 * STRIDE parts after row
 // r, so multiples of 8 rows can be added to an address afterwards.
-constexpr int PADDED = PARTS % 8 == 0 ? PARTS : PARTS + 1;    // parts that a row takes
-constexpr int STRIDE = PARTS % 8 == 0 ? 8 : PADDED;           // parts from a row to the next
-template <int ROWS> __device__ inline unsigned place(unsigned row, unsigned part) {
-    return PARTS % 8 == 0 ? part / 8 * 8 * ROWS + row * 8 + (part % 8 ^ row % 8) : row * STRIDE + part;
-}
+template <int ROWS, int PARTS> struct Layout {
+    static constexpr int PADDED = PARTS % 8 == 0 ? PARTS : PARTS | 1;    // parts that a row takes
+    static constexpr int STRIDE = PARTS % 8 == 0 ? 8 : PADDED;           // parts from a row to the next
+    __device__ static unsigned place(unsigned row, unsigned part) {
+        return PARTS % 8 == 0 ? part / 8 * 8 * ROWS + row * 8 + (part % 8 ^ row % 8) : row * STRIDE + part;
+    }
+};
 
 __device__ unsigned arrived[MOST_COUNTERS];    // splits that have ended, of a kv head and row tile; then 0
 
 struct AttentionWork {         // of one thread block: some rows of one sequence
     bf16* out;
     const bf16* qkv;
-    const bf16 *k_cache, *v_cache;
+    const kv *k_cache, *v_cache;
     float* partial;
     const int* block_table;    // the sequence's pages
     unsigned first_token;      // the sequence's first in the batch
@@ -402,17 +430,23 @@ struct AttentionBlock : AttentionWork {
     static constexpr int ROW_TILES = FEW ? 1 : ATTENTION_ROWS / 64;     // a warp's, of 16 rows each, 64 apart
     static constexpr int LANE_ROWS = 2 * ROW_TILES;                     // rows of which a lane has numbers
     static constexpr unsigned Q_ROWS = FEW ? 16 : ATTENTION_ROWS;
-    static constexpr int KEY_TILE = FEW ? SMALL_TILE : PREFILL_TILE;    // keys
-    static constexpr int KEY_WARPS = FEW ? SMALL_TILE / 16 : 1;         // warps that share out a tile's keys
+    static constexpr bool CODES = FP8_CACHE && FEW;                     // whether the ring holds codes
+    static constexpr bool EXPANDS = FP8_CACHE && !FEW;                  // whether codes become bf16 there
+    static constexpr int FEW_TILE = CODES ? 2 * SMALL_TILE : SMALL_TILE;
+    static constexpr int KEY_TILE = FEW ? FEW_TILE : PREFILL_TILE;      // keys
+    static constexpr int SHARES = FEW_TILE < 64 ? FEW_TILE / 16 : 4;
+    static constexpr int KEY_WARPS = FEW ? SHARES : 1;                  // warps that share out a tile's keys
     static constexpr unsigned KEYS = KEY_TILE / KEY_WARPS;              // a warp's, of each tile
     static constexpr unsigned BYTES = FEW ? SMALL_BYTES : PREFILL_BYTES;
-    static constexpr unsigned STAGE = KEY_TILE * PADDED;                // parts
-    static constexpr unsigned FITTING = (BYTES / 16 - Q_ROWS * PADDED) / STAGE;
+    using Queries = Layout<Q_ROWS, PARTS>;
+    using Tile = Layout<KEY_TILE, CODES ? KV_PARTS : PARTS>;            // of K or V
+    static constexpr unsigned STAGE = KEY_TILE * Tile::PADDED;          // parts
+    static constexpr unsigned FITTING = (BYTES / 16 - Q_ROWS * Queries::PADDED) / STAGE;
     static constexpr unsigned STAGES = FITTING < 5 ? FITTING : 5;       // of the ring
     static constexpr int PAIRS = HEAD_DIM / 2 + 1;    // that a split leaves of a row: acc, then m and l
     // To copy K and V, LANES threads share a key, so the thread block copies STEP keys at once. All
     // of these numbers, B included, are powers of 2.
-    static constexpr unsigned LANES = PARTS <= 4 ? 4 : PARTS <= 8 ? 8 : 16;
+    static constexpr unsigned LANES = KV_PARTS <= 4 ? 4 : KV_PARTS <= 8 ? 8 : 16;
     static constexpr unsigned STEP = ATTENTION_THREADS / LANES;
 
     using Pages = unsigned[KEY_TILE / STEP];      // of the keys of a tile that a thread copies
@@ -422,7 +456,7 @@ struct AttentionBlock : AttentionWork {
     using Probabilities = unsigned[KEYS / 16][ROW_TILES][4];    // as bf16: the left factor of p @ V
 
     Bf16x8* memory;                               // shared: q, then the ring
-    Bf16x8* ring = memory + Q_ROWS * PADDED;      // for wgmma, q and stages are multiples of 1,024 bytes
+    Bf16x8* ring = memory + Q_ROWS * Queries::PADDED;    // wgmma: q and stages are multiples of 1,024 bytes
     unsigned kv_head = blockIdx.x % NUM_KV_HEADS;
     unsigned split = blockIdx.x / NUM_KV_HEADS;
     unsigned splits = gridDim.x / NUM_KV_HEADS;
@@ -476,7 +510,7 @@ struct AttentionBlock : AttentionWork {
     __device__ int keys_left(unsigned tile) const {       // from the first key on that this thread copies
         return int(end) - int(tile * KEY_TILE + my_key);
     }
-    __device__ Bf16x8* q_at(int row, int part) const { return memory + place<Q_ROWS>(row, part); }
+    __device__ Bf16x8* q_at(int row, int part) const { return memory + Queries::place(row, part); }
     __device__ static float& at(Scores& s, int i, int n, int j) {    // row i, column 8n + 2t + j (see ptx.h)
         return s[i / 2][n][i % 2 * 2 + j];
     }
@@ -505,22 +539,23 @@ struct AttentionBlock : AttentionWork {
 
     // Starts to copy an item of the ring: item 2t is K of tile t, item 2t + 1 is V.
     __device__ void load(Pages& pages, unsigned item) const {
-        constexpr u64 PAGE_BYTES = 2 * NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM;
+        constexpr u64 PAGE_BYTES = sizeof(kv) * NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM;
+        constexpr unsigned PART = 16 / sizeof(kv);    // numbers
         const unsigned tile = item / 2;
         const unsigned offset = tile * KEY_TILE % BLOCK_SIZE + my_key % BLOCK_SIZE;    // of the first key
         // For speed, addresses are integers and are summed in this order: the compiler's own order
         // takes three instructions more for each copy.
         const u64 cache = reinterpret_cast<u64>(
-            (item % 2 ? v_cache : k_cache) + ((kv_head * BLOCK_SIZE + offset) * HEAD_DIM + 8 * my_part));
+            (item % 2 ? v_cache : k_cache) + ((kv_head * BLOCK_SIZE + offset) * HEAD_DIM + PART * my_part));
         #pragma unroll
-        for (unsigned p = 0; p < PARTS; p += LANES) {
-            if (tile >= last_tile || my_part + p >= PARTS) break;
+        for (unsigned p = 0; p < KV_PARTS; p += LANES) {
+            if (tile >= last_tile || my_part + p >= KV_PARTS) break;
             Bf16x8* stage = ring + item % STAGES * STAGE;
             #pragma unroll
             for (int i = 0; i < KEY_TILE / STEP; ++i) {
                 const u64 page = pages[i] * PAGE_BYTES + cache;
-                cp_async_16(stage + i * STEP * STRIDE + place<KEY_TILE>(my_key, my_part + p),
-                            reinterpret_cast<const bf16*>(page) + i * STEP % BLOCK_SIZE * HEAD_DIM + 8 * p,
+                cp_async_16(stage + i * STEP * Tile::STRIDE + Tile::place(my_key, my_part + p),
+                            reinterpret_cast<const kv*>(page) + i * STEP % BLOCK_SIZE * HEAD_DIM + PART * p,
                             i * int(STEP) < keys_left(tile) ? 16 : 0);
             }
         }
@@ -528,9 +563,34 @@ struct AttentionBlock : AttentionWork {
         if (item % 2) look_up(pages, tile + 1);
     }
 
-    // Waits for the next item in turn. Returns whether any thread's x is true.
-    __device__ bool wait(bool x) const {
+    // Converts the codes that this thread has copied, in place: 16 bytes of codes are parts p and
+    // p + PARTS / 2 of the bf16, and were copied to the place of part p.
+    __device__ void expand(unsigned item) const {
+        Bf16x8* stage = ring + item % STAGES * STAGE;
+        #pragma unroll
+        for (unsigned p = my_part; p < KV_PARTS; p += LANES)
+            #pragma unroll
+            for (int i = 0; i < KEY_TILE / STEP; ++i) {
+                Bf16x8* first = stage + i * STEP * Tile::STRIDE + Tile::place(my_key, p);
+                Bf16x8* second = stage + i * STEP * Tile::STRIDE + Tile::place(my_key, p + PARTS / 2);
+                const Words4 codes = *reinterpret_cast<const Words4*>(first);
+                Words4 even;    // bytes
+                Words4 odd;
+                for (int j = 0; j < 4; ++j) {
+                    even.w[j] = unpack_e4m3x2(codes.w[j] << 8);
+                    odd.w[j] = unpack_e4m3x2(codes.w[j]);
+                }
+                *reinterpret_cast<Words4*>(first) = even;
+                *reinterpret_cast<Words4*>(second) = odd;
+            }
+    }
+
+    // Waits for the next item in turn. Returns whether any thread's x is true. again: whether the thread
+    // block has waited for this item before.
+    __device__ bool wait(unsigned item, bool x, bool again) const {
         cp_async_wait<STAGES - 2>();
+        if constexpr (EXPANDS)
+            if (!again) expand(item);
         if constexpr (TOGETHER) fence_async_proxy();    // each thread its own copies, before the barrier
         // All threads' copies have come, and no warp still reads the stage that is filled next.
         return __syncthreads_or(x);
@@ -540,33 +600,37 @@ struct AttentionBlock : AttentionWork {
     // item.
     __device__ const Bf16x8* take(Pages& pages, unsigned item) const {
         load(pages, item + STAGES - 1);
-        return ring + item % STAGES * STAGE + warp_key * STRIDE;
+        return ring + item % STAGES * STAGE + warp_key * Tile::STRIDE;
     }
 
     // ---- A tile ----
     __device__ void add_tile(unsigned tile, Pages& pages, RowSums& m, RowSums& l, Acc& acc) const {
-        wait(false);
+        wait(2 * tile, false, false);
         const Bf16x8* k_tile = take(pages, 2 * tile);
         Probabilities p = {};
         RowSums sum = {};
         bool raise = tile == first_tile;
+        bool again = false;
         do {
             Scores s = {};
             multiply_keys(s, k_tile);
             mask(s, tile * KEY_TILE + warp_key);
             if (raise) raise_maximum(s, m, l, acc);
             const float largest = exponentiate(s, m, p, sum);
-            raise = wait(largest > MOST_SUM);    // for V: too early, if the tile is repeated
+            raise = wait(2 * tile + 1, largest > MOST_SUM, again);    // for V: too early, if repeated
+            again = true;
         } while (raise);
         for (int i = 0; i < LANE_ROWS; ++i) l[i] += sum[i];
         const Bf16x8* v_tile = take(pages, 2 * tile + 1);
-        const auto v_at = [=](int row, int part) { return v_tile + place<KEY_TILE>(row, part); };
+        const auto v_at = [=](int row, int part) { return v_tile + Tile::place(row, part); };
+        const auto p_step = [&](int step) -> auto& { return p[step]; };
         if constexpr (TOGETHER) wgmma_shared<false, KEYS / 16>(acc, p, v_at);
-        else mma_shared<false, STRIDE, KEYS / 16>(acc, [&](int step) -> auto& { return p[step]; }, v_at);
+        else if constexpr (CODES) mma_shared_e4m3<false, Tile::STRIDE, KEYS / 16>(acc, p_step, v_at);
+        else mma_shared<false, Tile::STRIDE, KEYS / 16>(acc, p_step, v_at);
     }
 
     __device__ void multiply_keys(Scores& s, const Bf16x8* k_tile) const {    // s += q @ K^T
-        const auto k_at = [=](int row, int part) { return k_tile + place<KEY_TILE>(row, part); };
+        const auto k_at = [=](int row, int part) { return k_tile + Tile::place(row, part); };
         if constexpr (TOGETHER) {
             wgmma_shared<true, PARTS / 2>(s, [=](int row, int part) { return q_at(row, part); }, k_at);
         } else {
@@ -578,11 +642,13 @@ struct AttentionBlock : AttentionWork {
                 #pragma unroll
                 for (int r = 0; r < ROW_TILES; ++r)
                     load_shared(q[step][r], [=](int row, int part) {
-                        return q_at(warp_row + 64 * r + row, 2 * step + part);
+                        const int q_part = CODES ? step + part * PARTS / 2 : 2 * step + part;
+                        return q_at(warp_row + 64 * r + row, q_part);
                     });
                 return q[step];
             };
-            mma_shared<true, STRIDE, PARTS / 2>(s, load_q, k_at);
+            if constexpr (CODES) mma_shared_e4m3<true, Tile::STRIDE, PARTS / 2>(s, load_q, k_at);
+            else mma_shared<true, Tile::STRIDE, PARTS / 2>(s, load_q, k_at);
         }
     }
 
@@ -719,7 +785,7 @@ struct AttentionBlock : AttentionWork {
 
 template <bool DECODE>    // whether no tile has more than 16 rows
 __device__ inline void attend(
-        Bf16x8* memory, bf16* out, const bf16* qkv, const bf16* k_cache, const bf16* v_cache,
+        Bf16x8* memory, bf16* out, const bf16* qkv, const kv* k_cache, const kv* v_cache,
         const int* block_tables, const int* cu_blocks, const int* cu_seqlens, const int* context_lens,
         const int* tiles, float* partial) {
     const int sequence = tiles[2 * blockIdx.y];
@@ -738,7 +804,7 @@ __device__ inline void attend(
 // third does its softmax. The third block's registers cost a spill of 8 bytes.
 extern "C" __global__ __launch_bounds__(ATTENTION_THREADS, WGMMA && HEAD_DIM == 64 ? 3 : 2)
 void paged_attention(
-        bf16* out, const bf16* qkv, const bf16* k_cache, const bf16* v_cache, const int* block_tables,
+        bf16* out, const bf16* qkv, const kv* k_cache, const kv* v_cache, const int* block_tables,
         const int* cu_blocks, const int* cu_seqlens, const int* context_lens, const int* tiles,
         float* partial) {
     DYNAMIC_SHARED(PREFILL_BYTES);
@@ -750,7 +816,7 @@ void paged_attention(
 // For a batch of single queries. With fewer registers than paged_attention, more thread blocks
 // share a multiprocessor and keep more copies under way.
 extern "C" __global__ __launch_bounds__(ATTENTION_THREADS, HEAD_DIM <= 128 ? 4 : 2) void decode_attention(
-        bf16* out, const bf16* qkv, const bf16* k_cache, const bf16* v_cache, const int* block_tables,
+        bf16* out, const bf16* qkv, const kv* k_cache, const kv* v_cache, const int* block_tables,
         const int* cu_blocks, const int* cu_seqlens, const int* context_lens, const int* tiles,
         float* partial) {
     __shared__ Bf16x8 memory[SMALL_BYTES / 16];

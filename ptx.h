@@ -42,6 +42,28 @@ using u64 = unsigned long long;
 // An address in shared memory, as PTX wants it.
 __device__ inline unsigned shared_address(const void* p) { return __cvta_generic_to_shared(p); }
 
+// E4M3, a number in 8 bits (its code): sign, 4 bits of exponent, 3 of mantissa. The least number above 0
+// is 2^-9, the greatest 448; there is no infinity, and 0x7f and 0xff are NaN (arXiv:2209.05433).
+// Two codes, that of `low` in the lower byte, rounded to nearest, ties to even. Beyond 448: 448.
+// (Compute capability 8.9 and newer.)
+__device__ inline unsigned short pack_e4m3x2(float low, float high) {
+    unsigned short both;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(both) : "f"(high), "f"(low));
+    return both;
+}
+// The numbers of two codes, exactly. x: a code in the upper byte of each half; the other bytes do not
+// matter. Hazard: the codes of NaN become 480.
+__device__ inline unsigned unpack_e4m3x2(unsigned x) {
+    // Each bit of a code goes to its place in a bf16. The exponents' biases are 7 and 127, so the numbers
+    // are 2^120 times too small. (A product alone would need compute capability 9.0.)
+    constexpr unsigned TWO_TO_120 = 0x7b807b80;
+    constexpr unsigned MINUS_ZERO = 0x80008000;
+    const unsigned small = (x & 0x80008000) | (x >> 4 & 0x07f007f0);
+    unsigned both;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(both) : "r"(small), "r"(TWO_TO_120), "r"(MINUS_ZERO));
+    return both;
+}
+
 // A warp. d = a @ b + c, in fragments as above.
 __device__ inline void mma_m16n8k16_bf16(
         float* d, const unsigned (&a)[4], const unsigned* b, const float* c) {
@@ -63,6 +85,18 @@ __device__ inline void ldmatrix_x4(unsigned (&r)[4], const void* row) {
     else
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+
+// The same for two matrices: lanes 0 to 15 say where their rows lie.
+template <bool TRANSPOSED>
+__device__ inline void ldmatrix_x2(unsigned (&r)[2], const void* row) {
+    const unsigned address = shared_address(row);
+    if (TRANSPOSED)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                     : "=r"(r[0]), "=r"(r[1]) : "r"(address) : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                     : "=r"(r[0]), "=r"(r[1]) : "r"(address) : "memory");
 }
 
 // A warp. The fragment of A [16, 16] in shared memory. at(row, part): where the eight numbers
@@ -95,6 +129,35 @@ __device__ inline void mma_shared(float (&d)[R][N][4], Step a, At at) {
     }
 }
 
+// A warp. As mma_shared for a tile of 16 rows, with E4M3 codes for b. A row of b (TRANSPOSED: a column) has
+// half as many parts as the same numbers in bf16. The even bytes of part p are the codes of part p of these
+// bf16; the odd bytes are the codes of a part in the second half: part p + half the number. TRANSPOSED:
+// a(step) has the columns of these two parts.
+template <bool TRANSPOSED, int STRIDE, int STEPS, int N, class Step, class At>
+__device__ inline void mma_shared_e4m3(float (&d)[1][N][4], Step a, At at) {
+    #pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+        const unsigned (&a_step)[4] = a(step)[0];
+        #pragma unroll
+        for (int i = 0; i < N / 2; ++i) {
+            unsigned codes[2];    // a part each of eight rows (TRANSPOSED: columns), and of the next eight
+            if (TRANSPOSED) ldmatrix_x2<false>(codes, at(threadIdx.x % 16, step) + 16 * i * STRIDE);
+            else ldmatrix_x2<true>(codes, at(threadIdx.x % 16, i) + 16 * step * STRIDE);
+            const unsigned even[2] = {unpack_e4m3x2(codes[0] << 8), unpack_e4m3x2(codes[1] << 8)};
+            const unsigned odd[2] = {unpack_e4m3x2(codes[0]), unpack_e4m3x2(codes[1])};
+            if (TRANSPOSED) {
+                const unsigned first[2] = {even[0], odd[0]};
+                const unsigned second[2] = {even[1], odd[1]};
+                mma_m16n8k16_bf16(d[0][2 * i], a_step, first, d[0][2 * i]);
+                mma_m16n8k16_bf16(d[0][2 * i + 1], a_step, second, d[0][2 * i + 1]);
+            } else {
+                mma_m16n8k16_bf16(d[0][i], a_step, even, d[0][i]);
+                mma_m16n8k16_bf16(d[0][i + N / 2], a_step, odd, d[0][i + N / 2]);
+            }
+        }
+    }
+}
+
 // Starts to copy 16 bytes from global to shared memory, past the registers: the first `bytes`; the
 // rest becomes 0. After cp_async_wait() this lane sees the copy, other lanes after a barrier too.
 __device__ inline void cp_async_16(void* shared, const void* global, int bytes) {
@@ -116,28 +179,6 @@ __device__ inline float exp2_approx(float x) {    // 2^x, with a relative error 
 __device__ inline unsigned pack_bf16x2(float low, float high) {
     unsigned both;
     asm volatile("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    return both;
-}
-
-// E4M3, a number in 8 bits (its code): sign, 4 bits of exponent, 3 of mantissa. The least number above 0
-// is 2^-9, the greatest 448; there is no infinity, and 0x7f and 0xff are NaN (arXiv:2209.05433).
-// Two codes, that of `low` in the lower byte, rounded to nearest, ties to even. Beyond 448: 448.
-// (Compute capability 8.9 and newer.)
-__device__ inline unsigned short pack_e4m3x2(float low, float high) {
-    unsigned short both;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(both) : "f"(high), "f"(low));
-    return both;
-}
-// The numbers of two codes, exactly. x: a code in the upper byte of each half; the other bytes do not
-// matter. Hazard: the codes of NaN become 480.
-__device__ inline unsigned unpack_e4m3x2(unsigned x) {
-    // Each bit of a code goes to its place in a bf16. The exponents' biases are 7 and 127, so the numbers
-    // are 2^120 times too small. (A product alone would need compute capability 9.0.)
-    constexpr unsigned TWO_TO_120 = 0x7b807b80;
-    constexpr unsigned MINUS_ZERO = 0x80008000;
-    const unsigned small = (x & 0x80008000) | (x >> 4 & 0x07f007f0);
-    unsigned both;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(both) : "r"(small), "r"(TWO_TO_120), "r"(MINUS_ZERO));
     return both;
 }
 

@@ -401,6 +401,26 @@ template <class T> T __shfl_xor_sync(unsigned mask, T value, int x, SIMULATOR_LI
 
 // ---- The functions of ptx.h ---------------------------------------------------------------------
 // Contracts, and how fragments lie in the lanes, stand in ptx.h.
+inline uint32_t pack_bf16x2(float low, float high) {
+    return __float2bfloat16(low).bits | __float2bfloat16(high).bits << 16;
+}
+inline u8 pack_e4m3(float x) {
+    u8 sign = __float_as_uint(x) >> 31 << 7;
+    if (x != x) return 0x7f;
+    if (fabsf(x) >= 448) return sign | 0x7e;
+    int exponent = fabsf(x) < 0x1p-6f ? -6 : ilogbf(x);         // below 2^-6, codes are equally far apart
+    int steps = rintf(ldexpf(fabsf(x), 3 - exponent));          // of 2^(exponent - 3); rintf: ties to even
+    return sign | (8 * (exponent + 6) + steps);
+}
+inline float unpack_e4m3(u8 code) {
+    int steps = code % 8 + (code / 8 % 16 ? 8 : 0);
+    int exponent = max(code / 8 % 16, 1) - 10;                  // of a step
+    float size = steps * __uint_as_float((exponent + 127) << 23);
+    return code < 128 ? size : -size;
+}
+inline unsigned short pack_e4m3x2(float low, float high) { return pack_e4m3(low) | pack_e4m3(high) << 8; }
+inline unsigned unpack_e4m3x2(unsigned x) { return pack_bf16x2(unpack_e4m3(x >> 8), unpack_e4m3(x >> 24)); }
+
 template <class At> void load_shared(uint32_t (&a)[4], At at) {
     int g = simulator::block->current % 32 / 4;
     int t = simulator::block->current % 4;
@@ -435,9 +455,9 @@ inline void mma_m16n8k16_bf16(
     });
 }
 
-// The last lane to come computes the product for the warp.
-template <bool TRANSPOSED, int STRIDE, int STEPS, int R, int N, class Step, class At>
-void mma_shared(float (&d)[R][N][4], Step a, At at, SIMULATOR_LINE) {
+// mma_shared and mma_shared_e4m3. The last lane to come computes the product for the warp.
+template <bool CODES, bool TRANSPOSED, int STEPS, int R, int N, class Step, class At>
+void multiply_shared(float (&d)[R][N][4], Step a, At at, int line) {
     struct Fragments { float (*d)[N][4]; const uint32_t (*a[STEPS])[4]; } mine = {d};
     for (int step = 0; step < STEPS; step++) mine.a[step] = a(step);
     simulator::collective(~0u, mine, line, [&](int lane, auto of_lane) {
@@ -446,9 +466,15 @@ void mma_shared(float (&d)[R][N][4], Step a, At at, SIMULATOR_LINE) {
         float b[8][8 * N];
         for (int k = 0; k < 16 * STEPS; k++) {
             for (int n = 0; n < 8 * N && k % 8 == 0; n++) {    // the next eight rows of B, part by part
-                auto part = reinterpret_cast<const bf16*>(TRANSPOSED ? at(n, k / 8) : at(k + n % 8, n / 8));
+                int eighth = TRANSPOSED ? k / 8 : n / 8;
+                int half = TRANSPOSED ? eighth % 2 : eighth / (N / 2);
+                int code_part = TRANSPOSED ? eighth / 2 : eighth % (N / 2);
+                int part = CODES ? code_part : eighth;
+                const void* numbers = TRANSPOSED ? at(n, part) : at(k + n % 8, part);
                 for (int i = 0; i < 8; i++)
-                    (TRANSPOSED ? b[i][n] : b[n % 8][n / 8 * 8 + i]) = __bfloat162float(part[i]);
+                    (TRANSPOSED ? b[i][n] : b[n % 8][n / 8 * 8 + i]) =
+                        CODES ? unpack_e4m3(static_cast<const u8*>(numbers)[2 * i + half])
+                              : __bfloat162float(static_cast<const bf16*>(numbers)[i]);
             }
             for (int row = 0; row < 16 * R; row++) {
                 auto& owner = of_lane(row % 8 * 4 + k % 8 / 2);
@@ -466,6 +492,15 @@ void mma_shared(float (&d)[R][N][4], Step a, At at, SIMULATOR_LINE) {
         }
         return 0;
     });
+}
+
+template <bool TRANSPOSED, int STRIDE, int STEPS, int R, int N, class Step, class At>
+void mma_shared(float (&d)[R][N][4], Step a, At at, SIMULATOR_LINE) {
+    multiply_shared<false, TRANSPOSED, STEPS>(d, a, at, line);
+}
+template <bool TRANSPOSED, int STRIDE, int STEPS, int N, class Step, class At>
+void mma_shared_e4m3(float (&d)[1][N][4], Step a, At at, SIMULATOR_LINE) {
+    multiply_shared<true, TRANSPOSED, STEPS>(d, a, at, line);
 }
 
 inline void cp_async_16(void* shared, const void* global, int bytes = 16, SIMULATOR_LINE) {
@@ -486,26 +521,6 @@ template <int N> void cp_async_wait() {    // the copies are made here, as late 
 }
 
 inline float exp2_approx(float x) { return exp2f(x); }
-inline uint32_t pack_bf16x2(float low, float high) {
-    return __float2bfloat16(low).bits | __float2bfloat16(high).bits << 16;
-}
-inline u8 pack_e4m3(float x) {
-    u8 sign = __float_as_uint(x) >> 31 << 7;
-    if (x != x) return 0x7f;
-    if (fabsf(x) >= 448) return sign | 0x7e;
-    int exponent = fabsf(x) < 0x1p-6f ? -6 : ilogbf(x);         // below 2^-6, codes are equally far apart
-    int steps = rintf(ldexpf(fabsf(x), 3 - exponent));          // of 2^(exponent - 3); rintf: ties to even
-    return sign | (8 * (exponent + 6) + steps);
-}
-inline unsigned short pack_e4m3x2(float low, float high) { return pack_e4m3(low) | pack_e4m3(high) << 8; }
-inline unsigned unpack_e4m3x2(unsigned x) {
-    auto number = [](u8 code) {
-        int steps = code % 8 + (code / 8 % 16 ? 8 : 0);
-        float size = ldexpf(steps, std::max(code / 8 % 16, 1) - 10);
-        return code < 128 ? size : -size;
-    };
-    return pack_bf16x2(number(x >> 8), number(x >> 24));
-}
 inline unsigned atomic_inc_acq_rel(unsigned* p, unsigned limit) { return atomicInc(p, limit); }
 
 constexpr bool HAS_WGMMA = false;

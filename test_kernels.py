@@ -56,6 +56,11 @@ MODEL_NAMES = ["-".join(str(size) for size in list(model.values())[:7]) for mode
 FP8 = BASE | {"FP8_WEIGHTS": 1}
 LARGE_FP8 = MODELS[2] | {"FP8_WEIGHTS": 1, "FFN": 28672, "QKV_BIAS": 1, "QK_NORM": 1}
 every_model = pytest.mark.parametrize("model", MODELS, ids=MODEL_NAMES)
+# With a cache of codes: 4, 8, 3, 16 and 13 parts of 16 bytes in a key.
+CODE_MODELS = [MODELS[i] | {"FP8_CACHE": 1} for i in (0, 2, 3, 4, 7)]
+CODES = CODE_MODELS[0]
+every_cache = pytest.mark.parametrize("model", MODELS + CODE_MODELS, ids=MODEL_NAMES + [
+    f"codes-{model['HEAD_DIM']}" for model in CODE_MODELS])
 NAN = np.float32("nan")
 
 
@@ -407,6 +412,23 @@ def test_two_reductions_in_a_row():
 
 
 # rope_and_cache
+def to_codes(x):
+    """[..., h] as the E4M3 codes of a cache: in the order 0, h/2, 1, h/2 + 1, ..., at most +-448."""
+    codes = np.clip(np.float32(x), -448, 448).astype(float8_e4m3fn).view(np.uint8)
+    return np.stack(np.split(codes, 2, -1), -1).reshape(codes.shape)
+
+
+def from_codes(codes):
+    """The numbers [..., h] of a cache's codes."""
+    numbers = np.ascontiguousarray(codes).view(float8_e4m3fn).astype(np.float32)
+    return np.concatenate([numbers[..., ::2], numbers[..., 1::2]], -1)
+
+
+def poisoned_cache(model, *shape):
+    """A cache of NaN. (The kernels read the code of NaN as 480, far from all numbers of the tests.)"""
+    return np.full(shape, 0x7f, np.uint8) if model["FP8_CACHE"] else poison(*shape)
+
+
 def attention_sizes(model):
     return [model[name] for name in ("NUM_HEADS", "NUM_KV_HEADS", "HEAD_DIM", "BLOCK_SIZE")]
 
@@ -490,6 +512,45 @@ def test_rope_and_cache_with_bias_and_head_norm(model):
     close(caches[1][0, :, slots[used]], v[used])
 
 
+@pytest.mark.parametrize("model", [CODES, CODE_MODELS[2] | {"QK_NORM": 1}], ids=["64", "48, norm"])
+def test_rope_and_cache_writes_codes(model):
+    """Keys and values are rounded to the nearest code, and beyond 448 to 448."""
+    rng = RNG(3)
+    H, K, h, B = attention_sizes(model)
+    T = 19
+    qkv = randn(rng, T, (H + 2 * K) * h)
+    qkv[3] *= 500                           # an outlier among its neighbours
+    qkv[4] /= 256                           # half of them below the least normal number, 2^-6
+    x = randn(rng, T, model["HIDDEN"])
+    weight = randn(rng, 2 * h, scale=150) if model["QK_NORM"] else None
+    table = rope_table(500, h)
+    positions = ints(rng.integers(0, 500, T))
+    slots = rng.permutation(8 * B)[:T].astype(np.int64)
+    slots[5] = -1
+    caches = poisoned_cache(model, 2, 8, K, B, h)
+    q, k, v = np.split(qkv.reshape(T, H + 2 * K, h) * inverse_rms_twin(x)[..., None], [H, H + K], 1)
+    if weight is not None:
+        q = rms_norm_twin(q, weight[:h])
+        k = rms_norm_twin(k, weight[h:])
+    launch(model, "rope_and_cache", (T,),
+           qkv, x, table, positions, slots, caches[0], caches[1], np.float32(0.3), None, weight)
+    used = slots >= 0
+    cos, sin = np.split(np.float64(table[positions])[:, None], 2, -1)
+    close(qkv.reshape(T, H + 2 * K, h)[used, :H], 0.3 * rope_twin(q, cos, sin)[used])
+    pages = slots[used] // B
+    offsets = slots[used] % B
+    for which, want in enumerate((rope_twin(k, cos, sin)[used], v[used])):
+        got = caches[which, pages, :, offsets]
+        # The kernel's rounding to float32 may take a number over a border of two codes.
+        slack = 1e-5 * abs(want) + 1e-6
+        below = to_codes(want - slack)
+        above = to_codes(want + slack)
+        assert ((got == below) | (got == above)).all() and np.mean(below == above) > 0.99
+        assert abs(want).max() > 448 and abs(from_codes(got)).max() == 448
+    caches[:, pages, :, offsets] = 0x7f
+    assert (caches == 0x7f).all(), "written outside of the slots"
+
+
 # paged_attention
 def attention_twin(q, keys, values):
     """[h], for one head's query at position p: q [h], keys and values [p + 1, h].
@@ -515,7 +576,7 @@ def paged_cache(model, batch, rng, scale):
     N = sum(counts) + 3
     max_blocks = max(counts) + 2
     pages = iter(rng.permutation(N).tolist())
-    caches = poison(2, N, K, B, h)
+    caches = poisoned_cache(model, 2, N, K, B, h)
     tables = np.full((len(batch), max_blocks), -(1 << 30), np.int32)
     keys = []
     values = []
@@ -523,9 +584,12 @@ def paged_cache(model, batch, rng, scale):
         tables[s, :counts[s]] = [next(pages) for _ in range(counts[s])]
         keys.append(randn(rng, context, K, h, scale=scale))
         values.append(randn(rng, context, K, h))
-        for t in range(context):
-            caches[0, tables[s, t // B], :, t % B] = keys[s][t]
-            caches[1, tables[s, t // B], :, t % B] = values[s][t]
+        for which, numbers in enumerate((keys, values)):
+            stored = to_codes(numbers[s]) if model["FP8_CACHE"] else numbers[s]
+            for t in range(context):
+                caches[which, tables[s, t // B], :, t % B] = stored[t]
+            if model["FP8_CACHE"]:
+                numbers[s] = from_codes(stored)
     return caches, tables, keys, values
 
 
@@ -556,7 +620,7 @@ def check_attention(model, batch, scale=1.0, splits=1):
             compiled(model).module.shuffle(seed)
 
     # The first launch leaves NaN in shared memory for the next one.
-    attend(np.full_like(caches[0], NAN), np.full_like(caches[1], NAN))
+    attend(*poisoned_cache(model, *caches.shape))
     out[...] = NAN
     attend(*caches)
     if splits > 1:      # thread blocks in another order, as a GPU promises none: the same bits
@@ -577,7 +641,7 @@ def check_attention(model, batch, scale=1.0, splits=1):
     assert np.isnan(np.float32(out[T])).all()
 
 
-@every_model
+@every_cache
 @pytest.mark.parametrize("splits", [1, 3])
 def test_attention_ragged(model, splits):
     check_attention(model, RAGGED, splits=splits)
@@ -589,12 +653,14 @@ def test_attention_ragged(model, splits):
     (1, 1), (1, 15), (1, 16), (1, 17), (1, 127), (1, 128), (1, 129), (16, 16), (17, 17), (7, 135), (8, 129),
     (130, 130), (33, 257), (1, 1800)])
 def test_attention_one_sequence(queries, context):
-    check_attention(BASE, [(queries, context)])
-    check_attention(BASE, [(queries, context)], splits=7)
+    for model in BASE, CODES:
+        check_attention(model, [(queries, context)])
+        check_attention(model, [(queries, context)], splits=7)
 
 
 @pytest.mark.parametrize("model, scale", [
-    (BASE, 3.0), (BASE, 30.0), (BASE, 1e9), (MODELS[2], 30.0), (MODELS[4], 30.0)])
+    (BASE, 3.0), (BASE, 30.0), (BASE, 1e9), (MODELS[2], 30.0), (MODELS[4], 30.0), (CODES, 30.0),
+    (CODES, 1e9)])
 def test_attention_extreme_scores(model, scale):
     """Scores differ by thousands: one key gets all the weight, and nothing overflows on the way."""
     check_attention(model, RAGGED, scale)
@@ -1429,7 +1495,7 @@ def test_kernels_again(mode):
     """Every kernel equals its twin with threads in random order, and with every access checked."""
     environment = {"SIMULATOR_SHUFFLE": "3"} if mode == "shuffled" else sanitizer_environment()
     chosen = "gather_rows or test_rms_norm or rope_and_cache or attention_ragged or silu_mul or test_greedy"
-    chosen = f"({chosen}) and 144-4-1 or equals_its_twin and 0-0.9"
+    chosen = f"({chosen}) and (144-4-1 or codes-64) or equals_its_twin and 0-0.9"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
     run = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr

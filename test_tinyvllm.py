@@ -8,6 +8,7 @@ of the code that it judges: reference.py, or a count by hand.
 """
 import ast
 import contextlib
+import dataclasses
 import errno
 import io
 import json
@@ -241,6 +242,42 @@ def test_forward_equals_numpy(tmp_path, changes):
         assert error.max() < 0.03, (length, error)
 
 
+@pytest.mark.parametrize("changes", [
+    {"attention_bias": True}, QWEN3 | {"head_dim": 48}], ids=["llama-bias", "qwen3-head-48"])
+def test_scales_of_a_cache_of_codes(tmp_path, changes):
+    """Keys and values beyond an E4M3's 448 need the checkpoint's scales. A cache of bf16 does not.
+
+    The model: all keys times 3,000, all values times 2,000, undone by queries and by o.
+    """
+    config = TINY | {"num_attention_heads": 4, "num_key_value_heads": 2} | changes
+    last = "norm" if "Qwen3ForCausalLM" in config["architectures"] else "proj"      # weight before RoPE
+    factors = {f"q_{last}.weight": 1 / 3000, f"k_{last}.weight": 3000, f"q_{last}.bias": 1 / 3000,
+               f"k_{last}.bias": 3000, "v_proj.weight": 2000, "v_proj.bias": 2000, "o_proj.weight": 1 / 2000}
+    tensors = {}
+    for name, tensor in random_weights(config).items():
+        factor = factors.get(name.split(".", 4)[-1], 1)
+        tensors[name] = (np.float64(tensor) * factor).astype(bfloat16)
+    scales = {}
+    for i in range(config["num_hidden_layers"]):
+        scales[f"model.layers.{i}.self_attn.k_scale"] = np.array([3000], np.float32)
+        scales[f"model.layers.{i}.self_attn.v_scale"] = np.array(2000, bfloat16)
+    with_scales = write_model(tmp_path / "with", sizes=config, weights=tensors | scales)
+    without = write_model(tmp_path / "without", sizes=config, weights=tensors)
+    worst = []
+    for folder, dtype in (with_scales, "auto"), (with_scales, "fp8"), (without, "fp8"):
+        llm = LLM(folder, kv_cache_dtype=dtype, max_num_batched_tokens=50)
+        errors = errors_of_logits(llm, config, float64_weights(without), (1, 17, 70), 10)
+        worst.append(max(error.max() for error in errors))
+    assert worst[0] < 0.03 and worst[1] < 0.1 and worst[2] > 0.3
+
+
+@pytest.mark.parametrize("scale", [[1.0, 1.0], [0.0], [-1.0], [np.nan]], ids=str)
+def test_a_scale_is_a_number_above_0(tmp_path, scale):
+    write_model(tmp_path, weights={"model.layers.1.self_attn.v_scale": np.array(scale, np.float32)})
+    with pytest.raises(TinyVLLMError, match=r"model\.layers\.1\.self_attn\.v_scale: expected .*, got "):
+        LLM(tmp_path)
+
+
 @pytest.fixture
 def one_kernel(monkeypatch):
     """Lets small batches of decodes run in decode.cu's one kernel, in the simulator too.
@@ -374,6 +411,7 @@ SOME = [text for text in TEXTS if 300 < len(text[1]) < 700][::9]
     {"max_num_seqs": 2}, {"block_size": 8}, {"block_size": 64}, {"enforce_eager": True}, {"overlap": False},
     {"enable_chunked_prefill": False, "max_num_batched_tokens": 300},
     {"static_batching": True, "max_num_seqs": 2},
+    {"kv_cache_dtype": "fp8", "max_num_batched_tokens": 33},
 ], ids=lambda options: "-".join(f"{name}-{value}" for name, value in options.items()))
 def test_recitation_with_odd_limits(options):
     """With chunks and pages of any size, few sequences at once, static batches, the plain loop."""
@@ -381,7 +419,7 @@ def test_recitation_with_odd_limits(options):
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"overlap": False}, {"prefix_caching": False},
+    {}, {"overlap": False}, {"prefix_caching": False}, {"kv_cache_dtype": "fp8"},
     {"enable_chunked_prefill": False, "max_num_batched_tokens": 300, "static_batching": True}], ids=str)
 def test_preempted_and_resumed(options):
     """In too small a pool, sequences are preempted, computed again, and say the same."""
@@ -868,6 +906,21 @@ def test_long_steps_are_counted(shape, gigabytes, options, tokens):
     if "num_blocks" not in options:         # and the memory is used, in pools that do not hold all requests
         assert weights_bytes + 2 * step + pool >= 0.8 * total
     assert num_blocks * 16 >= (options.get("max_model_len") or max_model_len)
+
+
+def test_a_cache_of_codes_holds_twice_the_tokens(monkeypatch):
+    config = weights.SHAPES["llama-3.1-8b"]
+    codes = dataclasses.replace(config, kv_cache_dtype="fp8")
+    assert weights.kv_bytes_per_token(config) == 2 * 2 * 32 * 8 * 128 == 2 * weights.kv_bytes_per_token(codes)
+    args = EngineArgs()
+    memory = 60 * 10**9, 60 * 10**9
+    pages, twice = [tinyvllm.kv_cache_blocks(c, memory, args) for c in (config, codes)]
+    assert twice in (2 * pages, 2 * pages + 1)
+    device = open_device("auto" if ON_GPU else "cpu")
+    device.runs_fp8 = False
+    monkeypatch.setattr(tinyvllm, "open_device", lambda name: device)
+    with pytest.raises(TinyVLLMError, match=r"^kv_cache_dtype: expected auto on .*8.9.*, got 'fp8'$"):
+        LLM(PARROT, kv_cache_dtype="fp8")
 
 
 @pytest.mark.parametrize("options, limit, advice", [
@@ -1746,8 +1799,8 @@ MAY_IMPORT = {"tokenizer": set(), "views": set(), "simulator": set(), "load": se
               "completions": {"device", "grammar", "sampling", "tinyvllm", "tokenizer", "tools"},
               "worker": {"device", "program", "tinyvllm", "views"}}
 MAY_COME_LATE = {"cupy", "huggingface_hub", "llguidance"}      # in a function: not every run has or needs it
-MOST_LINES = {"tinyvllm.py": 1820, "program.py": 275, "sampling.py": 180, "weights.py": 525, "device.py": 460,
-              "communicator.py": 435, "kernels.cu": 1450, "ptx.h": 295, "decode.cu": 1025, "simulator.h": 575,
+MOST_LINES = {"tinyvllm.py": 1820, "program.py": 275, "sampling.py": 180, "weights.py": 560, "device.py": 460,
+              "communicator.py": 435, "kernels.cu": 1560, "ptx.h": 335, "decode.cu": 1025, "simulator.h": 590,
               "simulator.py": 150, "tokenizer.py": 360, "views.py": 820, "bench.py": 830, "load.py": 630,
               "reference.py": 280, "chat.py": 180, "grammar.py": 115, "tools.py": 130, "server.py": 880,
               "completions.py": 755, "worker.py": 250, "fp8.py": 235}

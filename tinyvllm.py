@@ -807,6 +807,7 @@ def compile_model(config, device, args):
     """The kernels, with the sizes of a model (of a rank) as constants."""
     c = config
     has_decode_kernel = args.fused_decode and device.runs_decode and c.num_ranks == 1 and not c.quantization
+    has_decode_kernel &= c.kv_cache_dtype == "auto"
     code = paste(KERNELS, DECODE_KERNEL) if has_decode_kernel else paste(KERNELS)
     return compile_kernels(device, {
         "HIDDEN": c.hidden_size, "FFN": c.intermediate_size, "NUM_LAYERS": c.num_hidden_layers,
@@ -893,7 +894,8 @@ class Model:
         # Keys are kv_cache[l, 0], values kv_cache[l, 1] of layer l. Within a page each head's
         # tokens are consecutive.
         self.kv_cache = device.empty(
-            (c.num_hidden_layers, 2, num_blocks, c.num_key_value_heads, args.block_size, c.head_dim))
+            (c.num_hidden_layers, 2, num_blocks, c.num_key_value_heads, args.block_size, c.head_dim),
+            c.kv_dtype)
         angles = np.arange(max_model_len)[:, None] * rope_frequencies(c)                # [max_model_len, h/2]
         cos_sin = np.concatenate([np.cos(angles), np.sin(angles)], 1, dtype=np.float32)
         self.cos_sin = device.to_device(cos_sin)                                        # [max_model_len, h]
@@ -1518,6 +1520,8 @@ class LLM(InputProcessor):
         args = EngineArgs(model, **options)
         folder, config = open_config(args)
         self.device = open_device(args.device)
+        check("kv_cache_dtype", args.kv_cache_dtype, lambda name: name == "auto" or self.device.runs_fp8,
+              f"auto on {self.device.name} (fp8 needs compute capability 8.9: RTX 40 series, H100, ...)")
         super().__init__(folder, config, args.max_logprobs)
         rank_config = self.config.of_rank(args.tensor_parallel_size)
         check("tensor_parallel_size", args.tensor_parallel_size, lambda n: n <= self.device.count,

@@ -152,6 +152,11 @@ class ModelConfig:
             intermediate_size=self.intermediate_size // num_ranks)
 
     @property
+    def kv_dtype(self):
+        """The dtype of a key's and a value's numbers in the cache: E4M3 codes are uint8."""
+        return np.dtype(np.uint8) if self.kv_cache_dtype == "fp8" else BFLOAT16
+
+    @property
     def heads_size(self):
         """H h: the size of a token's attention output."""
         return self.num_attention_heads * self.head_dim
@@ -339,7 +344,8 @@ def weight_bytes(config):
 
 def kv_bytes_per_token(config):
     """Bytes of the KV cache for one token: a key and a value, in each layer, for each kv head."""
-    return 2 * BYTES * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return config.kv_dtype.itemsize * numbers
 
 
 @dataclass(frozen=True)
@@ -476,36 +482,57 @@ def load_weights(checkpoint, config, device, rank=0, kernels=None):
             return dequantize(tensor, part(scales)[:, 0], device)
         return device.to_device(tensor).astype(BFLOAT16, copy=False)
 
-    def stack(norm, *parts):
-        """A matrix of several (name, rows, columns), below one another, times the norm's weight.
-        Each part goes to the device alone: the host never holds the stack."""
+    def times(tensor, factor):
+        return (tensor.astype(np.float32) * factor).astype(BFLOAT16)
+
+    def stack(norm, *parts, factors=(1, 1)):
+        """A matrix of several (name, rows, columns), below one another, each times its factor and the
+        norm's weight. Each part goes to the device alone: the host never holds the stack."""
         g = take(norm, D).astype(np.float32)
-        scaled = [(take(*part, axis=0).astype(np.float32) * g).astype(BFLOAT16) for part in parts]
+        scaled = [times(take(*part, axis=0), g * factor) for part, factor in zip(parts, factors)]
         return ready(device.xp.concatenate(scaled))
 
     def ready(matrix):
         """The matrix, or the Fp8Matrix made of it."""
         return quantize(matrix, device, kernels) if c.quantization else matrix
 
-    def join(*parts, **options):
-        """A vector of several (name, size), one behind the other. options: of take."""
-        return device.xp.concatenate([take(*part, **options) for part in parts])
+    def join(*parts, factors, **options):
+        """A vector of several (name, size), one behind the other, each times its factor. options: of take."""
+        scaled = [times(take(*part, **options), factor) for part, factor in zip(parts, factors)]
+        return device.xp.concatenate(scaled)
+
+    def cache_scale(name):
+        """The scale of a layer's keys or values in a cache of codes: 1 unless the checkpoint has one."""
+        if name not in checkpoint.tensors:
+            return 1.0
+        shape = checkpoint.tensors[name].shape
+        check(f"{checkpoint.folder}: the shape of {name}", shape, lambda its: its in ((), (1,)), "() or (1,)")
+        scale = float(checkpoint.take(name, *shape).astype(np.float32).item())
+        check(f"{checkpoint.folder}: {name}", scale, lambda s: 2**-40 < s < 2**40, "a number above 0")
+        return scale if c.kv_cache_dtype == "fp8" else 1.0
 
     def layer(i):
         attention = f"model.layers.{i}.self_attn"
         mlp = f"model.layers.{i}.mlp"
+        # The cache holds codes of k / k_scale and v / v_scale, so q and the output of attention have to be
+        # multiplied by the scales. A norm of q's and k's heads would undo such a factor of the matrix.
+        k_scale = cache_scale(f"{attention}.k_scale")
+        v_scale = cache_scale(f"{attention}.v_scale")
+        qk = (k_scale, 1 / k_scale)                         # factors of the last weight before RoPE
+        qkv = (1, 1, 1 / v_scale) if c.qk_norm else (*qk, 1 / v_scale)
         return LayerWeights(
             qkv=stack(f"model.layers.{i}.input_layernorm", (f"{attention}.q_proj", q_rows, D),
-                      (f"{attention}.k_proj", kv_rows, D), (f"{attention}.v_proj", kv_rows, D)),
-            o=ready(take(f"{attention}.o_proj", D, q_rows, axis=1)),
+                      (f"{attention}.k_proj", kv_rows, D), (f"{attention}.v_proj", kv_rows, D), factors=qkv),
+            o=ready(times(take(f"{attention}.o_proj", D, q_rows, axis=1), v_scale)),
             gate_up=stack(f"model.layers.{i}.post_attention_layernorm", (f"{mlp}.gate_proj", F, D),
                           (f"{mlp}.up_proj", F, D)),
             down=ready(take(f"{mlp}.down_proj", D, F, axis=1)),
             qkv_bias=join((f"{attention}.q_proj", q_rows), (f"{attention}.k_proj", kv_rows),
-                          (f"{attention}.v_proj", kv_rows), kind="bias", axis=0)
+                          (f"{attention}.v_proj", kv_rows), factors=qkv, kind="bias", axis=0)
             if c.attention_bias else None,
             o_bias=take(f"{attention}.o_proj", D, kind="bias")[:, None] if c.attention_out_bias else None,
-            qk_norm=join((f"{attention}.q_norm", h), (f"{attention}.k_norm", h)) if c.qk_norm else None)
+            qk_norm=join((f"{attention}.q_norm", h), (f"{attention}.k_norm", h), factors=qk)
+            if c.qk_norm else None)
 
     embed = take("model.embed_tokens", V, D)
     layers = [layer(i) for i in range(c.num_hidden_layers)]
@@ -514,7 +541,7 @@ def load_weights(checkpoint, config, device, rank=0, kernels=None):
     # An untaken tensor, such as a bias, would be missing from the answers. Two untaken names are only
     # copies: a tied head, and RoPE's table of frequencies. And our activations find their own scales.
     left = [name for name in checkpoint.tensors if name != "lm_head.weight"
-            and not name.endswith(("rotary_emb.inv_freq", "input_scale", "k_scale", "v_scale"))]
+            and not name.endswith(("rotary_emb.inv_freq", "input_scale"))]
     if left:
         raise TinyVLLMError(f"{checkpoint.folder}: expected the tensors of config.json's architecture, got "
                             f"{len(left)} others, such as {left[0]}: another architecture, or quantized?")
