@@ -521,7 +521,7 @@ inline void bulk_copy(void* shared, const void* global, int bytes, u64* b, SIMUL
     mbarrier_arrive(b, 0, -bytes);
 }
 inline void store_word(void* p, unsigned w) { __atomic_store_n((unsigned*)p, w, __ATOMIC_RELAXED); }
-inline void load_words_if(bool yes, unsigned (&w)[4], const void* p) {
+template <bool> void load_words_if(bool yes, unsigned (&w)[4], const void* p) {
     for (int i = 0; i < 4 && yes; i++) w[i] = __atomic_load_n((const unsigned*)p + i, __ATOMIC_RELAXED);
 }
 template <int N> void set_registers() {}
@@ -540,7 +540,7 @@ inline void relax_for_others(SIMULATOR_LINE) {
     let_others_run(line);
 }
 inline void __trap(SIMULATOR_LINE) { simulator::fail(line, "gives up"); }
-inline void store_word_system(u64* p, u64 w) { __atomic_store_n(p, w, __ATOMIC_RELAXED); }
+template <class T> void store_word_system(T* p, T w) { __atomic_store_n(p, w, __ATOMIC_RELAXED); }
 inline u64 load_word_system(const u64* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
 inline u64 nanoseconds() { return std::chrono::steady_clock::now().time_since_epoch().count(); }
 
