@@ -63,25 +63,25 @@
 // does not matter. Each layer has words of its own, and each word is written once in a step, so no
 // result can be overwritten before the last reader has come.
 //
-// With several ranks (GPUs that share the model, see communicator.py) each has a part of the heads and
-// of F, and its products o and down are only parts of a sum. A rank publishes its part of y or x in the
-// words of every rank, in a place of its own. Who reads y or x reads the words of all ranks and adds
-// them up, in the order of ranks: all ranks get the same bits. There is no other exchange.
+// Several ranks (GPUs that share the model, see communicator.py) have a part of the heads and of F each.
+// The products o and down of a rank are only parts of a sum. A rank publishes its part of y or x to all
+// ranks: each rank has words for the parts of all ranks. A reader of y or x reads all parts and adds
+// them up in the order of ranks, so all ranks get the same bits.
 //
 // Thread blocks never wait for each other in a circle: tickets are drawn in order, and a unit depends
 // only on units with smaller tickets. No sum depends on who draws a unit or on who comes first: the
 // same input gives the same bits.
 //
-//   logits [S, V / RANKS].   embed [V, D].   norm [D]: the weight of the last norm; the matrices contain the
-//   weights of all other norms, see rms_norm.   token_ids [S]: see rows of gather_rows.
+//   logits [S, V / ranks].   embed [V, D].   norm [D]: the weight of the last norm; the matrices contain
+//   the weights of all other norms, see rms_norm.   token_ids [S]: see rows of gather_rows.
 //   weights [4 L + 1]: the addresses of qkv, o, gate_up and down of each layer, and of the head.
 //   layers: L, which is NUM_LAYERS. (As a constant, L makes the compiler spill more registers.)
 //   kv_cache [L, 2, N, K, B, h].   query_scale: log2(e) / sqrt(h), see rope_and_cache.
 //   words [TICKET_WORDS + (L + 1) S (VECTOR_WORDS + splits PARTIAL_WORDS)], all 0: the counter of
-//   tickets; then, behind TICKET_WORDS, the Vectors of each layer, and x for the head. With several
-//   ranks null: see addresses.
+//   tickets; then, behind TICKET_WORDS, the Vectors of each layer, and x for the head. Null if there are
+//   several ranks: the words then lie at addresses[rank].
 //   splits: DECODE_SPLITS / S, the most for a context.   biases [L, (H + 2K) h]: null unless QKV_BIAS is 1.
-//   addresses [RANKS + 1]: of each rank's words, see set_of; of `stop`, see Patience. Null for one rank.
+//   addresses [ranks + 1]: of each rank's words, see set_of; of `stop`, see Patience. Null for one rank.
 //   Other arrays: see rope_and_cache, paged_attention.
 //   Grid: a thread block for each multiprocessor. All must run at the same time, since they wait for
 //   each other. (decode_shared_bytes leaves no room for two on a multiprocessor.)
@@ -136,7 +136,7 @@ __device__ constexpr int shift_of(int columns) {
 enum Product { QKV_PRODUCT, O_PRODUCT, GATE_UP_PRODUCT, DOWN_PRODUCT, HEAD_PRODUCT };
 
 // apart: rows from a row to the partner; 0: the partners follow right behind piece 0.
-// normed: whether x goes through a norm. With several ranks, x is then a sum over the ranks.
+// normed: whether x goes through a norm. Such an x is the sum over the ranks.
 struct Matrix { int rows, columns, apart; bool normed; };
 constexpr Matrix MATRICES[] = {    // in the order of Product
     {QKV, HIDDEN, HEAD_DIM / 2, true},
@@ -195,6 +195,7 @@ template <int COUNT> struct Layout {    // of a thread block's shared memory, wi
     int attention_units;                // of a layer
     const bf16* weights[4 * NUM_LAYERS + 1];
     u64 addresses[RANKS];               // of each rank's words
+    bool has_stopped;                   // see Patience: one warp says so for all
 };
 
 constexpr int MOST_STAGES = 6;    // more gain nothing
@@ -230,9 +231,9 @@ EXPORT(DECODE_BATCH, FITS ? SEQUENCES : 0);        // the most sequences; 0: the
 constexpr int PARTIAL = HEAD_DIM / 2 + 4;    // words: a head's output of one split, and 4 times the logsumexp
 EXPORT(DECODE_TICKET_WORDS, 4);              // the counter, and a gap: Vectors must be 16-byte aligned
 EXPORT(DECODE_VECTOR_WORDS, (2 * RANKS * HIDDEN + QKV + HEADS + FFN) / 2);    // of a sequence and layer
-EXPORT(DECODE_PARTIAL_WORDS, NUM_HEADS * PARTIAL);                            // of a sequence, layer and split
+EXPORT(DECODE_PARTIAL_WORDS, NUM_HEADS * PARTIAL);    // of a sequence, layer and split
 EXPORT(DECODE_SPLITS, 32);                   // of all contexts together, at most; merge() takes 32 of one
-// With several ranks, all words of a rank: see Turn.
+// Of several ranks: see set_of.
 constexpr int SET_WORDS = DECODE_TICKET_WORDS + (NUM_LAYERS + 1) * (
     SEQUENCES * DECODE_VECTOR_WORDS + DECODE_SPLITS * DECODE_PARTIAL_WORDS);
 EXPORT(DECODE_SHARED_WORDS, DECODE_TICKET_WORDS + 2 * SET_WORDS);
@@ -255,7 +256,7 @@ struct Step {    // the kernel's arguments
     int sequences, splits;
     const u64* addresses;    // of each rank's words, and of `stop`
     int rank;
-    int* old_set;            // see Turn
+    int* old_set;            // see set_of
     __device__ int vectors_size() const {    // words
         return sequences * (DECODE_VECTOR_WORDS + splits * DECODE_PARTIAL_WORDS);
     }
@@ -302,7 +303,7 @@ __device__ inline void wait(u64* mbarrier, unsigned phase) {
     while (!mbarrier_passed_soon(mbarrier, phase % 2)) relax();
 }
 
-struct Endless {    // a wait for words of this rank, in place of a Patience
+struct Endless {    // a wait for words of the own rank, in place of a Patience
     static constexpr bool has_stopped = false;
     __device__ void relax() const { ::relax(); }
 };
@@ -310,8 +311,8 @@ struct Endless {    // a wait for words of this rank, in place of a Patience
 // A warp reads v[i] from address(i), for every i with wanted(i), until no word is missing. If i is not
 // wanted, v[i] becomes -0. While v[0] is missing, a lane asks for v[0] to v[3] only, because polling
 // takes bandwidth from the weights. After v[0] has come, all loads are under way together, and a v[i]
-// is read again only if a word of v[i] is missing. (With several SENDERS, v[0] to v[SENDERS - 1] are the
-// first words of each.)
+// is read again only if a word of v[i] is missing. (SENDERS: v[0] to v[SENDERS - 1] are the first words
+// of so many ranks, and each of these ranks may be late.)
 template <int SENDERS = 1, int M, class Wanted, class Address, class Wait = Endless>
 __device__ inline void take(Words (&v)[M], Wanted wanted, Address address, Wait wait = {}) {
     for (int i = 0; i < M; ++i)
@@ -345,8 +346,8 @@ template <class Word> __device__ inline unsigned sum_over_ranks(Word word) {
     return pack_bf16x2(sum.a, sum.b);
 }
 
-// take() of x or y: v[i] is the sum over the ranks. address(i): of rank 0's words. A few v[i] at a time,
-// since each takes the registers of RANKS.
+// take() of x or y: v[i] becomes the sum over the ranks. address(i): of rank 0's part. Only a few v[i] are
+// read at once, since the parts of all ranks need registers.
 constexpr int AT_ONCE = larger(1, 16 / RANKS);
 template <int M, class Wanted, class Address>
 __device__ inline void take_sums(
@@ -354,8 +355,11 @@ __device__ inline void take_sums(
     #pragma unroll
     for (int first = 0; first < M; first += AT_ONCE) {
         Words got[AT_ONCE * RANKS];
-        take<RANKS>(got, [&](int i) { return first + i / RANKS < M && wanted(first + i / RANKS); },
-             [&](int i) { return address(first + i / RANKS) + i % RANKS * step.sequences * HIDDEN; }, patience);
+        const auto is_wanted = [&](int i) { return first + i / RANKS < M && wanted(first + i / RANKS); };
+        const auto part = [&](int i) {
+            return address(first + i / RANKS) + i % RANKS * step.sequences * HIDDEN;
+        };
+        take<RANKS>(got, is_wanted, part, patience);
         for (int i = 0; i < AT_ONCE && first + i < M; ++i)
             for (int j = 0; j < 4; ++j)
                 v[first + i].w[j] = sum_over_ranks([&](int rank) { return got[RANKS * i + rank].w[j]; });
@@ -374,10 +378,9 @@ struct Role {
     unsigned units = 0;    // so far
     int begin = 0;         // the operation's tickets: begin .. end - 1
     int end = 0;
-    bool has_stopped = false;             // waiting for other ranks
     __device__ auto patience() {
         if constexpr (RANKS == 1) return Endless{};
-        else return Patience{step.addresses + RANKS, has_stopped};
+        else return Patience{step.addresses + RANKS, shared.has_stopped};
     }
     __device__ void enter(int count) {    // an operation of so many units
         begin = end;
@@ -937,7 +940,7 @@ struct Reducer : Role {
             finish_unit();
         }
     }
-    // A rank's part of a word of the residual. p: where the part of rank 0 lies.
+    // A rank's part of a word of x or y. p: where the part of rank 0 lies.
     __device__ unsigned load_partial(const bf16* p, int rank) const {
         return *reinterpret_cast<const volatile unsigned*>(p + rank * step.sequences * HIDDEN);
     }
@@ -953,7 +956,7 @@ struct Reducer : Role {
         if constexpr (RANKS > 1) sum = sum_over_ranks([&](int rank) { return old[rank]; });
         return {x.a + unpack(sum).a, x.b + unpack(sum).b};
     }
-    // p: where the word lies in this rank's own memory. To the others first: the way is longer.
+    // p: in the words of the own rank. The other ranks come first, since they are farther away.
     __device__ void publish_to_ranks(bf16* p, unsigned word) const {
         for (int i = 1; i <= RANKS; ++i) {
             const int rank = (step.rank + i) % RANKS;
@@ -1013,17 +1016,17 @@ struct Reducer : Role {
     }
 };
 
-// ---- Several ranks: whose turn it is ------------------------------------------------------------
-// Each rank has two sets of words, for steps in turn:
-//     [TICKET_WORDS: the set of this step, 0 or 1; how many thread blocks have begun this step], set 0, set 1
-//     a set: [TICKET_WORDS: the counter of tickets; how many words the set's last step has used], Vectors
-// All ranks run the same steps, and all words are 0 at first, so the ranks agree on the set. In step n
-// the mergers clear the other set, which was used in step n - 1 and will be in step n + 1:
-//   - All words of step n - 1 have come: that kernel has read every word that other ranks send, since
-//     a consumer reads all of x and y, and at least one thread block draws a unit of each product.
-//   - No word of step n + 1 can come yet: another rank begins that step behind an all_gather, which waits
-//     for this rank's all_gather, which waits for the end of this kernel.
-// All arrays are at fixed addresses, and the turn is data, since a CUDA graph repeats its arguments.
+// ---- Several ranks: two sets of words -----------------------------------------------------------
+// Each rank has two sets of words. Steps use the sets in turn:
+//     [TICKET_WORDS: the set of this step, 0 or 1; the number of thread blocks that have begun this step]
+//     set 0, set 1: [TICKET_WORDS: the counter of tickets; the number of words that a step has used], Vectors
+// At first all words are 0, and all ranks run the same steps, so the ranks agree on the set. In step n
+// the mergers clear the other set, the set of step n - 1 and of step n + 1. No word gets lost:
+//   - All words of step n - 1 have come. For each product a thread block of this rank has drawn a unit,
+//     and the consumers of this thread block have read the whole x of the product.
+//   - No word of step n + 1 can come yet. Before step n + 1 another rank runs all_gather of step n, which
+//     waits for this rank's all_gather, which begins when this kernel has ended.
+// The number of the set is data, since a CUDA graph repeats the arguments of its kernels.
 __device__ inline int* set_of(int* words, int number) {
     return words + DECODE_TICKET_WORDS + number * SET_WORDS;
 }
@@ -1112,6 +1115,7 @@ __device__ inline void prepare(Shared& shared, const Step& step, const u64* weig
     }
     if (me <= 4 * step.layers) shared.weights[me] = reinterpret_cast<const bf16*>(weights[me]);
     if (RANKS > 1 && me < RANKS) shared.addresses[me] = step.addresses[me];
+    if (RANKS > 1 && me == 0) shared.has_stopped = false;
     if (me == 0) {
         int units = 0;
         for (int s = 0; s < step.sequences; ++s) {

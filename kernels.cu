@@ -1195,7 +1195,7 @@ constexpr u64 STOP_PAUSE = 10 * 1000 * 1000;    // nanoseconds between two looks
 // a wait that no rank causes in a good run.
 struct Patience {
     const u64* stop_address;    // where the address of `stop` lies
-    bool& has_stopped;          // whether this thread waits no more
+    bool& has_stopped;          // true: the wait is over
     unsigned looks = 0;
     u64 start = 0;
     u64 last_look = 0;          // at `stop`

@@ -165,7 +165,8 @@ struct Block {                      // one for each core, used for one thread bl
     Launch* launch;
     int current;                    // the running thread
     int barrier_line;               // where threads wait at a barrier; 0: none does
-    unsigned looks_outside;         // calls of relax_for_others()
+    unsigned looks_outside;         // calls of relax_for_others(), without a round between that had none
+    bool looked_outside;            // whether there was a call in this round
     bool any, any_before;           // whether a thread brings a true to this barrier, or brought to the last
     uint64_t random;
     unsigned order;                 // threads run as 0 ^ order, 1 ^ order, ...: of any two, each may be first
@@ -231,6 +232,7 @@ inline bool open_barrier(Block& b) {
     unsigned live = 0;
     for (auto& warp : b.warps) live |= warp.runnable = std::exchange(warp.relaxing, 0);
     if (live) {
+        if (!std::exchange(b.looked_outside, false)) b.looks_outside = 0;
         const bool is_long = b.looks_outside > 10000;    // the other process may want this core
         if (is_long) std::this_thread::sleep_for(std::chrono::microseconds(50));
         else std::this_thread::yield();
@@ -537,6 +539,7 @@ inline void relax(SIMULATOR_LINE) {
 }
 inline void relax_for_others(SIMULATOR_LINE) {
     simulator::block->looks_outside++;
+    simulator::block->looked_outside = true;
     let_others_run(line);
 }
 inline void __trap(SIMULATOR_LINE) { simulator::fail(line, "gives up"); }

@@ -20,6 +20,7 @@ import pytest
 from ml_dtypes import bfloat16
 
 import communicator
+import simulator
 import tinyvllm
 from communicator import start_ranks
 from device import KERNELS, CpuDevice, CudaDevice, compile_kernels, open_device, paste
@@ -281,8 +282,12 @@ def test_tokens_are_compared():
 # --------------------------------------------------------------------------------------------------
 # One kernel a rank: small batches of decodes, by decode.cu
 # --------------------------------------------------------------------------------------------------
+QUICK_FLAGS = ["-O1" if flag == "-O3" else flag for flag in simulator.FLAGS]      # quick to compile
+
+
 def open_decoding(*arguments):
     """A device that runs decode.cu, in the simulator too."""
+    simulator.FLAGS = QUICK_FLAGS
     device = open_device(*arguments)
     device.runs_decode = True
     return device
@@ -311,6 +316,7 @@ def one_kernel(monkeypatch):
     """Lets all ranks run decode.cu. Returns a list of the batch sizes in that kernel."""
     if DEVICE == "cuda" and not open_device().runs_decode:
         pytest.skip("this GPU cannot run decode.cu")
+    monkeypatch.setattr(simulator, "FLAGS", QUICK_FLAGS)        # which ends with the test
     monkeypatch.setattr(tinyvllm, "open_device", open_decoding)
     monkeypatch.setattr(tinyvllm, "RANK_COMMAND", command("run_with_decode"))
     decode = tinyvllm.Model.decode
@@ -324,12 +330,10 @@ def one_kernel(monkeypatch):
     return sizes
 
 
-# A rank's ffn size, 2,560, is a multiple of 512, but its half is not.
 HALVES = TINY | {"hidden_size": 512, "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 512,
-                 "intermediate_size": 5120, "max_position_embeddings": 512}
-QUARTERS = TINY | {"hidden_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128,
-                   "vocab_size": 512, "intermediate_size": 2048, "max_position_embeddings": 512,
-                   "num_hidden_layers": 1}
+                 "intermediate_size": 1024, "max_position_embeddings": 512}
+# 2,560 is a multiple of 512, but its half is not.
+QUARTERS = HALVES | {"hidden_size": 2560, "head_dim": 128, "intermediate_size": 2048, "num_hidden_layers": 1}
 
 
 @pytest.mark.parametrize("config, size", [(HALVES, 2), (QUARTERS, 4)], ids=["2", "4"])
@@ -338,20 +342,20 @@ def test_decode_of_several_ranks(tmp_path, one_kernel, config, size):
     write_model(tmp_path, sizes=config)
     weights = float64_weights(tmp_path)
     llm = LLM(tmp_path, device=device_for(size), tensor_parallel_size=size)
-    for lengths, max_tokens in ((15,), 20), ((1, 140), 5), ((300, 3, 32), 5), ((20, 1, 2, 33, 16, 5, 7), 5):
-        for length, error in zip(lengths, errors_of_logits(llm, config, weights, lengths, max_tokens)):
-            assert error.max() < 0.04, (length, error)
-    assert {1, 2, 4, 8} <= set(one_kernel)
+    for lengths in (15,), (270, 3, 32), (20, 1, 2, 3, 16, 5, 7):
+        for length, error in zip(lengths, errors_of_logits(llm, config, weights, lengths, 4)):
+            assert error.max() < 0.06, (length, error)
+    assert {1, 4, 8} <= set(one_kernel)
 
 
 def test_decode_after_aborts_and_preemptions(tmp_path, one_kernel):
     """Steps of many kernels and of one kernel, in turn. Every token is the oracle's best, or as good."""
     write_model(tmp_path, sizes=HALVES)
     weights = float64_weights(tmp_path)
-    llm = LLM(tmp_path, device=DEVICE, tensor_parallel_size=2, num_blocks=16, block_size=8, max_model_len=128,
+    llm = LLM(tmp_path, device=DEVICE, tensor_parallel_size=2, num_blocks=10, block_size=8, max_model_len=64,
               prefix_caching=False)
-    prompts = [RNG(n).integers(0, 512, n).tolist() for n in (5, 40, 30, 17)]
-    params = SamplingParams(max_tokens=24, ignore_eos=True)
+    prompts = [RNG(n).integers(0, 512, n).tolist() for n in (5, 20, 21, 22)]
+    params = SamplingParams(max_tokens=16, ignore_eos=True)
     stream = llm.stream(prompts[0], params)
     next(stream)
     for _ in llm.stream(prompts[1], params):
@@ -359,11 +363,11 @@ def test_decode_after_aborts_and_preemptions(tmp_path, one_kernel):
     outputs = llm.generate(prompts[1:], params)
     *_, first = stream
     assert sum(output.num_preemptions for output in outputs) >= 1
-    assert {1, 2, 4} & set(one_kernel)
+    assert {1, 2} <= set(one_kernel)
     for output in first, *outputs:
         known = len(output.prompt_token_ids)
         logits = numpy_llama(HALVES, weights, output.prompt_token_ids + output.token_ids)[known - 1:-1]
-        chosen = logits[np.arange(24), output.token_ids]
+        chosen = logits[np.arange(16), output.token_ids]
         assert (logits.max(1) - chosen < 0.05 * logits.std()).all()
 
 
