@@ -10,7 +10,8 @@ the step's arrays to the other ranks, and they launch the same step:
 Twice in each layer, the ranks add up their products: all_reduce. Before sampling, they put together the
 logits: all_gather. For few numbers, both are kernels of our own, which write to the memory of the other
 GPUs (kernels.cu). For many numbers, both are NVIDIA's library NCCL, but never in a CUDA graph: NCCL's end
-waits for the end of all graphs with NCCL's kernels. The results have the same bits in all ranks. So all
+waits for the end of all graphs with NCCL's kernels. In a step of a few sequences, decode.cu's kernel adds
+the products up itself. The results have the same bits in all ranks. So all
 ranks sample the same tokens, each has the tokens that its next step needs, and rank 0 gets no message
 during a run.
 
@@ -230,11 +231,12 @@ class OneRank:
     rank = 0
     size = 1
     fits_graphs = True
+    word_addresses = None
 
     def exchange(self, value):
         return [value]
 
-    def connect(self, device, kernels):
+    def connect(self, device, kernels, num_words):
         pass
 
     def step(self, size, arrays):
@@ -277,8 +279,9 @@ class Communicator:
         self.channel.send(values)
         return values
 
-    def connect(self, device, kernels, inbox_bytes=INBOX_BYTES):
-        """Gets ready for all_reduce() and all_gather(), at the end of loading. kernels: of kernels.cu."""
+    def connect(self, device, kernels, num_words=0, inbox_bytes=INBOX_BYTES):
+        """Gets ready for all_reduce() and all_gather(), at the end of loading. kernels: of kernels.cu.
+        num_words: of a rank, for decode.cu."""
         self.device = device
         self.kernels = kernels
         self.most_blocks = kernels.EXCHANGE_BLOCKS * min(self.exchange(device.multiprocessors))
@@ -289,14 +292,17 @@ class Communicator:
         stop[0] = 0
         self.channel.stop = stop
         num_bytes = 2 * self.size * self.capacity * 8   # of an inbox: two buffers, with numbers of calls
+        # Behind each rank's inbox lie the rank's words for decode.cu.
         if device.is_simulated:
-            inboxes = self.map_inboxes(num_bytes)
+            inboxes = self.map_inboxes(num_bytes + 4 * num_words)
         else:
             self.open_nccl()
-            inboxes = self.open_inboxes(num_bytes)
+            inboxes = self.open_inboxes(num_bytes + 4 * num_words)
         os.close(self.memory)
         self.fits_graphs = bool(inboxes)                # without inboxes, only NCCL is left
+        words = [inbox + num_bytes for inbox in inboxes]
         self.addresses = device.to_device(np.array([*inboxes, stop.ctypes.data], np.uint64))
+        self.word_addresses = device.to_device(np.array([*words, stop.ctypes.data], np.uint64))
         self.exchange("ready")
         if self.rank == 0:
             self.watcher = threading.Thread(target=self.channel.watch, daemon=True)

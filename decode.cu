@@ -63,18 +63,25 @@
 // does not matter. Each layer has words of its own, and each word is written once in a step, so no
 // result can be overwritten before the last reader has come.
 //
+// Several ranks (GPUs that share the model, see communicator.py) have a part of the heads and of F each.
+// The products o and down of a rank are only parts of a sum. A rank publishes its part of y or x to all
+// ranks: each rank has words for the parts of all ranks. A reader of y or x reads all parts and adds
+// them up in the order of ranks, so all ranks get the same bits.
+//
 // Thread blocks never wait for each other in a circle: tickets are drawn in order, and a unit depends
 // only on units with smaller tickets. No sum depends on who draws a unit or on who comes first: the
 // same input gives the same bits.
 //
-//   logits [S, V].   embed [V, D].   norm [D]: the weight of the last norm; the matrices contain the
-//   weights of all other norms, see rms_norm.   token_ids [S]: see rows of gather_rows.
+//   logits [S, V / ranks].   embed [V, D].   norm [D]: the weight of the last norm; the matrices contain
+//   the weights of all other norms, see rms_norm.   token_ids [S]: see rows of gather_rows.
 //   weights [4 L + 1]: the addresses of qkv, o, gate_up and down of each layer, and of the head.
 //   layers: L, which is NUM_LAYERS. (As a constant, L makes the compiler spill more registers.)
 //   kv_cache [L, 2, N, K, B, h].   query_scale: log2(e) / sqrt(h), see rope_and_cache.
 //   words [TICKET_WORDS + (L + 1) S (VECTOR_WORDS + splits PARTIAL_WORDS)], all 0: the counter of
-//   tickets; then, behind TICKET_WORDS, the Vectors of each layer, and x for the head.
+//   tickets; then, behind TICKET_WORDS, the Vectors of each layer, and x for the head. Null if there are
+//   several ranks: the words then lie at addresses[rank].
 //   splits: DECODE_SPLITS / S, the most for a context.   biases [L, (H + 2K) h]: null unless QKV_BIAS is 1.
+//   addresses [ranks + 1]: of each rank's words, see set_of; of `stop`, see Patience. Null for one rank.
 //   Other arrays: see rope_and_cache, paged_attention.
 //   Grid: a thread block for each multiprocessor. All must run at the same time, since they wait for
 //   each other. (decode_shared_bytes leaves no room for two on a multiprocessor.)
@@ -115,24 +122,28 @@ struct alignas(8) Pair { float a, b; };
 __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }    // max() is no constant on a GPU
 
 // ---- How the matrices are cut -------------------------------------------------------------------
+constexpr int WARP_COLUMNS = 64;    // consecutive columns of a consumer: 128 bytes, a line of the L2 cache
+
 // A row has 1 << shift segments. Segments of some 2,048 columns are long enough for the copies, and
-// short enough for a ring of several stages and for the registers of the consumers.
+// short enough for a ring of several stages and for the registers of the consumers. Longer segments
+// are taken where the consumers could not own equally many columns of shorter segments.
 __device__ constexpr int shift_of(int columns) {
-    if (columns > 4096) return 2;
-    return columns > 2048 ? 1 : 0;
+    int shift = columns > 4096 ? 2 : columns > 2048 ? 1 : 0;
+    while (shift > 0 && columns % (WARP_COLUMNS * CONSUMERS << shift) != 0) --shift;
+    return shift;
 }
 
 enum Product { QKV_PRODUCT, O_PRODUCT, GATE_UP_PRODUCT, DOWN_PRODUCT, HEAD_PRODUCT };
 
 // apart: rows from a row to the partner; 0: the partners follow right behind piece 0.
-// normed: whether x goes through a norm.
+// normed: whether x goes through a norm. Such an x is the sum over the ranks.
 struct Matrix { int rows, columns, apart; bool normed; };
 constexpr Matrix MATRICES[] = {    // in the order of Product
     {QKV, HIDDEN, HEAD_DIM / 2, true},
     {HIDDEN, HEADS, 0, false},
     {2 * FFN, HIDDEN, FFN, true},
     {HIDDEN, FFN, 0, false},
-    {VOCAB, HIDDEN, 0, true},
+    {VOCAB / RANKS, HIDDEN, 0, true},
 };
 
 template <Product P> struct Shape {
@@ -152,7 +163,6 @@ template <Product P> struct Shape {
 constexpr int LONGEST_SEGMENT = larger(Shape<QKV_PRODUCT>::SEGMENT,
                                        larger(Shape<O_PRODUCT>::SEGMENT, Shape<DOWN_PRODUCT>::SEGMENT));
 
-constexpr int WARP_COLUMNS = 64;    // consecutive columns of a consumer: 128 bytes, a line of the L2 cache
 constexpr int TILE = 16;            // keys that a consumer attends to at once; the next tile is another's
 constexpr int KEYS_STEP = larger(TILE, BLOCK_SIZE);    // powers of two: a stage holds whole tiles and pages
 constexpr int STAGE_KEYS = larger(1, SEGMENTS * LONGEST_SEGMENT / HEAD_DIM / KEYS_STEP) * KEYS_STEP;
@@ -184,6 +194,8 @@ template <int COUNT> struct Layout {    // of a thread block's shared memory, wi
     int keys[MOST_SEQUENCES];           // the sequences' context lengths
     int attention_units;                // of a layer
     const bf16* weights[4 * NUM_LAYERS + 1];
+    u64 addresses[RANKS];               // of each rank's words
+    bool has_stopped;                   // see Patience: one warp says so for all
 };
 
 constexpr int MOST_STAGES = 6;    // more gain nothing
@@ -202,23 +214,29 @@ __device__ constexpr bool is_dealt_out(int columns) {    // whether all consumer
 constexpr bool FITS =
     is_dealt_out(HIDDEN) && is_dealt_out(HEADS) && is_dealt_out(FFN) &&
     Shape<GATE_UP_PRODUCT>::SHIFT < 2 &&           // two gate rows in a unit make one word of h
-    VOCAB % (2 * SEGMENTS) == 0 &&                 // whole units
+    VOCAB % (2 * SEGMENTS * RANKS) == 0 &&         // whole units
     !QK_NORM && !O_BIAS &&                         // no thread block has a whole head; o's bias is rare
     (HEAD_DIM == 64 || HEAD_DIM == 128) &&         // whole 64 numbers a head, see Attention and merge()
     GROUP <= 8 &&                                  // the queries are the columns of one mma
     STAGE_KEYS <= 32 * BLOCK_SIZE &&               // each page of a stage has a lane of the producer
     4 * NUM_LAYERS < DECODE_THREADS &&             // a thread for each matrix copies the address
     sizeof(Shared) <= decode_shared_bytes;         // if only with LEAST_STAGES
-// Consumers hold h of all sequences in registers, so a wider h leaves room for fewer sequences.
-constexpr int SEQUENCES = FFN <= 8192 ? MOST_SEQUENCES : MOST_SEQUENCES / 2;
+// Consumers hold h of all sequences in registers, so a wider h leaves room for fewer sequences. So does
+// a wide x, while consumers add up the words of several ranks.
+constexpr bool IS_NARROW = FFN <= 8192 && (RANKS == 1 || HIDDEN <= 4096);
+constexpr int SEQUENCES = IS_NARROW ? MOST_SEQUENCES : MOST_SEQUENCES / 2;
 EXPORT(DECODE_BATCH, FITS ? SEQUENCES : 0);        // the most sequences; 0: the kernel is empty
 
 // ---- The arguments, and the words between thread blocks -----------------------------------------
 constexpr int PARTIAL = HEAD_DIM / 2 + 4;    // words: a head's output of one split, and 4 times the logsumexp
 EXPORT(DECODE_TICKET_WORDS, 4);              // the counter, and a gap: Vectors must be 16-byte aligned
-EXPORT(DECODE_VECTOR_WORDS, (2 * HIDDEN + QKV + HEADS + FFN) / 2);    // of a sequence and layer
-EXPORT(DECODE_PARTIAL_WORDS, NUM_HEADS * PARTIAL);                    // of a sequence, layer and split
+EXPORT(DECODE_VECTOR_WORDS, (2 * RANKS * HIDDEN + QKV + HEADS + FFN) / 2);    // of a sequence and layer
+EXPORT(DECODE_PARTIAL_WORDS, NUM_HEADS * PARTIAL);    // of a sequence, layer and split
 EXPORT(DECODE_SPLITS, 32);                   // of all contexts together, at most; merge() takes 32 of one
+// Of several ranks: see set_of.
+constexpr int SET_WORDS = DECODE_TICKET_WORDS + (NUM_LAYERS + 1) * (
+    SEQUENCES * DECODE_VECTOR_WORDS + DECODE_SPLITS * DECODE_PARTIAL_WORDS);
+EXPORT(DECODE_SHARED_WORDS, DECODE_TICKET_WORDS + 2 * SET_WORDS);
 
 struct Step {    // the kernel's arguments
     bf16* logits;
@@ -236,26 +254,31 @@ struct Step {    // the kernel's arguments
     unsigned* words;    // of the first Vectors
     int* counter;
     int sequences, splits;
+    const u64* addresses;    // of each rank's words, and of `stop`
+    int rank;
+    int* old_set;            // see set_of
+    __device__ int vectors_size() const {    // words
+        return sequences * (DECODE_VECTOR_WORDS + splits * DECODE_PARTIAL_WORDS);
+    }
     __device__ bf16* cache(int layer, int values) const {    // [N, K, B, h]: a layer's keys (0) or values (1)
         return kv_cache + (2 * layer + values) * (size_t)num_blocks * NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM;
     }
 };
 
 struct Vectors {    // what thread blocks hand to each other in a layer
-    bf16* x;              // [S, D], the residual before the layer
+    bf16* x;              // [ranks, S, D], the residual before the layer: the sum over the ranks
     bf16* qkv;            // [S, (H + 2K) h]
     bf16* attention;      // [S, H h]
-    bf16* y;              // [S, D], the residual after attention
+    bf16* y;              // [ranks, S, D], the residual after attention
     bf16* h;              // [S, F]
     unsigned* partial;    // [S, H, splits, PARTIAL]
     __device__ Vectors(const Step& step, int layer) {
         const int S = step.sequences;
-        const int size = S * (DECODE_VECTOR_WORDS + step.splits * DECODE_PARTIAL_WORDS);
-        x = reinterpret_cast<bf16*>(step.words + layer * (size_t)size);
-        qkv = x + S * HIDDEN;
+        x = reinterpret_cast<bf16*>(step.words + layer * (size_t)step.vectors_size());
+        qkv = x + RANKS * S * HIDDEN;
         attention = qkv + S * QKV;
         y = attention + S * HEADS;
-        h = y + S * HIDDEN;
+        h = y + RANKS * S * HIDDEN;
         partial = reinterpret_cast<unsigned*>(h + S * FFN);
     }
 };
@@ -264,8 +287,10 @@ __device__ inline Pair unpack(unsigned w) {    // the two bf16 of a word
     return {__uint_as_float(w << 16), __uint_as_float(w & 0xffff0000)};
 }
 
-__device__ inline void publish(void* p, unsigned word) {
-    store_word(p, word ? word : MINUS_ZEROS);    // a word of 0 would never arrive: 0 means "not yet written"
+template <bool SYSTEM = false> __device__ inline void publish(void* p, unsigned word) {
+    word = word ? word : MINUS_ZEROS;    // a word of 0 would never arrive: 0 means "not yet written"
+    if constexpr (SYSTEM) store_word_system(static_cast<unsigned*>(p), word);
+    else store_word(p, word);
 }
 __device__ inline void publish(void* p, const Words& v) {
     for (int i = 0; i < 4; ++i) publish(static_cast<unsigned*>(p) + i, v.w[i]);
@@ -278,25 +303,66 @@ __device__ inline void wait(u64* mbarrier, unsigned phase) {
     while (!mbarrier_passed_soon(mbarrier, phase % 2)) relax();
 }
 
+struct Endless {    // a wait for words of the own rank, in place of a Patience
+    static constexpr bool has_stopped = false;
+    __device__ void relax() const { ::relax(); }
+};
+
 // A warp reads v[i] from address(i), for every i with wanted(i), until no word is missing. If i is not
 // wanted, v[i] becomes -0. While v[0] is missing, a lane asks for v[0] to v[3] only, because polling
 // takes bandwidth from the weights. After v[0] has come, all loads are under way together, and a v[i]
-// is read again only if a word of v[i] is missing.
-template <int M, class Wanted, class Address>
-__device__ inline void take(Words (&v)[M], Wanted wanted, Address address) {
+// is read again only if a word of v[i] is missing. (SENDERS: v[0] to v[SENDERS - 1] are the first words
+// of so many ranks, and each of these ranks may be late.)
+template <int SENDERS = 1, int M, class Wanted, class Address, class Wait = Endless>
+__device__ inline void take(Words (&v)[M], Wanted wanted, Address address, Wait wait = {}) {
     for (int i = 0; i < M; ++i)
         for (unsigned& w : v[i].w) w = wanted(i) ? 0 : MINUS_ZEROS;
+    const auto have_begun = [&] {
+        bool have = !missing(v[0]);
+        for (int i = 1; i < SENDERS; ++i) have = have && !missing(v[i]);
+        return have;
+    };
     bool again = true;
     while (again) {
         #pragma unroll
         for (int i = 0; i < M; ++i) {
-            const bool asks = missing(v[i]) && (i < 4 || !missing(v[0]));
-            load_words_if(asks, v[i].w, address(i));
+            const bool asks = missing(v[i]) && (i < larger(4, SENDERS) || have_begun());
+            load_words_if<(SENDERS > 1)>(asks, v[i].w, address(i));
         }
         again = false;
         for (int i = 0; i < M; ++i) again |= missing(v[i]);
-        again = __any_sync(ALL_LANES, again);
-        if (again) relax();
+        again = __any_sync(ALL_LANES, again && !wait.has_stopped);
+        if (again) wait.relax();
+    }
+}
+
+// The sum of word(0), word(1), ... of all ranks, in this order: two bf16.
+template <class Word> __device__ inline unsigned sum_over_ranks(Word word) {
+    Pair sum = unpack(word(0));
+    for (int rank = 1; rank < RANKS; ++rank) {
+        const Pair more = unpack(word(rank));
+        sum = {sum.a + more.a, sum.b + more.b};
+    }
+    return pack_bf16x2(sum.a, sum.b);
+}
+
+// take() of x or y: v[i] becomes the sum over the ranks. address(i): of rank 0's part. Only a few v[i] are
+// read at once, since the parts of all ranks need registers.
+constexpr int AT_ONCE = larger(1, 16 / RANKS);
+template <int M, class Wanted, class Address>
+__device__ inline void take_sums(
+        Words (&v)[M], const Step& step, Wanted wanted, Address address, Patience patience) {
+    #pragma unroll
+    for (int first = 0; first < M; first += AT_ONCE) {
+        Words got[AT_ONCE * RANKS];
+        const auto is_wanted = [&](int i) { return first + i / RANKS < M && wanted(first + i / RANKS); };
+        const auto part = [&](int i) {
+            return address(first + i / RANKS) + i % RANKS * step.sequences * HIDDEN;
+        };
+        take<RANKS>(got, is_wanted, part, patience);
+        for (int i = 0; i < AT_ONCE && first + i < M; ++i)
+            for (int j = 0; j < 4; ++j)
+                v[first + i].w[j] = sum_over_ranks([&](int rank) { return got[RANKS * i + rank].w[j]; });
     }
 }
 
@@ -312,6 +378,10 @@ struct Role {
     unsigned units = 0;    // so far
     int begin = 0;         // the operation's tickets: begin .. end - 1
     int end = 0;
+    __device__ auto patience() {
+        if constexpr (RANKS == 1) return Endless{};
+        else return Patience{step.addresses + RANKS, shared.has_stopped};
+    }
     __device__ void enter(int count) {    // an operation of so many units
         begin = end;
         end += count;
@@ -648,8 +718,12 @@ template <int MOST> struct Consumer : Role {    // for up to MOST sequences
         const bf16* const inputs[] = {v.x, v.attention, v.y, v.h, v.x};
         const bf16* in = inputs[P];
         const auto row = [&](int i) { return 8 * (i / Shape::N) + 4 * (i % 2) + lane / 8; };
-        take(x, [&](int i) { return row(i) < step.sequences << Shape::SHIFT; },
-             [&](int i) { return in + row(i) * Shape::SEGMENT + column<P>(i) + 8 * (lane % 8); });
+        const auto wanted = [&](int i) { return row(i) < step.sequences << Shape::SHIFT; };
+        const auto address = [&](int i) {
+            return in + row(i) * Shape::SEGMENT + column<P>(i) + 8 * (lane % 8);
+        };
+        if constexpr (RANKS > 1 && Shape::NORMED) take_sums(x, step, wanted, address, this->patience());
+        else take(x, wanted, address);
         for (int i = 0; i < M; i += 2)
             for (int j = 0; j < 4; ++j) {
                 unsigned& a = x[i].w[j];
@@ -818,9 +892,13 @@ struct Reducer : Role {
         enter(Shape::UNITS);
         if (ticket >= end) return;
         const Vectors v(step, layer);
-        bf16* const outputs[] = {v.qkv + s * QKV, v.y + s * HIDDEN, v.h + s * FFN,
-                                 Vectors(step, layer + 1).x + s * HIDDEN, step.logits + (size_t)s * VOCAB};
+        const int partial = RANKS == 1 ? s : step.rank * step.sequences + s;    // a row of x or y
+        bf16* const outputs[] = {v.qkv + s * QKV, v.y + partial * HIDDEN, v.h + s * FFN,
+                                 Vectors(step, layer + 1).x + partial * HIDDEN,
+                                 step.logits + (size_t)s * (VOCAB / RANKS)};
         bf16* out = outputs[P];
+        // Rank 0 adds the residual to its partial sum, so the sum over the ranks has the residual once.
+        const bool adds = ADDS && (RANKS == 1 || step.rank == 0);
         const bf16* residual = (P == O_PRODUCT ? v.x : v.y) + s * HIDDEN;
         const float* angles = step.cos_sin + (size_t)step.positions[s] * HEAD_DIM;
         // A word is two neighbouring rows, but a lane has row r of the unit and the partner. So two lanes
@@ -835,10 +913,10 @@ struct Reducer : Role {
         float norm = 0;
         for (; ticket < end; next()) {
             const int row = Shape::row(ticket - begin);
-            unsigned old = 0;    // loaded before the sums are there, like the angle
+            unsigned old[RANKS] = {};    // loaded before the sums are there, like the angle
             Pair angle = {1, 0};
-            const auto* old_word = reinterpret_cast<const volatile unsigned*>(residual + row + place);
-            if (ADDS) old = *old_word;
+            const bf16* old_word = residual + row + place;
+            for (int rank = 0; rank < RANKS && adds; ++rank) old[rank] = load_partial(old_word, rank);
             const float* turn = angles + row % HEAD_DIM + r;    // cosine; HEAD_DIM / 2 further: sine
             if (P == QKV_PRODUCT) angle = {turn[0], turn[HEAD_DIM / 2]};
             Pair bias = {0, 0};
@@ -853,15 +931,37 @@ struct Reducer : Role {
             if (P == QKV_PRODUCT && row < (NUM_HEADS + NUM_KV_HEADS) * HEAD_DIM)    // values are not turned
                 x = {x.a * angle.a - x.b * angle.b, x.b * angle.a + x.a * angle.b};
             x = neighbours<P>(x, is_odd);
-            if (ADDS) {
-                // The residual has been published, since x depends on it, but may still be on its way.
-                while (old == 0) old = *old_word;
-                x = {x.a + unpack(old).a, x.b + unpack(old).b};
-            }
+            if (adds) x = add_residual(x, old, old_word);
             const unsigned word = pack_bf16x2(x.a, x.b);
-            if (writes) publish(out + row + place, word);
+            if constexpr (ADDS && RANKS > 1) {
+                if (writes) publish_to_ranks(out + row + place, word);
+            } else if (writes) publish(out + row + place, word);
             if (P == QKV_PRODUCT && writes && row >= HEADS) put_into_cache(word, layer, row + place);
             finish_unit();
+        }
+    }
+    // A rank's part of a word of x or y. p: where the part of rank 0 lies.
+    __device__ unsigned load_partial(const bf16* p, int rank) const {
+        return *reinterpret_cast<const volatile unsigned*>(p + rank * step.sequences * HIDDEN);
+    }
+    __device__ Pair add_residual(Pair x, unsigned (&old)[RANKS], const bf16* old_word) {
+        // The residual has been published, since x depends on it, but may still be on its way.
+        auto wait = this->patience();
+        for (int rank = 0; rank < RANKS; ++rank)
+            while (old[rank] == 0 && !wait.has_stopped) {
+                wait.relax();
+                old[rank] = load_partial(old_word, rank);
+            }
+        unsigned sum = old[0];
+        if constexpr (RANKS > 1) sum = sum_over_ranks([&](int rank) { return old[rank]; });
+        return {x.a + unpack(sum).a, x.b + unpack(sum).b};
+    }
+    // p: in the words of the own rank. The other ranks come first, since they are farther away.
+    __device__ void publish_to_ranks(bf16* p, unsigned word) const {
+        for (int i = 1; i <= RANKS; ++i) {
+            const int rank = (step.rank + i) % RANKS;
+            const u64 distance = shared.addresses[rank] - shared.addresses[step.rank];
+            publish<true>(reinterpret_cast<char*>(p) + distance, word);
         }
     }
     // From a row and its partner to the two rows of a lane's word.
@@ -916,6 +1016,36 @@ struct Reducer : Role {
     }
 };
 
+// ---- Several ranks: two sets of words -----------------------------------------------------------
+// Each rank has two sets of words. Steps use the sets in turn:
+//     [TICKET_WORDS: the set of this step, 0 or 1; the number of thread blocks that have begun this step]
+//     set 0, set 1: [TICKET_WORDS: the counter of tickets; the number of words that a step has used], Vectors
+// At first all words are 0, and all ranks run the same steps, so the ranks agree on the set. In step n
+// the mergers clear the other set, the set of step n - 1 and of step n + 1. No word gets lost:
+//   - All words of step n - 1 have come. For each product a thread block of this rank has drawn a unit,
+//     and the consumers of this thread block have read the whole x of the product.
+//   - No word of step n + 1 can come yet. Before step n + 1 another rank runs all_gather of step n, which
+//     waits for this rank's all_gather, which begins when this kernel has ended.
+// The number of the set is data, since a CUDA graph repeats the arguments of its kernels.
+__device__ inline int* set_of(int* words, int number) {
+    return words + DECODE_TICKET_WORDS + number * SET_WORDS;
+}
+
+// Called by a thread of each thread block when all threads have read words[0]. The last one turns over.
+__device__ inline void turn_over(int* words, const Step& step) {
+    auto* begun = reinterpret_cast<unsigned*>(words + 1);
+    if (atomic_inc_acq_rel(begun, gridDim.x - 1) != gridDim.x - 1) return;
+    words[0] = 1 - words[0];
+    step.counter[1] = (step.layers + 1) * step.vectors_size();
+}
+
+// The work of one of `threads` threads, number `thread`.
+__device__ inline void clear_words(int* set, int thread, int threads) {
+    Words* vectors = reinterpret_cast<Words*>(set + DECODE_TICKET_WORDS);
+    for (int i = thread; i < set[1] / 4; i += threads) vectors[i] = {};
+    if (thread == 0) set[0] = 0;
+}
+
 // ---- The mergers --------------------------------------------------------------------------------
 // One warp merges the splits of one head of one sequence: 8 * width numbers of the output, number
 // `slice` of such slices. width lanes have a split, 8 numbers each, so the lanes have 32 / width splits
@@ -944,7 +1074,8 @@ __device__ void merge(
 }
 
 // The mergers of all thread blocks deal the work out among themselves, by number. First the embedding,
-// x = embed[token] of layer 0; then, layer by layer, the heads of all sequences with several splits.
+// x = embed[token] of layer 0 (with several ranks: a sum, embed[token] + -0 + ...); then, layer by
+// layer, the heads of all sequences with several splits; at last, the words of the step before.
 // For a sequence that only pads the batch, merge() of 0 splits publishes an attention of 0.
 __device__ void merge_all(Shared& shared, const Step& step, int merger, int lane) {
     constexpr int EIGHTS = HIDDEN / 8;    // of an embedding
@@ -955,7 +1086,9 @@ __device__ void merge_all(Shared& shared, const Step& step, int merger, int lane
         const int token = id < 0 ? step.sampled[~id] : id;
         if (id < 0 && i % EIGHTS == 0) step.token_ids[i / EIGHTS] = token;    // no hazard: see gather_rows
         const bf16* row = step.embed + (size_t)token * HIDDEN;
-        publish(Vectors(step, 0).x + 8 * i, reinterpret_cast<const Words*>(row)[i % EIGHTS]);
+        bf16* x = Vectors(step, 0).x + 8 * i;
+        publish(x, reinterpret_cast<const Words*>(row)[i % EIGHTS]);
+        for (int rank = 1; rank < RANKS; ++rank) publish(x + rank * step.sequences * HIDDEN, Words{});
     }
     __syncwarp();
     // With this width there are about as many items as mergers.
@@ -967,6 +1100,7 @@ __device__ void merge_all(Shared& shared, const Step& step, int merger, int lane
             const int splits = splits_of(shared.keys[row / NUM_HEADS], step.splits).count;
             if (splits != 1) merge(step, splits, row, item % slices, width, Vectors(step, layer), lane);
         }
+    if constexpr (RANKS > 1) clear_words(step.old_set, 32 * worker + lane, 32 * workers);
 }
 
 // ---- The kernel ---------------------------------------------------------------------------------
@@ -980,6 +1114,8 @@ __device__ inline void prepare(Shared& shared, const Step& step, const u64* weig
         shared.tickets[me] = -1;
     }
     if (me <= 4 * step.layers) shared.weights[me] = reinterpret_cast<const bf16*>(weights[me]);
+    if (RANKS > 1 && me < RANKS) shared.addresses[me] = step.addresses[me];
+    if (RANKS > 1 && me == 0) shared.has_stopped = false;
     if (me == 0) {
         int units = 0;
         for (int s = 0; s < step.sequences; ++s) {
@@ -996,15 +1132,25 @@ extern "C" __global__ __launch_bounds__(DECODE_THREADS, 1) void decode(
         const u64* weights, int layers, const float* cos_sin, const int* positions,
         const long long* slot_mapping, bf16* kv_cache, int num_blocks, const int* block_tables,
         const int* cu_blocks, const int* context_lens, float query_scale, int* words, int sequences,
-        int splits, const bf16* biases) {
+        int splits, const bf16* biases, const u64* addresses, int rank) {
     if constexpr (FITS) {
         DYNAMIC_SHARED(decode_shared_bytes);
         Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
+        int* set = words;
+        int* old_set = nullptr;
+        if constexpr (RANKS > 1) {
+            words = reinterpret_cast<int*>(addresses[rank]);
+            const int turn = words[0];
+            set = set_of(words, turn);
+            old_set = set_of(words, 1 - turn);
+        }
         const Step step = {
             logits, embed, norm, biases, token_ids, sampled, layers, cos_sin, positions, slot_mapping,
             kv_cache, num_blocks, block_tables, cu_blocks, context_lens, query_scale,
-            reinterpret_cast<unsigned*>(words) + DECODE_TICKET_WORDS, words, sequences, splits};
+            reinterpret_cast<unsigned*>(set) + DECODE_TICKET_WORDS, set, sequences, splits,
+            addresses, rank, old_set};
         prepare(shared, step, weights);
+        if (RANKS > 1 && threadIdx.x == 0) turn_over(words, step);
         const int warp = threadIdx.x / 32;
         const int lane = threadIdx.x % 32;
         if (warp < CONSUMERS) {

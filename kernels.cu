@@ -1410,36 +1410,43 @@ EXPORT(EXCHANGE_BLOCKS, 2);    // that run at once on every multiprocessor: each
 constexpr u64 STOP_SECONDS = 20;    // far longer than any rank can be late
 constexpr u64 STOP_PAUSE = 10 * 1000 * 1000;    // nanoseconds between two looks at `stop`
 
-// Waits for the word of this call, unless this thread has stopped waiting. `stop` lies in the CPU's
-// memory, far away. Hazard: if all waiting threads looked at `stop` often, they would be late with
-// their next words, the threads of other ranks would wait for the words and look at `stop`, too, and
-// so on. So a thread looks only after a wait that no rank causes in a good run.
-__device__ inline unsigned await_word(const u64* p, unsigned call, const u64* stop, bool& has_stopped) {
-    u64 word = load_word_system(p);
+// A thread's wait for a word of another rank. `stop` lies in the CPU's memory, far away. Hazard: if all
+// waiting threads looked at `stop` often, they would be late with their next words, the threads of
+// other ranks would wait for the words and look at `stop`, too, and so on. So a thread looks only after
+// a wait that no rank causes in a good run.
+struct Patience {
+    const u64* stop_address;    // where the address of `stop` lies
+    bool& has_stopped;          // true: the wait is over
+    unsigned looks = 0;
     u64 start = 0;
-    u64 last_look = 0;    // at `stop`
-    for (unsigned looks = 1; word >> 32 != call && !has_stopped; ++looks) {
+    u64 last_look = 0;          // at `stop`
+    __device__ void relax() {   // between two looks at the word
         relax_for_others();
-        word = load_word_system(p);
-        if (looks % 1024 != 0) continue;
+        if (++looks % 1024 != 0) return;
         const u64 now = nanoseconds();
         if (start == 0) start = last_look = now;
         if (now - start > STOP_SECONDS * 1000000000) __trap();
-        if (now - last_look < STOP_PAUSE) continue;
+        if (now - last_look < STOP_PAUSE) return;
         last_look = now;
-        has_stopped = load_word_system(stop) != 0;
+        has_stopped = load_word_system(reinterpret_cast<const u64*>(*stop_address)) != 0;
     }
-    return (unsigned)word;
-}
+};
 
 struct Received {    // the words of all ranks at one place of their pieces
     const u64* first;
     int capacity;
     unsigned call;
-    const u64* stop;
+    const u64* stop_address;
     bool& has_stopped;
     __device__ unsigned from(int sender) const {
-        return await_word(first + (size_t)sender * capacity, call, stop, has_stopped);
+        const u64* p = first + (size_t)sender * capacity;
+        u64 word = load_word_system(p);
+        Patience patience = {stop_address, has_stopped};
+        while (word >> 32 != call && !has_stopped) {
+            patience.relax();
+            word = load_word_system(p);
+        }
+        return (unsigned)word;
     }
 };
 
@@ -1463,12 +1470,11 @@ __device__ inline void exchange(
             store_word_system(place(receiver, rank, call, i), word);
         }
     }
-    const u64* stop = reinterpret_cast<const u64*>(addresses[ranks]);
     bool has_stopped = false;
     for (int piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
         const unsigned call = (unsigned)calls[piece] + 1;
         const int i = piece * EXCHANGE_THREADS + threadIdx.x;
-        receive(i, Received{place(rank, 0, call, i), capacity, call, stop, has_stopped});
+        receive(i, Received{place(rank, 0, call, i), capacity, call, addresses + ranks, has_stopped});
     }
     __syncthreads();    // all threads have read the numbers of calls
     for (int piece = blockIdx.x; piece < pieces; piece += gridDim.x)

@@ -294,12 +294,16 @@ __device__ inline void bulk_copy(void* shared, const void* global, unsigned byte
                  "[%0], [%1], %2, [%3], once;}"
                  :: "r"(shared_address(shared)), "l"(global), "r"(bytes), "r"(shared_address(b)) : "memory");
 }
-// Reads four words, or leaves w as it is. Relaxed: words that other thread blocks write are seen in
-// the end, each by itself; 16 bytes need not come at once.
+// Reads four words, or leaves w as it is. Relaxed: words that other thread blocks write (SYSTEM: or
+// other GPUs) are seen in the end, each by itself; 16 bytes need not come at once.
+template <bool SYSTEM>
 __device__ inline void load_words_if(bool yes, unsigned (&w)[4], const void* p) {
-    asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; "
-                 "@p ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];}"
-                 : "+r"(w[0]), "+r"(w[1]), "+r"(w[2]), "+r"(w[3]) : "l"(p), "r"((unsigned)yes) : "memory");
+#define LOAD_WORDS_IF(scope)                                                                                 \
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %5, 0; "                                                     \
+                 "@p ld.relaxed." scope ".global.v4.u32 {%0, %1, %2, %3}, [%4];}"                            \
+                 : "+r"(w[0]), "+r"(w[1]), "+r"(w[2]), "+r"(w[3]) : "l"(p), "r"((unsigned)yes) : "memory")
+    if constexpr (SYSTEM) LOAD_WORDS_IF("sys");
+    else LOAD_WORDS_IF("gpu");
 }
 __device__ inline void store_word(void* p, unsigned w) {
     asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" :: "l"(p), "r"(w) : "memory");
@@ -314,7 +318,10 @@ __device__ inline void set_registers() {
 __device__ inline void relax() {}    // between two looks at what another thread will change
 
 // ---- Words between GPUs -------------------------------------------------------------------------
-// Relaxed: another GPU, or the CPU, sees a store in the end. The 8 bytes of a word come at once.
+// Relaxed: another GPU, or the CPU, sees a store in the end. The 4 or 8 bytes of a word come at once.
+__device__ inline void store_word_system(unsigned* p, unsigned w) {
+    asm volatile("st.relaxed.sys.global.u32 [%0], %1;" :: "l"(p), "r"(w) : "memory");
+}
 __device__ inline void store_word_system(u64* p, u64 w) {
     asm volatile("st.relaxed.sys.global.u64 [%0], %1;" :: "l"(p), "l"(w) : "memory");
 }

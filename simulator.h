@@ -166,7 +166,8 @@ struct Block {                      // one for each core, used for one thread bl
     Launch* launch;
     int current;                    // the running thread
     int barrier_line;               // where threads wait at a barrier; 0: none does
-    unsigned looks_outside;         // calls of relax_for_others()
+    unsigned looks_outside;         // calls of relax_for_others(), without a round between that had none
+    bool looked_outside;            // whether there was a call in this round
     bool any, any_before;           // whether a thread brings a true to this barrier, or brought to the last
     uint64_t random;
     unsigned order;                 // threads run as 0 ^ order, 1 ^ order, ...: of any two, each may be first
@@ -232,6 +233,7 @@ inline bool open_barrier(Block& b) {
     unsigned live = 0;
     for (auto& warp : b.warps) live |= warp.runnable = std::exchange(warp.relaxing, 0);
     if (live) {
+        if (!std::exchange(b.looked_outside, false)) b.looks_outside = 0;
         const bool is_long = b.looks_outside > 10000;    // the other process may want this core
         if (is_long) std::this_thread::sleep_for(std::chrono::microseconds(50));
         else std::this_thread::yield();
@@ -554,7 +556,7 @@ inline void bulk_copy(void* shared, const void* global, int bytes, u64* b, SIMUL
     mbarrier_arrive(b, 0, -bytes);
 }
 inline void store_word(void* p, unsigned w) { __atomic_store_n((unsigned*)p, w, __ATOMIC_RELAXED); }
-inline void load_words_if(bool yes, unsigned (&w)[4], const void* p) {
+template <bool> void load_words_if(bool yes, unsigned (&w)[4], const void* p) {
     for (int i = 0; i < 4 && yes; i++) w[i] = __atomic_load_n((const unsigned*)p + i, __ATOMIC_RELAXED);
 }
 template <int N> void set_registers() {}
@@ -570,10 +572,11 @@ inline void relax(SIMULATOR_LINE) {
 }
 inline void relax_for_others(SIMULATOR_LINE) {
     simulator::block->looks_outside++;
+    simulator::block->looked_outside = true;
     let_others_run(line);
 }
 inline void __trap(SIMULATOR_LINE) { simulator::fail(line, "gives up"); }
-inline void store_word_system(u64* p, u64 w) { __atomic_store_n(p, w, __ATOMIC_RELAXED); }
+template <class T> void store_word_system(T* p, T w) { __atomic_store_n(p, w, __ATOMIC_RELAXED); }
 inline u64 load_word_system(const u64* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
 inline u64 nanoseconds() { return std::chrono::steady_clock::now().time_since_epoch().count(); }
 

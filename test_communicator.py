@@ -3,7 +3,7 @@
 Without two GPUs the ranks are processes in the simulator. Every oracle is independent of the code
 that it judges: NumPy, Parrot's texts, the operating system's list of processes.
 
-    sums and parts    the model's parts    the engine    the end
+    sums and parts    the model's parts    the engine    one kernel a rank    the end
 """
 import math
 import os
@@ -20,11 +20,12 @@ import pytest
 from ml_dtypes import bfloat16
 
 import communicator
+import simulator
 import tinyvllm
 from communicator import start_ranks
 from device import KERNELS, CpuDevice, CudaDevice, compile_kernels, open_device, paste
 from load import with_children
-from reference import PARROT, RNG, ROOT, TINY, write_model
+from reference import PARROT, RNG, ROOT, TINY, numpy_llama, write_model
 from test_tinyvllm import QWEN3, SOME, TEXTS, chats, errors_of_logits, float64_weights, recite, text_of
 from tinyvllm import LLM, SamplingParams, TinyVLLMError
 from weights import Checkpoint, DummyCheckpoint, ModelConfig, load_weights
@@ -287,6 +288,109 @@ def test_tokens_are_compared():
     ranks.keep = keep_others
     with pytest.raises(TinyVLLMError, match="rank 1: expected the tokens of rank 0, sampled others"):
         llm.generate(chats(llm, [text_of("Recite The Raven.")]), SamplingParams(max_tokens=None))
+
+
+# --------------------------------------------------------------------------------------------------
+# One kernel a rank: small batches of decodes, by decode.cu
+# --------------------------------------------------------------------------------------------------
+QUICK_FLAGS = ["-O1" if flag == "-O3" else flag for flag in simulator.FLAGS]      # quick to compile
+
+
+def open_decoding(*arguments):
+    """A device that runs decode.cu, in the simulator too."""
+    simulator.FLAGS = QUICK_FLAGS
+    device = open_device(*arguments)
+    device.runs_decode = True
+    return device
+
+
+def run_with_decode(ranks):
+    tinyvllm.open_device = open_decoding
+    tinyvllm.run_rank(ranks)
+
+
+def exit_before_a_step(ranks):
+    """A rank that is killed. Rank 0 waits for the rank's words, in the middle of a kernel."""
+    start = tinyvllm.Model.start
+
+    def start_or_exit(model, batch, size):
+        if ranks.num_steps == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return start(model, batch, size)
+
+    tinyvllm.Model.start = start_or_exit
+    run_with_decode(ranks)
+
+
+@pytest.fixture
+def one_kernel(monkeypatch):
+    """Lets all ranks run decode.cu. Returns a list of the batch sizes in that kernel."""
+    if DEVICE == "cuda" and not open_device().runs_decode:
+        pytest.skip("this GPU cannot run decode.cu")
+    monkeypatch.setattr(simulator, "FLAGS", QUICK_FLAGS)        # which ends with the test
+    monkeypatch.setattr(tinyvllm, "open_device", open_decoding)
+    monkeypatch.setattr(tinyvllm, "RANK_COMMAND", command("run_with_decode"))
+    decode = tinyvllm.Model.decode
+    sizes = []
+
+    def watched_decode(model, b):
+        sizes.append(len(b.token_ids))
+        return decode(model, b)
+
+    monkeypatch.setattr(tinyvllm.Model, "decode", watched_decode)
+    return sizes
+
+
+HALVES = TINY | {"hidden_size": 512, "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 512,
+                 "intermediate_size": 1024, "max_position_embeddings": 512}
+# 2,560 is a multiple of 512, but its half is not.
+QUARTERS = HALVES | {"hidden_size": 2560, "head_dim": 128, "intermediate_size": 2048, "num_hidden_layers": 1}
+
+
+@pytest.mark.parametrize("config, size, batches", [
+    (HALVES, 2, [(15,), (270, 3, 32), (20, 1, 2, 3, 16, 5, 7)]), (QUARTERS, 4, [(16,), (1, 5, 2, 3, 17)])],
+    ids=["2", "4"])
+def test_decode_of_several_ranks(tmp_path, one_kernel, config, size, batches):
+    """Batches of 1 to 8, contexts of several splits, several steps in a row: the oracle's logits."""
+    write_model(tmp_path, sizes=config)
+    weights = float64_weights(tmp_path)
+    llm = LLM(tmp_path, device=device_for(size), tensor_parallel_size=size)
+    for lengths in batches:
+        for length, error in zip(lengths, errors_of_logits(llm, config, weights, lengths, 4)):
+            assert error.max() < 0.06, (length, error)
+    assert set(one_kernel) == {min(n for n in tinyvllm.GRAPH_SIZES if n >= len(b)) for b in batches}
+
+
+def test_decode_after_aborts_and_preemptions(tmp_path, one_kernel):
+    """Steps of many kernels and of one kernel, in turn. Every token is the oracle's best, or as good."""
+    write_model(tmp_path, sizes=HALVES)
+    weights = float64_weights(tmp_path)
+    llm = LLM(tmp_path, device=DEVICE, tensor_parallel_size=2, num_blocks=10, block_size=8, max_model_len=64,
+              prefix_caching=False)
+    prompts = [RNG(n).integers(0, 512, n).tolist() for n in (5, 20, 21, 22)]
+    params = SamplingParams(max_tokens=16, ignore_eos=True)
+    stream = llm.stream(prompts[0], params)
+    next(stream)
+    for _ in llm.stream(prompts[1], params):
+        break                                   # given up after a token
+    outputs = llm.generate(prompts[1:], params)
+    *_, first = stream
+    assert sum(output.num_preemptions for output in outputs) >= 1
+    assert {1, 2} <= set(one_kernel)
+    for output in first, *outputs:
+        known = len(output.prompt_token_ids)
+        logits = numpy_llama(HALVES, weights, output.prompt_token_ids + output.token_ids)[known - 1:-1]
+        chosen = logits[np.arange(16), output.token_ids]
+        assert (logits.max(1) - chosen < 0.05 * logits.std()).all()
+
+
+def test_no_decode_kernel_waits_for_a_killed_rank(tmp_path, one_kernel, monkeypatch):
+    write_model(tmp_path, sizes=HALVES)
+    monkeypatch.setattr(tinyvllm, "RANK_COMMAND", command("exit_before_a_step"))
+    llm = LLM(tmp_path, device=DEVICE, tensor_parallel_size=2)
+    with pytest.raises(TinyVLLMError, match="rank 1 was killed by signal 9: start the program anew"):
+        llm.generate([[1] * 5], SamplingParams(max_tokens=50, ignore_eos=True))
+    assert one_kernel
 
 
 # --------------------------------------------------------------------------------------------------

@@ -803,11 +803,11 @@ def rope_frequencies(config):
     return kept * frequencies + (1 - kept) * frequencies / scaling["factor"]
 
 
-def compile_model(config, device, args):
+def compile_model(config, device, args, communicator):
     """The kernels, with the sizes of a model (of a rank) as constants."""
     c = config
-    has_decode_kernel = args.fused_decode and device.runs_decode and c.num_ranks == 1 and not c.quantization
-    has_decode_kernel &= c.kv_cache_dtype == "auto"
+    has_decode_kernel = all(communicator.exchange(args.fused_decode and device.runs_decode))
+    has_decode_kernel &= not c.quantization and c.kv_cache_dtype == "auto"
     code = paste(KERNELS, DECODE_KERNEL) if has_decode_kernel else paste(KERNELS)
     return compile_kernels(device, {
         "HIDDEN": c.hidden_size, "FFN": c.intermediate_size, "NUM_LAYERS": c.num_hidden_layers,
@@ -815,7 +815,7 @@ def compile_model(config, device, args):
         "VOCAB": c.vocab_size, "BLOCK_SIZE": args.block_size, "RMS_EPS": f"{c.rms_norm_eps:e}f",
         "QKV_BIAS": int(c.attention_bias), "O_BIAS": int(c.attention_out_bias),
         "QK_NORM": int(c.qk_norm), "FP8_WEIGHTS": int(c.quantization == "fp8"),
-        "FP8_CACHE": int(c.kv_cache_dtype == "fp8")}, code)
+        "FP8_CACHE": int(c.kv_cache_dtype == "fp8"), "RANKS": c.num_ranks}, code)
 
 
 class Products:
@@ -878,7 +878,7 @@ class Model:
         self.graphs = {}                    # size -> replay(), see device.record
         # 1 / sqrt(h), times log2(e): the kernels' softmax takes powers of 2.
         self.query_scale = math.log2(math.e) / math.sqrt(c.head_dim)
-        self.kernels = compile_model(c, device, args)
+        self.kernels = compile_model(c, device, args, self.communicator)
         kind = Fp8Products if c.quantization else Products
         self.products = kind(device, self.kernels, self.communicator)
         self.tiling = Tiling(c.num_attention_heads // c.num_key_value_heads, self.kernels.ATTENTION_ROWS)
@@ -899,7 +899,8 @@ class Model:
         angles = np.arange(max_model_len)[:, None] * rope_frequencies(c)                # [max_model_len, h/2]
         cos_sin = np.concatenate([np.cos(angles), np.sin(angles)], 1, dtype=np.float32)
         self.cos_sin = device.to_device(cos_sin)                                        # [max_model_len, h]
-        self.communicator.connect(device, self.kernels)
+        num_words = self.kernels.DECODE_SHARED_WORDS if self.decode_batch else 0
+        self.communicator.connect(device, self.kernels, num_words)
         is_eager = args.enforce_eager or not self.communicator.fits_graphs
         self.graph_sizes = () if is_eager else GRAPH_SIZES
 
@@ -1006,17 +1007,19 @@ class Model:
         c, w, kernels = self.config, self.weights, self.kernels
         S = len(b.token_ids)
         splits = kernels.DECODE_SPLITS // S                 # of a context, at most
-        # Through these words, 0 at first, thread blocks exchange results: see Vectors in decode.cu.
+        # Through these words, 0 at first, thread blocks exchange results: see Vectors in decode.cu. Of
+        # several ranks, each has words that the others can write.
         words_per_layer = S * (kernels.DECODE_VECTOR_WORDS + splits * kernels.DECODE_PARTIAL_WORDS)
         num_words = kernels.DECODE_TICKET_WORDS + (c.num_hidden_layers + 1) * words_per_layer
-        words = self.device.xp.zeros(num_words, np.int32)
-        logits = self.device.empty((S, c.vocab_size))
+        words = self.device.xp.zeros(num_words, np.int32) if c.num_ranks == 1 else None
+        logits = self.device.empty((S, c.vocab_size // c.num_ranks))
         num_blocks = self.kv_cache.shape[2]
         kernels.decode((self.device.multiprocessors,), logits, w.embed, w.norm, b.token_ids,
                        self.buffer.sampled[0], self.addresses, c.num_hidden_layers, self.cos_sin,
                        b.positions, b.slot_mapping, self.kv_cache, num_blocks, b.block_tables, b.cu_blocks,
-                       b.context_lens, self.query_scale, words, S, splits, self.biases)
-        return self.sample(logits, b)
+                       b.context_lens, self.query_scale, words, S, splits, self.biases,
+                       self.communicator.word_addresses, self.communicator.rank)
+        return self.sample(self.communicator.all_gather(logits), b)
 
     def sample(self, logits, b):
         """Puts the next tokens into the step buffer and returns the logits. The noise of a draw
@@ -1415,7 +1418,7 @@ def load_model(folder, config, device, args, communicator):
     """(Model, max_prefill_tokens, max_model_len, advice), in each rank: see plan_pool. config: a rank's."""
     num_blocks, max_prefill_tokens, max_model_len, advice = plan_pool(config, device, args, communicator)
     checkpoint = DummyCheckpoint(device) if args.load_format == "dummy" else Checkpoint(folder)
-    kernels = compile_model(config, device, args) if config.quantization else None
+    kernels = compile_model(config, device, args, communicator) if config.quantization else None
     weights = load_weights(checkpoint, config, device, communicator.rank, kernels)
     max_tokens = max(max_prefill_tokens, *GRAPH_SIZES)
     max_seqs = max(args.max_num_seqs, *GRAPH_SIZES)
