@@ -10,7 +10,7 @@
 //     decode_attention  the same, for a step in which every sequence brings one token
 //     silu_mul          the gate of the feed-forward part
 //     quantize          with FP8 weights: numbers in 16 bits -> codes in 8 bits, and a scale for each row
-//     add_residual      with FP8 weights: a product is scaled and added to the residual stream
+//     add_residual      with FP8 weights: a product is scaled, added to the residual stream, and normed
 //     scale_logits      with FP8 weights: the head's product is scaled
 //     rms_norm          the norm before the head (a layer's norms: in rope_and_cache and silu_mul)
 //     sample            logits -> token, on the GPU: 8 bytes a sequence go to the CPU, not V logits
@@ -180,8 +180,8 @@ __device__ inline Float8 multiplied(Float8 x, const float* scales) {
     return x;
 }
 
-// A normed token needs no scale of its own: |x_i| / rms(x) is sqrt(D) at most. So its codes are those of
-// 448 / sqrt(D) * x / rms(x), and all products with them are multiplied by this constant:
+// A normed token needs no scale of its own: |x_i| / rms(x) is sqrt(D) at most. The token's codes are those of
+// 448 / sqrt(D) * x / rms(x), and the products with these codes are multiplied by a constant:
 __device__ inline float normed_scale() { return sqrtf(HIDDEN) / MOST_E4M3; }
 
 __device__ inline float greatest_of(float greatest, const Float8& x) {
@@ -221,7 +221,8 @@ __device__ inline float row_scale(float greatest, float* scales, int row) {
 //   bias [(H + 2K) h]: added to q, k and v, before they turn. Null unless QKV_BIAS is 1.
 //   qk_norm [2h]: each head of q and of k is normed too, before it turns, with a weight [h] for all
 //     heads of q and one for all heads of k. Null unless QK_NORM is 1.
-//   row_scales [(H + 2K) h]: with FP8 weights, of the codes in the matrix. Otherwise null.
+//   row_scales [(H + 2K) h]: with FP8 weights, of the matrix; qkv is the product with codes of normed tokens,
+//     and x is not read. Otherwise null.
 //   Grid (T): a thread block owns one token. A thread owns eight pairs of a head at a time (so h
 //     must be a multiple of 16), and reads both halves of the pairs before it writes either: no
 //     barrier is needed in between. Shared memory: block_reduce's, and `squares`.
@@ -830,8 +831,8 @@ extern "C" __global__ __launch_bounds__(ATTENTION_THREADS, HEAD_DIM <= 128 ? 4 :
 //   out [T, F].
 //   gate_up [T, 2F]: a token's gates, then its ups (one matrix product makes both).
 //   x [T, D]: the residual stream before the norm; gate_up is x @ the folded matrix.
-//   With FP8 weights, row_scales [2F] are those of the matrix, and codes [T, F] and scales [T] are written
-//   in place of out (see quantize). Otherwise the three are null.
+//   row_scales [2F]: with FP8 weights, of the matrix, as in rope_and_cache. Then codes [T, F] and scales [T]
+//     are written (see quantize), and not out. Otherwise the three are null.
 //   Grid (ceil(F / SILU_COLUMNS), T): a thread owns a few groups of eight columns of one token. (With FP8
 //     weights a thread block owns a token, since it must find the token's greatest number.) Shared memory:
 //     block_reduce's.
@@ -910,13 +911,13 @@ extern "C" __global__ __launch_bounds__(QUANTIZE_THREADS) void quantize(
 // -------------------------------------------------------------------------------------------------
 // add_residual: out = residual + product + bias, and codes of the normed sum, the next product's input
 //
-//   codes [T, D]: of normed_scale(), see there. Null: none are wanted.
+//   codes [T, D]: the sum, divided by rms and by normed_scale(). Null: none are wanted.
 //   out [T, D], residual [T, D], bias [D]: null, each, for none. out may be residual or product.
 //   product [T, D]: of codes, to be multiplied by row_scales [D] and token_scales [T]. Null for none.
 //   Grid (T): a thread block owns one token, a thread ADD_GROUPS groups of eight columns. Shared memory:
 //     block_reduce's.
 // -------------------------------------------------------------------------------------------------
-EXPORT(ADD_THREADS, row_threads(HIDDEN, 256));
+EXPORT(ADD_THREADS, row_threads(HIDDEN, 512));
 constexpr int ADD_GROUPS = (HIDDEN + 8 * ADD_THREADS - 1) / (8 * ADD_THREADS);    // a thread's
 extern "C" __global__ __launch_bounds__(ADD_THREADS) void add_residual(
         u8* codes, bf16* out, const bf16* residual, const bf16* product, const float* row_scales,

@@ -74,7 +74,7 @@ def test_logits(tmp_path, size):
     write_model(tmp_path, sizes=BIASED)
     llm = LLM(tmp_path, quantization="fp8", max_num_batched_tokens=50, tensor_parallel_size=size)
     for error in errors_of_logits(llm, BIASED, oracle_weights(BIASED), (1, 17, 70), 6):
-        assert error.max() < 0.06
+        assert error.max() < 0.07
     assert isinstance(llm.engine.model.weights.head, Fp8Matrix)
 
 
