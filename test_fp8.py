@@ -16,6 +16,7 @@ from ml_dtypes import bfloat16, float8_e4m3fn
 
 import tinyvllm
 from communicator import OneRank
+from communicator import OneRank
 from device import CpuDevice, open_device
 from fp8 import Fp8Matrix
 from reference import PARROT, TINY, random_weights, write_model
@@ -137,7 +138,7 @@ def loaded(folder, rank=0, **changes):
     """(weights, config of a rank) of a folder, in 8 bits."""
     config = ModelConfig.from_folder(folder)
     config = tinyvllm.replace(config, quantization="fp8").of_rank(changes.get("ranks", 1))
-    kernels = compile_model(config, DEVICE, EngineArgs())
+    kernels = compile_model(config, DEVICE, EngineArgs(), OneRank())
     return load_weights(Checkpoint(folder), config, DEVICE, rank, kernels), config
 
 
