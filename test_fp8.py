@@ -16,7 +16,6 @@ from ml_dtypes import bfloat16, float8_e4m3fn
 
 import tinyvllm
 from communicator import OneRank
-from communicator import OneRank
 from device import CpuDevice, open_device
 from fp8 import Fp8Matrix
 from reference import PARROT, TINY, random_weights, write_model
