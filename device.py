@@ -91,10 +91,11 @@ def compile_kernels(device, defines, code):
     """
     code = paste(*device.headers) + code
     declarations = find_declarations(code)
+    types = PARAMETER_TYPES | {"kv": PARAMETER_TYPES["u8" if defines.get("FP8_CACHE") else "bf16"]}
     options = ["-std=c++17", *(f"-D{name}={value}" for name, value in defines.items())]
     try:
         module = device.load_module(code, options, [name for _, name, _ in declarations])
-        return Kernels(module, device.xp.ndarray, code, declarations)
+        return Kernels(module, device.xp.ndarray, code, declarations, types)
     except device.CompileError as error:
         raise TinyVLLMError(f"kernels do not compile for this model: {first_line(error, 'error')}") from None
 
@@ -112,19 +113,19 @@ def find_declarations(code):
     return declarations
 
 
-def parse_parameter(text):
-    """"const bf16* x" -> ("x", bfloat16, True): name, dtype, is a pointer."""
+def parse_parameter(text, types):
+    """"const bf16* x" -> ("x", bfloat16, True): name, dtype, is a pointer. types: {name: dtype}."""
     plain = text.replace("unsigned long long", "u64").replace("__restrict__", "")
     match = re.fullmatch(r"\s*(?:const )?([\w ]+?)\s*(\*?)\s*(\w+)\s*", plain)
-    assert match and match[1] in PARAMETER_TYPES, (
-        f"expected a kernel's parameter of type {', '.join(PARAMETER_TYPES)} or a pointer to it, got{text}")
-    return match[3], PARAMETER_TYPES[match[1]], bool(match[2])
+    assert match and match[1] in types, (
+        f"expected a kernel's parameter of type {', '.join(types)} or a pointer to it, got{text}")
+    return match[3], types[match[1]], bool(match[2])
 
 
 class Kernels:
     """The attributes are a Kernel for each kernel's name and an int for each EXPORTed name."""
 
-    def __init__(self, module, array_type, code, declarations):
+    def __init__(self, module, array_type, code, declarations, types):
         self.module = module
         for name in re.findall(r"^EXPORT\((\w+),", code, re.M):
             value = array_type((), np.int32, module.get_global(f"exported_{name}"))
@@ -134,7 +135,7 @@ class Kernels:
             # Shared memory beyond 48 KB must be allowed here and requested at each launch.
             shared_bytes = getattr(self, f"{name}_shared_bytes", 0)
             function.max_dynamic_shared_size_bytes = shared_bytes
-            parameters = [parse_parameter(text) for text in parameters.split(",")]
+            parameters = [parse_parameter(text, types) for text in parameters.split(",")]
             threads = int(threads) if threads.isdigit() else getattr(self, threads)
             setattr(self, name, Kernel(name, function, threads, shared_bytes, parameters, array_type))
 

@@ -55,6 +55,13 @@ struct alignas(16) Bf16x8 { bf16 v[8]; };    // in memory
 struct Float8 { float v[8]; };               // in registers, to compute with
 struct alignas(8) Float2 { float v[2]; };
 
+// A number of the KV cache: bf16, or with --kv-cache-dtype fp8 an E4M3 code (see ptx.h).
+#if FP8_CACHE
+using kv = u8;
+#else
+using kv = bf16;
+#endif
+
 __device__ inline Bf16x8& vec8(bf16* p) { return *reinterpret_cast<Bf16x8*>(p); }
 __device__ inline const Bf16x8& vec8(const bf16* p) { return *reinterpret_cast<const Bf16x8*>(p); }
 

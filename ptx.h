@@ -119,6 +119,14 @@ __device__ inline unsigned pack_bf16x2(float low, float high) {
     return both;
 }
 
+// The products of two pairs of bf16.
+__device__ inline unsigned multiply_bf16x2(unsigned x, unsigned y) {
+    constexpr unsigned MINUS_ZERO = 0x80008000;    // a product alone would need compute capability 9.0
+    unsigned both;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(both) : "r"(x), "r"(y), "r"(MINUS_ZERO));
+    return both;
+}
+
 // E4M3, a number in 8 bits (its code): sign, 4 bits of exponent, 3 of mantissa. The least number above 0
 // is 2^-9, the greatest 448; there is no infinity, and 0x7f and 0xff are NaN (arXiv:2209.05433).
 // Two codes, that of `low` in the lower byte, rounded to nearest, ties to even. Beyond 448: 448.

@@ -489,6 +489,10 @@ inline float exp2_approx(float x) { return exp2f(x); }
 inline uint32_t pack_bf16x2(float low, float high) {
     return __float2bfloat16(low).bits | __float2bfloat16(high).bits << 16;
 }
+inline unsigned multiply_bf16x2(unsigned x, unsigned y) {
+    using simulator::half;
+    return pack_bf16x2(half(x, 0) * half(y, 0), half(x, 1) * half(y, 1));
+}
 inline u8 pack_e4m3(float x) {
     u8 sign = __float_as_uint(x) >> 31 << 7;
     if (x != x) return 0x7f;

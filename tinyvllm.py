@@ -55,8 +55,8 @@ try:
 
     import views
     from communicator import OneRank, start_ranks
-    from device import (DECODE_KERNEL, FOLDER, KERNELS, CpuDevice, TinyVLLMError, check, compile_kernels,
-                        first_line, open_device, paste, shown)
+    from device import (BFLOAT16, DECODE_KERNEL, FOLDER, KERNELS, CpuDevice, TinyVLLMError, check,
+                        compile_kernels, first_line, open_device, paste, shown)
     from grammar import Grammars
     from program import (ArgumentParser, EngineArgs, add_sampling_options, as_flags, check_writable,
                          given_sampling, run_program, sampling_params)
@@ -825,22 +825,30 @@ class Model:
         # The greatest batch for decode(). decode.cu says 0 for a model that it cannot divide.
         self.decode_batch = self.kernels.DECODE_BATCH if has_decode_kernel else 0
         matrices = [matrix for layer in weights.layers      # in the order of the forward pass
-                    for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-        addresses = [device.address(matrix) for matrix in [*matrices, weights.head]]
-        self.addresses = device.to_device(np.array(addresses, np.uint64))               # [4L + 1]
+                    for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down)] + [weights.head]
+        scales = []
+        if c.quantization == "fp8":
+            matrices, scales = zip(*matrices)
+        self.addresses = self.addresses_of(matrices)                                    # [4L + 1]
+        self.scale_addresses = self.addresses_of(scales)                                # [4L + 1] or []
         self.biases = None                                                              # [L, (H + 2K) h]
         if c.attention_bias:
             self.biases = device.xp.stack([layer.qkv_bias for layer in weights.layers])
         # Keys are kv_cache[l, 0], values kv_cache[l, 1] of layer l. Within a page each head's
         # tokens are consecutive.
         self.kv_cache = device.empty(
-            (c.num_hidden_layers, 2, num_blocks, c.num_key_value_heads, args.block_size, c.head_dim))
+            (c.num_hidden_layers, 2, num_blocks, c.num_key_value_heads, args.block_size, c.head_dim),
+            np.uint8 if c.kv_cache_dtype == "fp8" else BFLOAT16)
         angles = np.arange(max_model_len)[:, None] * rope_frequencies(c)                # [max_model_len, h/2]
         cos_sin = np.concatenate([np.cos(angles), np.sin(angles)], 1, dtype=np.float32)
         self.cos_sin = device.to_device(cos_sin)                                        # [max_model_len, h]
         self.communicator.connect(device, self.kernels)
         is_eager = args.enforce_eager or not self.communicator.fits_graphs
         self.graph_sizes = () if is_eager else GRAPH_SIZES
+
+    def addresses_of(self, arrays):
+        """The arrays' addresses, on the device, for decode.cu."""
+        return self.device.to_device(np.array([self.device.address(array) for array in arrays], np.uint64))
 
     def graph_size(self, batch):
         """The size of the CUDA graph for this batch. None: the batch runs without a graph."""
@@ -961,7 +969,7 @@ class Model:
         kernels.decode((self.device.multiprocessors,), logits, w.embed, w.norm, b.token_ids,
                        self.buffer.sampled[0], self.addresses, c.num_hidden_layers, self.cos_sin,
                        b.positions, b.slot_mapping, self.kv_cache, num_blocks, b.block_tables, b.cu_blocks,
-                       b.context_lens, self.query_scale, words, S, splits, self.biases)
+                       b.context_lens, self.query_scale, words, S, splits, self.biases, self.scale_addresses)
         return self.sample(logits, b)
 
     def sample(self, logits, b):
