@@ -761,13 +761,14 @@ template <int MOST> struct Consumer : Role {    // for up to MOST sequences
     // With codes, a register of B has columns c and c + 2 of x, or c + 1 and c + 3.
     template <int M> __device__ void order_for_mma(Words (&x)[M]) {
         const unsigned zero = step.sequences >> 8;
-        if constexpr (FP8_WEIGHTS)
-            for (Words& v : x) {
+        #pragma unroll
+        for (Words& v : x)
+            if constexpr (FP8_WEIGHTS) {
                 v = {{low(v.w[0], v.w[1]), low(v.w[2], v.w[3]), high(v.w[0], v.w[1]), high(v.w[2], v.w[3])}};
                 for (unsigned& w : v.w) w = multiply_bf16x2(w, TWO_TO_64);
+            } else {
+                v = {{v.w[0] ^ zero, v.w[2] ^ zero, v.w[1] ^ zero, v.w[3] ^ zero}};
             }
-        else
-            for (Words& v : x) v = {{v.w[0] ^ zero, v.w[2] ^ zero, v.w[1] ^ zero, v.w[3] ^ zero}};
     }
     // Number i of a column tile's B, for x[i / 2].
     __device__ static void fragment(unsigned (&b)[2], const Words* w, int i) {
@@ -786,15 +787,16 @@ template <int MOST> struct Consumer : Role {    // for up to MOST sequences
         constexpr int SHIFT = Shape<P>::SHIFT;
         constexpr int N = Shape<P>::N;
         constexpr int TOGETHER = FP8_WEIGHTS ? M / N : 1;
+        constexpr int CHAINS = 4 / TOGETHER;    // of each tile, since an mma waits for the one before in the chain
         for (int column_tile = 0; column_tile < Shape<P>::TILES; ++column_tile)
             for (int first = 0; first < M / N; first += TOGETHER) {
                 if (8 * first >= step.sequences << SHIFT) break;
-                float sums[TOGETHER][4][4] = {};    // four chains: an mma waits for the one before in the chain
+                float sums[TOGETHER][CHAINS][4] = {};
                 for (int i = 0; i < 2 * N; ++i) {
                     unsigned b[2];
                     fragment(b, w + column_tile * Shape<P>::W, i);
                     for (int k = 0; k < TOGETHER; ++k) {
-                        float (&sum)[4] = sums[k][i % 4];
+                        float (&sum)[4] = sums[k][i % CHAINS];
                         mma_m16n8k16_bf16(sum, x[(first + k) * N + i / 2].w, b, sum);
                     }
                 }
@@ -803,11 +805,15 @@ template <int MOST> struct Consumer : Role {    // for up to MOST sequences
                     const int row = 8 * (first + k) + r;
                     const int sequence = row >> SHIFT;
                     const bool is_same_part = (row ^ t) % (1 << SHIFT) == 0;    // of x's row and of segment t
-                    if (is_same_part && sequence < MOST) {
-                        const float a = sum[0][0] + sum[2][0] + (sum[1][2] + sum[3][2]);
-                        const float b = sum[0][1] + sum[2][1] + (sum[1][3] + sum[3][3]);
-                        my_sums()[SEGMENTS * (MOST_SEQUENCES * column_tile + sequence) + t] = {a, b};
+                    Pair even = {sum[0][0], sum[0][1]};    // of the mma whose result is in rows 0 to 7
+                    Pair odd = {sum[1][2], sum[1][3]};
+                    for (int chain = 2; chain < CHAINS; chain += 2) {
+                        even = {even.a + sum[chain][0], even.b + sum[chain][1]};
+                        odd = {odd.a + sum[chain + 1][2], odd.b + sum[chain + 1][3]};
                     }
+                    if (is_same_part && sequence < MOST)
+                        my_sums()[SEGMENTS * (MOST_SEQUENCES * column_tile + sequence) + t] =
+                            {even.a + odd.a, even.b + odd.b};
                 }
             }
         finish_unit();
