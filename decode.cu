@@ -148,8 +148,9 @@ template <Product P> struct Shape {
     static constexpr int APART = MATRICES[P].apart ? MATRICES[P].apart : HALF;
     static constexpr int UNITS = MATRICES[P].rows / (2 * HALF);
     static constexpr bool NORMED = MATRICES[P].normed;
-    static constexpr int N = SEGMENT / 32 / CONSUMERS;    // Words of x, for a segment, in a lane of a consumer
-    static constexpr int W = N * WEIGHT_BYTES / 2;        // Words of the segment itself in a lane
+    // Words in a lane of a consumer: of x, as long as a segment; of the segment itself.
+    static constexpr int N = SEGMENT / 32 / CONSUMERS;
+    static constexpr int W = N * WEIGHT_BYTES / 2;
     __device__ static int row(int unit) {                 // the first of a unit
         const int rows_before = unit * HALF;              // in the pieces 0 of other units
         return rows_before / APART * 2 * APART + rows_before % APART;
@@ -688,7 +689,7 @@ template <int MOST> struct Consumer : Role {    // for up to MOST sequences
     template <Product P, int M> __device__ void load_weights(Words (&w)[M]) {
         using Shape = Shape<P>;
         constexpr int IN_WORDS = 16 / WEIGHT_BYTES;
-        constexpr int IN_LANE = WARP_COLUMNS / IN_WORDS / 4;    // Words of the consumer's 64 columns in a lane
+        constexpr int IN_LANE = WARP_COLUMNS / IN_WORDS / 4;    // Words of 64 columns in a lane
         const Words* piece = reinterpret_cast<const Words*>(shared.ring[stage][g % 2]);
         const Words* mine = piece + g / 2 * (Shape::SEGMENT / IN_WORDS) + 4 * IN_LANE * warp + t;
         unsigned read = 0;
@@ -787,7 +788,7 @@ template <int MOST> struct Consumer : Role {    // for up to MOST sequences
         constexpr int SHIFT = Shape<P>::SHIFT;
         constexpr int N = Shape<P>::N;
         constexpr int TOGETHER = FP8_WEIGHTS ? M / N : 1;
-        constexpr int CHAINS = 4 / TOGETHER;    // of each tile, since an mma waits for the one before in the chain
+        constexpr int CHAINS = 4 / TOGETHER;    // since an mma waits for the mma before in the chain
         for (int column_tile = 0; column_tile < Shape<P>::TILES; ++column_tile)
             for (int first = 0; first < M / N; first += TOGETHER) {
                 if (8 * first >= step.sequences << SHIFT) break;
@@ -805,15 +806,15 @@ template <int MOST> struct Consumer : Role {    // for up to MOST sequences
                     const int row = 8 * (first + k) + r;
                     const int sequence = row >> SHIFT;
                     const bool is_same_part = (row ^ t) % (1 << SHIFT) == 0;    // of x's row and of segment t
+                    if (!is_same_part || sequence >= MOST) continue;
                     Pair even = {sum[0][0], sum[0][1]};    // of the mma whose result is in rows 0 to 7
                     Pair odd = {sum[1][2], sum[1][3]};
                     for (int chain = 2; chain < CHAINS; chain += 2) {
                         even = {even.a + sum[chain][0], even.b + sum[chain][1]};
                         odd = {odd.a + sum[chain + 1][2], odd.b + sum[chain + 1][3]};
                     }
-                    if (is_same_part && sequence < MOST)
-                        my_sums()[SEGMENTS * (MOST_SEQUENCES * column_tile + sequence) + t] =
-                            {even.a + odd.a, even.b + odd.b};
+                    my_sums()[SEGMENTS * (MOST_SEQUENCES * column_tile + sequence) + t] =
+                        {even.a + odd.a, even.b + odd.b};
                 }
             }
         finish_unit();
@@ -854,7 +855,9 @@ template <int MOST> struct Consumer : Role {    // for up to MOST sequences
         const bool puts = has_new_key && piece < 2;
         Attention attention = {g, t};
         take(attention.q, [&](int i) { return i < KEY_WORDS ? g < GROUP : puts; },
-             [&](int i) { return i < KEY_WORDS ? query + 32 * i + 8 * t : put + (i - KEY_WORDS) * HEAD_DIM / 2; });
+             [&](int i) {
+                 return i < KEY_WORDS ? query + 32 * i + 8 * t : put + (i - KEY_WORDS) * HEAD_DIM / 2;
+             });
         int at = split.begin + TILE * warp;    // the next tile of this consumer
         for (int first = split.begin; first < split.end; first += STAGE_KEYS) {
             wait_for_stage();
@@ -902,7 +905,8 @@ struct Reducer : Role {
         if (lane == 0) mbarrier_arrive(&shared.sums_empty[units % PENDING]);
         ++units;
     }
-    template <int SHIFT> __device__ Pair sum(int tile) const {    // over the consumers, then over the row's parts
+    // Over the consumers, then over the row's parts.
+    template <int SHIFT> __device__ Pair sum(int tile) const {
         Pair sum = {0, 0};
         for (int warp = 0; warp < CONSUMERS; ++warp) {
             const Pair p = shared.sums[units % PENDING][warp][MOST_SEQUENCES * SEGMENTS * tile + lane];
@@ -957,7 +961,8 @@ struct Reducer : Role {
             for (int tile = 0; tile < Shape::TILES; ++tile) {
                 auto& [old, angle, bias, scale] = loaded[tile];
                 const int row = first + SEGMENTS * tile;
-                if (ADDS) old = *reinterpret_cast<const volatile unsigned*>(residual + row + place);
+                const auto* old_word = reinterpret_cast<const volatile unsigned*>(residual + row + place);
+                if (ADDS) old = *old_word;
                 const float* turn = angles + row % HEAD_DIM + r;    // cosine; HEAD_DIM / 2 further: sine
                 if (P == QKV_PRODUCT) angle = {turn[0], turn[HEAD_DIM / 2]};
                 const bf16* two = step.biases + layer * QKV + row + r;
@@ -975,7 +980,8 @@ struct Reducer : Role {
                 if constexpr (FP8_WEIGHTS) x = {x.a * scale.a, x.b * scale.b};
                 if (Shape::NORMED) x = {x.a * norm, x.b * norm};
                 if constexpr (QKV_BIAS && P == QKV_PRODUCT) x = {x.a + bias.a, x.b + bias.b};
-                if (P == QKV_PRODUCT && row < (NUM_HEADS + NUM_KV_HEADS) * HEAD_DIM)    // values are not turned
+                // Values are not turned.
+                if (P == QKV_PRODUCT && row < (NUM_HEADS + NUM_KV_HEADS) * HEAD_DIM)
                     x = {x.a * angle.a - x.b * angle.b, x.b * angle.a + x.a * angle.b};
                 const bool is_cached = P == QKV_PRODUCT && writes && row >= HEADS;
                 if constexpr (FP8_CACHE)
@@ -983,7 +989,8 @@ struct Reducer : Role {
                 x = neighbours<P>(x, is_odd);
                 if (ADDS) {
                     // The residual has been published, since x depends on it, but may still be on its way.
-                    while (old == 0) old = *reinterpret_cast<const volatile unsigned*>(residual + row + place);
+                    const auto* old_word = reinterpret_cast<const volatile unsigned*>(residual + row + place);
+                    while (old == 0) old = *old_word;
                     x = {x.a + unpack(old).a, x.b + unpack(old).b};
                 }
                 const unsigned word = pack_bf16x2(x.a, x.b);

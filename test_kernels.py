@@ -1236,7 +1236,8 @@ def decode_twin(config, matrices, biases, embed, norm, batch, cache):
             where = np.arange(length)
             context = keys_and_values[:, table[where // B], :, where % B]           # [length, 2, K, h]
             for head in range(H):
-                attention[s, head] = attention_twin(q[s, head], *context[:, :, head // (H // K)].swapaxes(0, 1))
+                keys, values = context[:, :, head // (H // K)].swapaxes(0, 1)
+                attention[s, head] = attention_twin(q[s, head], keys, values)
         x = x + attention.reshape(S, H * h) @ o.T
         gate, up = np.split(rms_norm_twin(x) @ gate_up.T, 2, -1)
         x = x + gate / (1 + np.exp(-gate)) * up @ down.T
@@ -1255,8 +1256,8 @@ def check_fp8_decode(number):
     config = ModelConfig(
         hidden_size=D, intermediate_size=F, num_attention_heads=H, num_key_value_heads=K, head_dim=h,
         num_hidden_layers=2, vocab_size=64, max_position_embeddings=1024, rms_norm_eps=1e-5, rope_theta=1e4,
-        rope_scaling=None, tie_word_embeddings=True, eos_token_ids=frozenset(), attention_bias=number % 2 == 0,
-        quantization="fp8", kv_cache_dtype="fp8" if has_codes else "auto")
+        rope_scaling=None, tie_word_embeddings=True, eos_token_ids=frozenset(), quantization="fp8",
+        attention_bias=number % 2 == 0, kv_cache_dtype="fp8" if has_codes else "auto")
     device = open_device("auto" if ON_GPU else "cpu")
     device.runs_decode = True
     shapes = [(config.qkv_size, D), (D, H * h), (2 * F, D), (D, F)] * 2 + [(64, D)]
@@ -1264,7 +1265,8 @@ def check_fp8_decode(number):
     codes = [Fp8Matrix(*map(device.to_device, matrix)) for matrix in codes]
     biases = randn(rng, 2, config.qkv_size) * config.attention_bias
     embed, norm = randn(rng, 64, D), randn(rng, D)
-    layers = [LayerWeights(*codes[4 * i:4 * i + 4], device.to_device(biases[i]), None, None) for i in range(2)]
+    layers = [LayerWeights(*codes[4 * i:4 * i + 4], device.to_device(biases[i]), None, None)
+              for i in range(2)]
     weights = Weights(device.to_device(embed), layers, device.to_device(norm), codes[-1])
     N = cdiv(700, B) + cdiv(290, B) + 6
     model = Model(config, weights, device, N, 1024, StepBuffer(device, 16, 16, 512), EngineArgs(block_size=B))
@@ -1286,8 +1288,8 @@ def check_fp8_decode(number):
         want_logits = decode_twin(config, matrices, biases, embed, norm, batch, cache)
         want = (in_cache_order(cache) if has_codes else cache)[:, :, pages, :, offsets].reshape(S, -1)
         new = got.view(want.dtype)[:, :, pages, :, offsets].reshape(S, -1)          # [S, 2 L K h]
-        for a, b in (logits, want_logits), (new, want):
-            error = np.linalg.norm(np.float64(a) - np.float64(b), axis=1) / np.linalg.norm(np.float64(b), axis=1)
+        for a, b in (logits, want_logits), (new, np.float64(want)):
+            error = np.linalg.norm(np.float64(a) - b, axis=1) / np.linalg.norm(b, axis=1)
             assert error.max() < 0.03, (FP8_SHAPES[number], contexts, error)
         got[:, :, pages, :, offsets] = in_memory[:, :, pages, :, offsets]
         assert got.tobytes() == in_memory.tobytes(), "written outside of the slots"
