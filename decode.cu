@@ -117,18 +117,21 @@ constexpr unsigned MINUS_ZEROS = 0x80008000;    // two bf16 of -0: not a word of
 constexpr int HEADS = NUM_HEADS * HEAD_DIM;     // columns of the attention's output
 
 struct alignas(16) Words { unsigned w[4]; };    // 8 bf16; arrays are registers: all loops over them unroll
+struct alignas(8) Words2 { unsigned w[2]; };
 struct alignas(8) Pair { float a, b; };
 
 __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }    // max() is no constant on a GPU
 
 // ---- How the matrices are cut -------------------------------------------------------------------
 constexpr int WARP_COLUMNS = 64;    // consecutive columns of a consumer: 128 bytes, a line of the L2 cache
+constexpr int WEIGHT_BYTES = FP8_WEIGHTS ? 1 : 2;
 
-// A row has 1 << shift segments. Segments of some 2,048 columns are long enough for the copies, and
-// short enough for a ring of several stages and for the registers of the consumers. Longer segments
-// are taken where the consumers could not own equally many columns of shorter segments.
+// A row has 1 << shift segments. Segments of some 4 KB are long enough for the copies, and short enough
+// for a ring of several stages and for the registers of the consumers. Longer segments are taken where
+// the consumers could not own equally many columns of shorter segments.
 __device__ constexpr int shift_of(int columns) {
-    int shift = columns > 4096 ? 2 : columns > 2048 ? 1 : 0;
+    const int bytes = WEIGHT_BYTES * columns;
+    int shift = bytes > 8192 ? 2 : bytes > 4096 ? 1 : 0;
     while (shift > 0 && columns % (WARP_COLUMNS * CONSUMERS << shift) != 0) --shift;
     return shift;
 }
@@ -150,11 +153,16 @@ template <Product P> struct Shape {
     static constexpr int COLUMNS = MATRICES[P].columns;
     static constexpr int SHIFT = shift_of(COLUMNS);
     static constexpr int SEGMENT = COLUMNS >> SHIFT;
-    static constexpr int HALF = SEGMENTS >> SHIFT;    // rows of a piece
+    // Groups of SEGMENTS segments in a piece. (2 only where SHIFT is 0: a second group is 4 more rows.)
+    static constexpr int TILES = FP8_WEIGHTS && SEGMENT <= 2048 ? 2 : 1;
+    static constexpr int PIECE_BYTES = TILES * SEGMENTS * SEGMENT * WEIGHT_BYTES;
+    static constexpr int HALF = TILES * SEGMENTS >> SHIFT;    // rows of a piece
     static constexpr int APART = MATRICES[P].apart ? MATRICES[P].apart : HALF;
-    static constexpr int UNITS = MATRICES[P].rows / (2 * SEGMENTS >> SHIFT);
+    static constexpr int UNITS = MATRICES[P].rows / (2 * HALF);
     static constexpr bool NORMED = MATRICES[P].normed;
-    static constexpr int N = SEGMENT / 32 / CONSUMERS;    // Words of a segment in a lane of a consumer
+    // Words in a lane of a consumer: of x, as long as a segment; of the segment itself.
+    static constexpr int N = SEGMENT / 32 / CONSUMERS;
+    static constexpr int W = N * WEIGHT_BYTES / 2;
     __device__ static int row(int unit) {                 // the first of a unit
         const int rows_before = unit * HALF;              // in the pieces 0 of other units
         return rows_before / APART * 2 * APART + rows_before % APART;
@@ -162,22 +170,27 @@ template <Product P> struct Shape {
 };
 constexpr int LONGEST_SEGMENT = larger(Shape<QKV_PRODUCT>::SEGMENT,
                                        larger(Shape<O_PRODUCT>::SEGMENT, Shape<DOWN_PRODUCT>::SEGMENT));
+constexpr int LARGEST_PIECE = larger(Shape<QKV_PRODUCT>::PIECE_BYTES,
+                                     larger(Shape<O_PRODUCT>::PIECE_BYTES, Shape<DOWN_PRODUCT>::PIECE_BYTES));
+constexpr int MOST_TILES = larger(Shape<QKV_PRODUCT>::TILES,
+                                  larger(Shape<O_PRODUCT>::TILES, Shape<DOWN_PRODUCT>::TILES));
 
 constexpr int TILE = 16;            // keys that a consumer attends to at once; the next tile is another's
 constexpr int KEYS_STEP = larger(TILE, BLOCK_SIZE);    // powers of two: a stage holds whole tiles and pages
-constexpr int STAGE_KEYS = larger(1, SEGMENTS * LONGEST_SEGMENT / HEAD_DIM / KEYS_STEP) * KEYS_STEP;
+constexpr int KEY_BYTES = sizeof(kv) * HEAD_DIM;
+constexpr int STAGE_KEYS = larger(1, LARGEST_PIECE / KEY_BYTES / KEYS_STEP) * KEYS_STEP;
 constexpr int SPLIT_KEYS = 256;     // of a split, at least: to merge smaller splits costs more than they gain
 
 // ---- Shared memory ------------------------------------------------------------------------------
 // The consumers' lanes read from both pieces at once: with 64 bytes more, from different banks.
 constexpr int BANKS_APART = 64;
-constexpr int PIECE_BYTES = larger(2 * SEGMENTS * LONGEST_SEGMENT, 2 * HEAD_DIM * STAGE_KEYS) + BANKS_APART;
+constexpr int PIECE_BYTES = larger(LARGEST_PIECE, KEY_BYTES * STAGE_KEYS) + BANKS_APART;
 
-template <int COUNT> struct Layout {    // of a thread block's shared memory, with COUNT stages
+template <int COUNT> struct SharedLayout {    // of a thread block's shared memory, with COUNT stages
     alignas(128) char ring[COUNT][2][PIECE_BYTES];
-    // Of each consumer: the sums of a segment and its partner, [.., sequence, segment]; the attention
+    // Of each consumer: the sums of a segment and its partner, [.., tile, sequence, segment]; the attention
     // over the consumer's keys; the sum of x^2 over the consumer's columns, [.., sequence and part].
-    Pair sums[PENDING][CONSUMERS][MOST_SEQUENCES * SEGMENTS];
+    Pair sums[PENDING][CONSUMERS][MOST_TILES * MOST_SEQUENCES * SEGMENTS];
     Float8 heads[CONSUMERS][GROUP][HEAD_DIM / 8];
     // Consumers write squares again without a wait: when they have the x of the next normed product, which
     // depends, through words, on all that the reducer has computed with the old squares.
@@ -193,7 +206,7 @@ template <int COUNT> struct Layout {    // of a thread block's shared memory, wi
     volatile int tickets[PENDING];
     int keys[MOST_SEQUENCES];           // the sequences' context lengths
     int attention_units;                // of a layer
-    const bf16* weights[4 * NUM_LAYERS + 1];
+    const char* weights[4 * NUM_LAYERS + 1];
     u64 addresses[RANKS];               // of each rank's words
     bool has_stopped;                   // see Patience: one warp says so for all
 };
@@ -201,11 +214,11 @@ template <int COUNT> struct Layout {    // of a thread block's shared memory, wi
 constexpr int MOST_STAGES = 6;    // more gain nothing
 constexpr int LEAST_STAGES = BEHIND + 1;
 template <int COUNT> __device__ constexpr int stages_that_fit() {    // but at least LEAST_STAGES
-    if constexpr (COUNT <= LEAST_STAGES || sizeof(Layout<COUNT>) <= decode_shared_bytes) return COUNT;
+    if constexpr (COUNT <= LEAST_STAGES || sizeof(SharedLayout<COUNT>) <= decode_shared_bytes) return COUNT;
     else return stages_that_fit<COUNT - 1>();
 }
 constexpr int STAGES = stages_that_fit<MOST_STAGES>();
-using Shared = Layout<STAGES>;
+using Shared = SharedLayout<STAGES>;
 
 // ---- Which models this kernel takes -------------------------------------------------------------
 __device__ constexpr bool is_dealt_out(int columns) {    // whether all consumers own equally many columns
@@ -214,7 +227,8 @@ __device__ constexpr bool is_dealt_out(int columns) {    // whether all consumer
 constexpr bool FITS =
     is_dealt_out(HIDDEN) && is_dealt_out(HEADS) && is_dealt_out(FFN) &&
     Shape<GATE_UP_PRODUCT>::SHIFT < 2 &&           // two gate rows in a unit make one word of h
-    VOCAB % (2 * SEGMENTS * RANKS) == 0 &&         // whole units
+    VOCAB % (2 * SEGMENTS * Shape<HEAD_PRODUCT>::TILES * RANKS) == 0 &&    // whole units
+    LONGEST_SEGMENT <= 4096 &&                     // x must find room in the registers of the consumers
     !QK_NORM && !O_BIAS &&                         // no thread block has a whole head; o's bias is rare
     (HEAD_DIM == 64 || HEAD_DIM == 128) &&         // whole 64 numbers a head, see Attention and merge()
     GROUP <= 8 &&                                  // the queries are the columns of one mma
@@ -241,13 +255,14 @@ EXPORT(DECODE_SHARED_WORDS, DECODE_TICKET_WORDS + 2 * SET_WORDS);
 struct Step {    // the kernel's arguments
     bf16* logits;
     const bf16 *embed, *norm, *biases;
+    const u64* scales;
     int* token_ids;
     const int* sampled;
     int layers;
     const float* cos_sin;
     const int* positions;
     const long long* slot_mapping;
-    bf16* kv_cache;
+    kv* kv_cache;
     int num_blocks;
     const int *block_tables, *cu_blocks, *context_lens;
     float query_scale;
@@ -260,7 +275,7 @@ struct Step {    // the kernel's arguments
     __device__ int vectors_size() const {    // words
         return sequences * (DECODE_VECTOR_WORDS + splits * DECODE_PARTIAL_WORDS);
     }
-    __device__ bf16* cache(int layer, int values) const {    // [N, K, B, h]: a layer's keys (0) or values (1)
+    __device__ kv* cache(int layer, int values) const {    // [N, K, B, h]: a layer's keys (0) or values (1)
         return kv_cache + (2 * layer + values) * (size_t)num_blocks * NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM;
     }
 };
@@ -285,6 +300,29 @@ struct Vectors {    // what thread blocks hand to each other in a layer
 
 __device__ inline Pair unpack(unsigned w) {    // the two bf16 of a word
     return {__uint_as_float(w << 16), __uint_as_float(w & 0xffff0000)};
+}
+// Of two words, the lower or the upper halves.
+__device__ inline unsigned low(unsigned x, unsigned y) { return (x & 0xffff) | y << 16; }
+__device__ inline unsigned high(unsigned x, unsigned y) { return x >> 16 | (y & 0xffff0000); }
+
+// ---- E4M3 codes ---------------------------------------------------------------------------------
+// The least work that makes bf16 of codes: a code's bits move to their places in a bf16. The number is
+// 2^120 times too small then. So consumers multiply x by 2^64, lest a product become too small for a
+// float, and the reducer multiplies by the rest, together with the scale. (Tensor cores take bf16 below
+// 2^-126 for what they are, so the least codes lose nothing. The codes of NaN become 480.)
+constexpr unsigned TWO_TO_64 = 0x5f805f80;    // two bf16
+constexpr float REST = 0x1p56f;
+__device__ inline unsigned odd_codes(unsigned codes) {    // bytes 1 and 3 of four codes
+    return (codes & 0x80008000) | (codes >> 4 & 0x07f007f0);
+}
+__device__ inline unsigned even_codes(unsigned codes) {    // bytes 0 and 2
+    return (codes << 8 & 0x80008000) | (codes << 4 & 0x07f007f0);
+}
+// The codes of the lower halves of x and y, then of the upper halves: the order in the KV cache, see
+// rope_and_cache, if x and y are numbers i, i + 1 and i + h/2, i + 1 + h/2 of a head.
+__device__ inline unsigned pack_codes(unsigned x, unsigned y) {
+    const unsigned upper = pack_e4m3x2(unpack(x).b, unpack(y).b);
+    return pack_e4m3x2(unpack(x).a, unpack(y).a) | upper << 16;
 }
 
 template <bool SYSTEM = false> __device__ inline void publish(void* p, unsigned word) {
@@ -494,11 +532,12 @@ struct Producer : Role {
     }
     template <Product P> __device__ void product(int layer) {
         using Shape = Shape<P>;
-        constexpr int BYTES = 2 * SEGMENTS * Shape::SEGMENT;
+        constexpr int BYTES = Shape::PIECE_BYTES;
+        constexpr int ROW_BYTES = Shape::COLUMNS * WEIGHT_BYTES;
         enter(Shape::UNITS);
-        const bf16* matrix = shared.weights[4 * layer + (P == HEAD_PRODUCT ? 0 : P)];
+        const char* matrix = shared.weights[4 * layer + (P == HEAD_PRODUCT ? 0 : P)];
         for (; ticket < end; next()) {
-            const bf16* rows = matrix + (size_t)Shape::row(ticket - begin) * Shape::COLUMNS;
+            const char* rows = matrix + (size_t)Shape::row(ticket - begin) * ROW_BYTES;
             announce();
             for (int piece = 0; piece < 2; ++piece) {
                 u64* full = &shared.full[filled % STAGES][piece];
@@ -507,7 +546,7 @@ struct Producer : Role {
                     mbarrier_expect(full, BYTES);
                     bulk_copy(shared.ring[filled % STAGES][piece], rows, BYTES, full);
                 }
-                rows += (size_t)Shape::APART * Shape::COLUMNS;
+                rows += (size_t)Shape::APART * ROW_BYTES;
             }
             ++filled;
         }
@@ -515,7 +554,7 @@ struct Producer : Role {
     // Fills stages with the keys and values of up to STAGE_KEYS tokens: each lane copies one page. A lane
     // looks its page for the next stage up before it waits for this stage.
     __device__ void attention(int layer) {
-        constexpr int BYTES = 2 * HEAD_DIM * BLOCK_SIZE;    // of a head's keys in a page
+        constexpr int BYTES = KEY_BYTES * BLOCK_SIZE;    // of a head's keys in a page
         enter(shared.attention_units);
         for (; ticket < end; next()) {
             const Split split = find_split(shared, step, ticket - begin);
@@ -536,7 +575,7 @@ struct Producer : Role {
                     u64* full = &shared.full[filled % STAGES][piece];
                     wait_for_room();
                     if (lane == 0) mbarrier_expect(full, pages * BYTES);
-                    const bf16* source = step.cache(layer, piece) + head * BLOCK_SIZE * HEAD_DIM;
+                    const kv* source = step.cache(layer, piece) + head * BLOCK_SIZE * HEAD_DIM;
                     char* target = shared.ring[filled % STAGES][piece] + lane * BYTES;
                     if (page >= 0) bulk_copy(target, source, BYTES, full);
                 }
@@ -560,31 +599,44 @@ struct Producer : Role {
 // contrast to paged_attention the second product is transposed, out' = v' p', because so few columns
 // are a B: p' has one for each head.
 struct Attention {
-    static constexpr int KEY_WORDS = HEAD_DIM / 32;      // Words of a key in a lane
-    static constexpr int VALUE_WORDS = HEAD_DIM / 64;    // Words of a value in a lane
+    static constexpr int KEY_WORDS = HEAD_DIM / 32;      // Words of a query (and of a key, as bf16) in a lane
+    static constexpr int VALUE_WORDS = HEAD_DIM / 64;    // Words of a value (as bf16) in a lane
+    static constexpr int PUT = FP8_CACHE ? 2 : 1;
     int g;
     int t;
-    Words q[KEY_WORDS + 1];    // Words t, t + 4, ... of head g's query; the last: of the new key or value
+    Words q[KEY_WORDS + PUT];    // Words t, t + 4, ... of head g's query; the last: of the new key or value
     float m = -INF;            // of head g, as in Output
     float l = 0;               // of head g, over this lane's keys only
-    // [4c + i][0..1]: number 2i of Words g + 8c, of heads 2t and 2t + 1; [4c + i][2..3]: number 2i + 1.
+    // [4c + i][0..1]: number first_number(c, i) of heads 2t and 2t + 1; [4c + i][2..3]: the next number.
     float out[HEAD_DIM / 16][4] = {};
 
-    // Words i of a stage's key or value number `key`. Beyond the last key any key will do: its
+    // Of codes: the even bytes of part g + 8c of a value, eight codes, are numbers from 4 (g + 8c) on, the
+    // odd bytes are numbers from h/2 + 4 (g + 8c) on.
+    __device__ int first_number(int c, int i) const {
+        return FP8_CACHE ? 4 * (g + 8 * c) + i / 2 * 2 + i % 2 * HEAD_DIM / 2 : 8 * (g + 8 * c) + 2 * i;
+    }
+    // Part i of a stage's key or value number `key`. Beyond the last key any key will do: its
     // probability is 0, and the last value is a number, unlike old bytes of the ring (0 * NaN is NaN).
-    __device__ static Words words_of(const char* rows, int key, int count, int i) {
-        return reinterpret_cast<const Words*>(rows)[min(key, count - 1) * (HEAD_DIM / 8) + i];
+    template <class Part> __device__ static Part part_of(const char* rows, int key, int count, int i) {
+        return reinterpret_cast<const Part*>(rows)[min(key, count - 1) * int(KEY_BYTES / sizeof(Part)) + i];
     }
     // s[n][0..1]: the scores of head g with keys start + 8n + 2t and the key after. [2..3]: nothing.
     __device__ void compute_scores(
             float (&s)[2][4], const char* keys, int start, int count, float query_scale) {
         for (int n = 0; n < 2; ++n) {
-            for (int i = 0; i < KEY_WORDS; ++i) {
-                const Words k = words_of(keys, start + 8 * n + g, count, 4 * i + t);
-                for (int j = 0; j < 4; j += 2) {
-                    const unsigned a[4] = {q[i].w[j], 0, q[i].w[j + 1], 0};
-                    mma_m16n8k16_bf16(s[n], a, &k.w[j], s[n]);
-                }
+            for (int i = 0; i < KEY_BYTES / 64; ++i) {
+                const Words k = part_of<Words>(keys, start + 8 * n + g, count, 4 * i + t);
+                if constexpr (FP8_CACHE)
+                    for (int j = 0; j < 4; ++j) {    // numbers 8 (4i + t) + 2j, and those h/2 further
+                        const unsigned a[4] = {q[i].w[j], 0, q[i + KEY_WORDS / 2].w[j], 0};
+                        const unsigned b[2] = {unpack_e4m3x2(k.w[j] << 8), unpack_e4m3x2(k.w[j])};
+                        mma_m16n8k16_bf16(s[n], a, b, s[n]);
+                    }
+                else
+                    for (int j = 0; j < 4; j += 2) {
+                        const unsigned a[4] = {q[i].w[j], 0, q[i].w[j + 1], 0};
+                        mma_m16n8k16_bf16(s[n], a, &k.w[j], s[n]);
+                    }
             }
             for (int j = 0; j < 2; ++j)
                 s[n][j] = start + 8 * n + 2 * t + j < count ? s[n][j] * query_scale : -INF;
@@ -615,15 +667,21 @@ struct Attention {
             for (int i = 0; i < 4; ++i) four[i] *= i % 2 ? factor_b : factor_a;
     }
     // out' += v' p'. A row of v' is the same number of all values, but a register has two numbers of one
-    // value: `low` and `high` weave the registers of two keys into two rows of v'.
+    // value: low() and high() weave the registers of two keys into two rows of v'.
     __device__ void add_values(const float (&p)[2][4], const char* values, int start, int count) {
         const unsigned b[2] = {pack_bf16x2(p[0][0], p[0][1]), pack_bf16x2(p[1][0], p[1][1])};
-        const auto low = [](unsigned x, unsigned y) { return (x & 0xffff) | y << 16; };
-        const auto high = [](unsigned x, unsigned y) { return x >> 16 | (y & 0xffff0000); };
         for (int c = 0; c < VALUE_WORDS; ++c) {
             Words v[4];    // of keys 2t, 2t + 1, 2t + 8, 2t + 9
-            for (int i = 0; i < 4; ++i)
-                v[i] = words_of(values, start + 2 * t + i % 2 + i / 2 * 8, count, g + 8 * c);
+            for (int i = 0; i < 4; ++i) {
+                const int key = start + 2 * t + i % 2 + i / 2 * 8;
+                if constexpr (FP8_CACHE) {
+                    const Words2 codes = part_of<Words2>(values, key, count, g + 8 * c);
+                    for (int j = 0; j < 4; ++j)
+                        v[i].w[j] = unpack_e4m3x2(j % 2 ? codes.w[j / 2] : codes.w[j / 2] << 8);
+                } else {
+                    v[i] = part_of<Words>(values, key, count, g + 8 * c);
+                }
+            }
             for (int i = 0; i < 4; ++i) {
                 const unsigned a[4] = {low(v[0].w[i], v[1].w[i]), high(v[0].w[i], v[1].w[i]),
                                        low(v[2].w[i], v[3].w[i]), high(v[2].w[i], v[3].w[i])};
@@ -642,11 +700,12 @@ struct Attention {
     __device__ void leave(Pair* sums, Float8 (*heads)[HEAD_DIM / 8]) {
         l = quad_sum(l);
         if (t == 0 && g < GROUP) sums[g] = {m, l};
-        for (int j = 0; j < 2 && 2 * t + j < GROUP; ++j)
+        for (int j = 0; j < 2 && 2 * t + j < GROUP; ++j) {
+            float* head = heads[2 * t + j][0].v;
             for (int c = 0; c < VALUE_WORDS; ++c)
                 for (int i = 0; i < 4; ++i)
-                    for (int k = 0; k < 2; ++k)
-                        heads[2 * t + j][g + 8 * c].v[2 * i + k] = out[4 * c + i][j + 2 * k];
+                    for (int k = 0; k < 2; ++k) head[first_number(c, i) + k] = out[4 * c + i][j + 2 * k];
+        }
     }
 };
 
@@ -697,21 +756,30 @@ template <int MOST> struct Consumer : Role {    // for up to MOST sequences
     }
     // Moves this consumer's columns of a unit into registers and gives the stage back. Of B, lane 4g + t
     // has column g: segment g / 2 of piece g % 2. So the columns 2t and 2t + 1 of the result belong to
-    // segment t of piece 0 and to segment t of piece 1, its partner.
+    // segment t of piece 0 and to segment t of piece 1, its partner. (Of a second tile: segment t + 4.)
     template <Product P, int M> __device__ void load_weights(Words (&w)[M]) {
+        using Shape = Shape<P>;
+        constexpr int IN_WORDS = 16 / WEIGHT_BYTES;
+        constexpr int IN_LANE = WARP_COLUMNS / IN_WORDS / 4;    // Words of 64 columns in a lane
         const Words* piece = reinterpret_cast<const Words*>(shared.ring[stage][g % 2]);
-        const Words* mine = piece + g / 2 * (Shape<P>::SEGMENT / 8) + WARP_COLUMNS / 8 * warp + t;
+        const Words* mine = piece + g / 2 * (Shape::SEGMENT / IN_WORDS) + 4 * IN_LANE * warp + t;
         unsigned read = 0;
         for (int i = 0; i < M; ++i) {
-            w[i] = mine[WARP_COLUMNS / 8 * CONSUMERS * (i / 2) + 4 * (i % 2)];
+            const Words* tile = mine + i / Shape::W * SEGMENTS * (Shape::SEGMENT / IN_WORDS);
+            w[i] = tile[4 * IN_LANE * CONSUMERS * (i % Shape::W / IN_LANE) + 4 * (i % IN_LANE)];
             read ^= w[i].w[0];
         }
         give_back(read);
     }
     // Reads this consumer's columns of x: a lane gets, of every eighth row r, r + 8, ..., the columns
-    // 8t .. 8t + 7 of each 32. Eight lanes read 128 bytes of a row together, since the L2 cache
+    // 8t .. 8t + 7 of each 32 (for weights in 8 bits: 16t .. 16t + 15 of each 64: a lane has such columns
+    // of the weights, too). Eight lanes read 128 bytes of a row together, since the L2 cache
     // delivers 128 bytes faster than twice 64. Then lanes 8i + j and 8i + j + 4 swap: the first gets
     // both halves of row i, the second both halves of row i + 4. Hence the order of rows in r.
+    __device__ int columns_to_read() const { return FP8_WEIGHTS ? 16 * t + 8 * (g % 2) : 8 * (lane % 8); }
+    __device__ int columns_of(int i) const {    // of x[i], behind column(i)
+        return FP8_WEIGHTS ? 16 * t + 8 * (i % 2) : 32 * (i % 2) + 8 * t;
+    }
     template <Product P, int M> __device__ void read_input(int layer, Words (&x)[M]) {
         using Shape = Shape<P>;
         const Vectors v(step, layer);
@@ -720,7 +788,7 @@ template <int MOST> struct Consumer : Role {    // for up to MOST sequences
         const auto row = [&](int i) { return 8 * (i / Shape::N) + 4 * (i % 2) + lane / 8; };
         const auto wanted = [&](int i) { return row(i) < step.sequences << Shape::SHIFT; };
         const auto address = [&](int i) {
-            return in + row(i) * Shape::SEGMENT + column<P>(i) + 8 * (lane % 8);
+            return in + row(i) * Shape::SEGMENT + column<P>(i) + columns_to_read();
         };
         if constexpr (RANKS > 1 && Shape::NORMED) take_sums(x, step, wanted, address, this->patience());
         else take(x, wanted, address);
@@ -753,7 +821,7 @@ template <int MOST> struct Consumer : Role {    // for up to MOST sequences
         using Shape = Shape<HEAD_PRODUCT>;
         const int part = r % (1 << Shape::SHIFT);
         for (int i = 0; i < M; ++i) {
-            const int first = part * Shape::SEGMENT + column<HEAD_PRODUCT>(i) + 32 * (i % 2) + 8 * t;
+            const int first = part * Shape::SEGMENT + column<HEAD_PRODUCT>(i) + columns_of(i);
             const Float8 norm = to_float(vec8(step.norm + first));
             for (int j = 0; j < 4; ++j) {
                 const Pair two = unpack(x[i].w[j]);
@@ -766,32 +834,70 @@ template <int MOST> struct Consumer : Role {    // for up to MOST sequences
     // result, an mma with the second half in rows 8 to 15; multiply() ignores the other eight rows.
     // Hazard for speed: the compiler does not know that sequences >> 8 is 0. Without the xor it would
     // reorder again for every mma.
+    // With codes, a register of B has columns c and c + 2 of x, or c + 1 and c + 3.
     template <int M> __device__ void order_for_mma(Words (&x)[M]) {
         const unsigned zero = step.sequences >> 8;
-        for (Words& v : x) v = {{v.w[0] ^ zero, v.w[2] ^ zero, v.w[1] ^ zero, v.w[3] ^ zero}};
-    }
-    template <Product P, int M, int N> __device__ void multiply(const Words (&x)[M], const Words (&w)[N]) {
-        constexpr int SHIFT = Shape<P>::SHIFT;
-        for (int tile = 0; tile < M / N; ++tile) {
-            if (8 * tile >= step.sequences << SHIFT) break;
-            float sum[4][4] = {};    // four chains, since an mma waits for the mma before in the chain
-            for (int i = 0; i < 2 * N; ++i)
-                mma_m16n8k16_bf16(sum[i % 4], x[tile * N + i / 2].w, w[i / 2].w + i % 2 * 2, sum[i % 4]);
-            const int row = 8 * tile + r;
-            const int sequence = row >> SHIFT;
-            const bool is_same_part = (row ^ t) % (1 << SHIFT) == 0;    // of x's row and of segment t
-            if (is_same_part && sequence < MOST) {
-                const float a = sum[0][0] + sum[2][0] + (sum[1][2] + sum[3][2]);
-                const float b = sum[0][1] + sum[2][1] + (sum[1][3] + sum[3][3]);
-                my_sums()[SEGMENTS * sequence + t] = {a, b};
+        #pragma unroll
+        for (Words& v : x)
+            if constexpr (FP8_WEIGHTS) {
+                v = {{low(v.w[0], v.w[1]), low(v.w[2], v.w[3]), high(v.w[0], v.w[1]), high(v.w[2], v.w[3])}};
+                for (unsigned& w : v.w) w = multiply_bf16x2(w, TWO_TO_64);
+            } else {
+                v = {{v.w[0] ^ zero, v.w[2] ^ zero, v.w[1] ^ zero, v.w[3] ^ zero}};
             }
+    }
+    // Number i of a column tile's B, for x[i / 2].
+    __device__ static void fragment(unsigned (&b)[2], const Words* w, int i) {
+        if constexpr (FP8_WEIGHTS) {
+            const unsigned codes = w[i / 4].w[i % 4];
+            b[0] = even_codes(codes);
+            b[1] = odd_codes(codes);
+        } else {
+            b[0] = w[i / 2].w[i % 2 * 2];
+            b[1] = w[i / 2].w[i % 2 * 2 + 1];
         }
+    }
+    // TOGETHER: tiles of x that share a fragment of B, so that codes become bf16 only once.
+    template <Product P, int M, int COUNT>
+    __device__ void multiply(const Words (&x)[M], const Words (&w)[COUNT]) {
+        constexpr int SHIFT = Shape<P>::SHIFT;
+        constexpr int N = Shape<P>::N;
+        constexpr int TOGETHER = FP8_WEIGHTS ? M / N : 1;
+        constexpr int CHAINS = 4 / TOGETHER;    // since an mma waits for the mma before in the chain
+        for (int column_tile = 0; column_tile < Shape<P>::TILES; ++column_tile)
+            for (int first = 0; first < M / N; first += TOGETHER) {
+                if (8 * first >= step.sequences << SHIFT) break;
+                float sums[TOGETHER][CHAINS][4] = {};
+                for (int i = 0; i < 2 * N; ++i) {
+                    unsigned b[2];
+                    fragment(b, w + column_tile * Shape<P>::W, i);
+                    for (int k = 0; k < TOGETHER; ++k) {
+                        float (&sum)[4] = sums[k][i % CHAINS];
+                        mma_m16n8k16_bf16(sum, x[(first + k) * N + i / 2].w, b, sum);
+                    }
+                }
+                for (int k = 0; k < TOGETHER; ++k) {
+                    const auto& sum = sums[k];
+                    const int row = 8 * (first + k) + r;
+                    const int sequence = row >> SHIFT;
+                    const bool is_same_part = (row ^ t) % (1 << SHIFT) == 0;    // of x's row and of segment t
+                    if (!is_same_part || sequence >= MOST) continue;
+                    Pair even = {sum[0][0], sum[0][1]};    // of the mma whose result is in rows 0 to 7
+                    Pair odd = {sum[1][2], sum[1][3]};
+                    for (int chain = 2; chain < CHAINS; chain += 2) {
+                        even = {even.a + sum[chain][0], even.b + sum[chain][1]};
+                        odd = {odd.a + sum[chain + 1][2], odd.b + sum[chain + 1][3]};
+                    }
+                    my_sums()[SEGMENTS * (MOST_SEQUENCES * column_tile + sequence) + t] =
+                        {even.a + odd.a, even.b + odd.b};
+                }
+            }
         finish_unit();
     }
     template <Product P> __device__ void product(int layer) {
         enter(Shape<P>::UNITS);
         if (ticket >= end) return;
-        Words w[Shape<P>::N];
+        Words w[Shape<P>::TILES * Shape<P>::W];
         Words x[ROW_TILES<P> * Shape<P>::N];
         load_weights<P>(w);    // the first unit's weights need not wait for x
         read_input<P>(layer, x);
@@ -813,17 +919,20 @@ template <int MOST> struct Consumer : Role {    // for up to MOST sequences
         // The new token's key and value may not be in the cache yet. The consumer whose tile has the new
         // key puts both into the ring, in the place of what came from the cache; a lane puts one Words.
         constexpr int KEY_WORDS = Attention::KEY_WORDS;
+        constexpr int PARTS = KEY_BYTES / 16;
         const bf16* token = v.qkv + split.sequence * QKV;    // the new token's queries, keys, values
         const bf16* query = token + (split.kv_head * GROUP + g) * HEAD_DIM;
         const bf16* key = token + (NUM_HEADS + split.kv_head) * HEAD_DIM;
-        const int piece = lane / (HEAD_DIM / 8);    // 0: the key, 1: the value
-        const int eight = lane % (HEAD_DIM / 8);
-        const bf16* put = key + piece * NUM_KV_HEADS * HEAD_DIM + 8 * eight;
+        const int piece = lane / PARTS;    // 0: the key, 1: the value
+        const int part = lane % PARTS;
+        const bf16* put = key + piece * NUM_KV_HEADS * HEAD_DIM + 8 * part;
         const bool has_new_key = split.is_last && (split.end - 1 - split.begin) / TILE % CONSUMERS == warp;
         const bool puts = has_new_key && piece < 2;
         Attention attention = {g, t};
         take(attention.q, [&](int i) { return i < KEY_WORDS ? g < GROUP : puts; },
-             [&](int i) { return i < KEY_WORDS ? query + 32 * i + 8 * t : put; });
+             [&](int i) {
+                 return i < KEY_WORDS ? query + 32 * i + 8 * t : put + (i - KEY_WORDS) * HEAD_DIM / 2;
+             });
         int at = split.begin + TILE * warp;    // the next tile of this consumer
         for (int first = split.begin; first < split.end; first += STAGE_KEYS) {
             wait_for_stage();
@@ -831,7 +940,11 @@ template <int MOST> struct Consumer : Role {    // for up to MOST sequences
             const int count = min(STAGE_KEYS, split.end - first);
             if (puts && first + count == split.end) {
                 Words* rows = reinterpret_cast<Words*>(shared.ring[stage][piece]);
-                rows[(count - 1) * (HEAD_DIM / 8) + eight] = attention.q[KEY_WORDS];
+                Words words = attention.q[KEY_WORDS];
+                if constexpr (FP8_CACHE)    // 8 numbers, and the 8 numbers h/2 further
+                    for (int i = 0; i < 4; ++i)
+                        words.w[i] = pack_codes(words.w[i], attention.q[KEY_WORDS + 1].w[i]);
+                rows[(count - 1) * PARTS + part] = words;
                 fence_async_proxy();    // a later copy into this stage must not be overtaken by this write
             }
             __syncwarp();    // all Words are put before a lane reads; no other warp reads this tile
@@ -867,10 +980,11 @@ struct Reducer : Role {
         if (lane == 0) mbarrier_arrive(&shared.sums_empty[units % PENDING]);
         ++units;
     }
-    template <int SHIFT> __device__ Pair sum() const {    // over the consumers, then over the row's parts
+    // Over the consumers, then over the row's parts.
+    template <int SHIFT> __device__ Pair sum(int tile) const {
         Pair sum = {0, 0};
         for (int warp = 0; warp < CONSUMERS; ++warp) {
-            const Pair p = shared.sums[units % PENDING][warp][lane];
+            const Pair p = shared.sums[units % PENDING][warp][MOST_SEQUENCES * SEGMENTS * tile + lane];
             sum = {sum.a + p.a, sum.b + p.b};
         }
         for (int i = 0; i < SHIFT; ++i) {
@@ -886,6 +1000,12 @@ struct Reducer : Role {
                 squares += shared.squares[warp][(s << SHIFT) + part];
         return rsqrtf(quad_sum(squares) / HIDDEN + RMS_EPS);
     }
+    struct Loaded {    // for a row and its partner; old: the residual at the lane's word
+        unsigned old[RANKS] = {};
+        Pair angle = {1, 0};
+        Pair bias = {0, 0};
+        Pair scale;
+    };
     template <Product P> __device__ void product(int layer) {
         using Shape = Shape<P>;
         constexpr bool ADDS = P == O_PRODUCT || P == DOWN_PRODUCT;    // to a residual
@@ -911,32 +1031,49 @@ struct Reducer : Role {
         const bool has_word = !(P == GATE_UP_PRODUCT && is_odd);
         const bool writes = lane / SEGMENTS < step.sequences && t % distance == 0 && has_word;
         float norm = 0;
+        const float* scales = nullptr;
+        if constexpr (FP8_WEIGHTS)
+            scales = reinterpret_cast<const float*>(step.scales[4 * layer + (P == HEAD_PRODUCT ? 0 : P)]);
         for (; ticket < end; next()) {
-            const int row = Shape::row(ticket - begin);
-            unsigned old[RANKS] = {};    // loaded before the sums are there, like the angle
-            Pair angle = {1, 0};
-            const bf16* old_word = residual + row + place;
-            for (int rank = 0; rank < RANKS && adds; ++rank) old[rank] = load_partial(old_word, rank);
-            const float* turn = angles + row % HEAD_DIM + r;    // cosine; HEAD_DIM / 2 further: sine
-            if (P == QKV_PRODUCT) angle = {turn[0], turn[HEAD_DIM / 2]};
-            Pair bias = {0, 0};
-            const bf16* two = step.biases + layer * QKV + row + r;
-            if constexpr (QKV_BIAS && P == QKV_PRODUCT)
-                bias = {__bfloat162float(two[0]), __bfloat162float(two[Shape::APART])};
+            const int first = Shape::row(ticket - begin);
+            Loaded loaded[Shape::TILES];    // before the sums are there
+            for (int tile = 0; tile < Shape::TILES; ++tile) {
+                auto& [old, angle, bias, scale] = loaded[tile];
+                const int row = first + SEGMENTS * tile;
+                const bf16* old_word = residual + row + place;
+                for (int rank = 0; rank < RANKS && adds; ++rank) old[rank] = load_partial(old_word, rank);
+                const float* turn = angles + row % HEAD_DIM + r;    // cosine; HEAD_DIM / 2 further: sine
+                if (P == QKV_PRODUCT) angle = {turn[0], turn[HEAD_DIM / 2]};
+                const bf16* two = step.biases + layer * QKV + row + r;
+                if constexpr (QKV_BIAS && P == QKV_PRODUCT)
+                    bias = {__bfloat162float(two[0]), __bfloat162float(two[Shape::APART])};
+                if constexpr (FP8_WEIGHTS)
+                    scale = {REST * scales[row + r], REST * scales[row + r + Shape::APART]};
+            }
             wait_for_sums();
             if (Shape::NORMED && norm == 0) norm = inverse_rms<Shape::SHIFT>();
-            Pair x = sum<Shape::SHIFT>();
-            if (Shape::NORMED) x = {x.a * norm, x.b * norm};
-            if constexpr (QKV_BIAS && P == QKV_PRODUCT) x = {x.a + bias.a, x.b + bias.b};
-            if (P == QKV_PRODUCT && row < (NUM_HEADS + NUM_KV_HEADS) * HEAD_DIM)    // values are not turned
-                x = {x.a * angle.a - x.b * angle.b, x.b * angle.a + x.a * angle.b};
-            x = neighbours<P>(x, is_odd);
-            if (adds) x = add_residual(x, old, old_word);
-            const unsigned word = pack_bf16x2(x.a, x.b);
-            if constexpr (ADDS && RANKS > 1) {
-                if (writes) publish_to_ranks(out + row + place, word);
-            } else if (writes) publish(out + row + place, word);
-            if (P == QKV_PRODUCT && writes && row >= HEADS) put_into_cache(word, layer, row + place);
+            for (int tile = 0; tile < Shape::TILES; ++tile) {
+                auto& [old, angle, bias, scale] = loaded[tile];
+                const int row = first + SEGMENTS * tile;
+                Pair x = sum<Shape::SHIFT>(tile);
+                if constexpr (FP8_WEIGHTS) x = {x.a * scale.a, x.b * scale.b};
+                if (Shape::NORMED) x = {x.a * norm, x.b * norm};
+                if constexpr (QKV_BIAS && P == QKV_PRODUCT) x = {x.a + bias.a, x.b + bias.b};
+                // Values are not turned.
+                if (P == QKV_PRODUCT && row < (NUM_HEADS + NUM_KV_HEADS) * HEAD_DIM)
+                    x = {x.a * angle.a - x.b * angle.b, x.b * angle.a + x.a * angle.b};
+                const bool is_cached = P == QKV_PRODUCT && writes && row >= HEADS;
+                if constexpr (FP8_CACHE)
+                    if (is_cached) put_into_cache(pack_bf16x2(x.a, x.b), layer, row + r);
+                x = neighbours<P>(x, is_odd);
+                if (adds) x = with_residual(x, old, residual + row + place);
+                const unsigned word = pack_bf16x2(x.a, x.b);
+                if constexpr (ADDS && RANKS > 1) {
+                    if (writes) publish_to_ranks(out + row + place, word);
+                } else if (writes) publish(out + row + place, word);
+                if constexpr (!FP8_CACHE)
+                    if (is_cached) put_into_cache(word, layer, row + place);
+            }
             finish_unit();
         }
     }
@@ -944,7 +1081,7 @@ struct Reducer : Role {
     __device__ unsigned load_partial(const bf16* p, int rank) const {
         return *reinterpret_cast<const volatile unsigned*>(p + rank * step.sequences * HIDDEN);
     }
-    __device__ Pair add_residual(Pair x, unsigned (&old)[RANKS], const bf16* old_word) {
+    __device__ Pair with_residual(Pair x, unsigned (&old)[RANKS], const bf16* old_word) {
         // The residual has been published, since x depends on it, but may still be on its way.
         auto wait = this->patience();
         for (int rank = 0; rank < RANKS; ++rank)
@@ -976,15 +1113,21 @@ struct Reducer : Role {
         }
         return x;
     }
-    // For later steps: keys and values go to the new token's slot of the KV cache. row: of qkv.
+    // For later steps: keys and values go to the new token's slot of the KV cache. word: rows `row` and
+    // row + 1 of qkv; for codes, `row` and the partner, which are neighbours in the cache.
     __device__ void put_into_cache(unsigned word, int layer, int row) const {
         const int head = row / HEAD_DIM - NUM_HEADS;    // K heads of keys, then K heads of values
         const long long slot = step.slot_mapping[s];
         if (slot < 0) return;                           // a sequence that only pads the batch
         const long long page = slot / BLOCK_SIZE;
-        bf16* cache = step.cache(layer, head / NUM_KV_HEADS);
+        kv* cache = step.cache(layer, head / NUM_KV_HEADS);
         cache += ((page * NUM_KV_HEADS + head % NUM_KV_HEADS) * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_DIM;
-        store_word(cache + row % HEAD_DIM, word);
+        if constexpr (FP8_CACHE) {
+            const unsigned short codes = pack_e4m3x2(unpack(word).a, unpack(word).b);
+            reinterpret_cast<unsigned short*>(cache)[row % HEAD_DIM] = codes;
+        } else {
+            store_word(cache + row % HEAD_DIM, word);
+        }
     }
     // Of a unit of attention: adds up the outputs of the consumers, who had different keys. A lane has 8
     // numbers of a head. If the unit has all keys of the sequence, the output is final; else it is a
@@ -1113,7 +1256,7 @@ __device__ inline void prepare(Shared& shared, const Step& step, const u64* weig
         mbarrier_init(&shared.sums_empty[me], 1);
         shared.tickets[me] = -1;
     }
-    if (me <= 4 * step.layers) shared.weights[me] = reinterpret_cast<const bf16*>(weights[me]);
+    if (me <= 4 * step.layers) shared.weights[me] = reinterpret_cast<const char*>(weights[me]);
     if (RANKS > 1 && me < RANKS) shared.addresses[me] = step.addresses[me];
     if (RANKS > 1 && me == 0) shared.has_stopped = false;
     if (me == 0) {
@@ -1130,9 +1273,9 @@ __device__ inline void prepare(Shared& shared, const Step& step, const u64* weig
 extern "C" __global__ __launch_bounds__(DECODE_THREADS, 1) void decode(
         bf16* logits, const bf16* embed, const bf16* norm, int* token_ids, const int* sampled,
         const u64* weights, int layers, const float* cos_sin, const int* positions,
-        const long long* slot_mapping, bf16* kv_cache, int num_blocks, const int* block_tables,
+        const long long* slot_mapping, kv* kv_cache, int num_blocks, const int* block_tables,
         const int* cu_blocks, const int* context_lens, float query_scale, int* words, int sequences,
-        int splits, const bf16* biases, const u64* addresses, int rank) {
+        int splits, const bf16* biases, const u64* scales, const u64* addresses, int rank) {
     if constexpr (FITS) {
         DYNAMIC_SHARED(decode_shared_bytes);
         Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
@@ -1145,7 +1288,7 @@ extern "C" __global__ __launch_bounds__(DECODE_THREADS, 1) void decode(
             old_set = set_of(words, 1 - turn);
         }
         const Step step = {
-            logits, embed, norm, biases, token_ids, sampled, layers, cos_sin, positions, slot_mapping,
+            logits, embed, norm, biases, scales, token_ids, sampled, layers, cos_sin, positions, slot_mapping,
             kv_cache, num_blocks, block_tables, cu_blocks, context_lens, query_scale,
             reinterpret_cast<unsigned*>(set) + DECODE_TICKET_WORDS, set, sequences, splits,
             addresses, rank, old_set};

@@ -42,6 +42,14 @@ using u64 = unsigned long long;
 // An address in shared memory, as PTX wants it.
 __device__ inline unsigned shared_address(const void* p) { return __cvta_generic_to_shared(p); }
 
+// The products of two pairs of bf16.
+__device__ inline unsigned multiply_bf16x2(unsigned x, unsigned y) {
+    constexpr unsigned MINUS_ZERO = 0x80008000;    // a product alone would need compute capability 9.0
+    unsigned both;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(both) : "r"(x), "r"(y), "r"(MINUS_ZERO));
+    return both;
+}
+
 // E4M3, a number in 8 bits (its code): sign, 4 bits of exponent, 3 of mantissa. The least number above 0
 // is 2^-9, the greatest 448; there is no infinity, and 0x7f and 0xff are NaN (arXiv:2209.05433).
 // Two codes, that of `low` in the lower byte, rounded to nearest, ties to even. Beyond 448: 448.
@@ -55,13 +63,9 @@ __device__ inline unsigned short pack_e4m3x2(float low, float high) {
 // matter. Hazard: the codes of NaN become 480.
 __device__ inline unsigned unpack_e4m3x2(unsigned x) {
     // Each bit of a code goes to its place in a bf16. The exponents' biases are 7 and 127, so the numbers
-    // are 2^120 times too small. (A product alone would need compute capability 9.0.)
+    // are 2^120 times too small.
     constexpr unsigned TWO_TO_120 = 0x7b807b80;
-    constexpr unsigned MINUS_ZERO = 0x80008000;
-    const unsigned small = (x & 0x80008000) | (x >> 4 & 0x07f007f0);
-    unsigned both;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(both) : "r"(small), "r"(TWO_TO_120), "r"(MINUS_ZERO));
-    return both;
+    return multiply_bf16x2((x & 0x80008000) | (x >> 4 & 0x07f007f0), TWO_TO_120);
 }
 
 // A warp. d = a @ b + c, in fragments as above.

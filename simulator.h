@@ -523,6 +523,10 @@ template <int N> void cp_async_wait() {    // the copies are made here, as late 
 }
 
 inline float exp2_approx(float x) { return exp2f(x); }
+inline unsigned multiply_bf16x2(unsigned x, unsigned y) {
+    using simulator::half;
+    return pack_bf16x2(half(x, 0) * half(y, 0), half(x, 1) * half(y, 1));
+}
 inline unsigned atomic_inc_acq_rel(unsigned* p, unsigned limit) { return atomicInc(p, limit); }
 
 constexpr bool HAS_WGMMA = false;

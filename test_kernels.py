@@ -27,7 +27,7 @@ from simulator import LaunchError
 from test_tinyvllm import DEVICE, ON_GPU, run_recorded
 from tinyvllm import (LLM, Batch, EngineArgs, Model, RequestOutput, SamplingParams, Sequence, StepBuffer,
                       TinyVLLMError, cdiv)
-from weights import DummyCheckpoint, ModelConfig, load_weights
+from weights import DummyCheckpoint, Fp8Matrix, LayerWeights, ModelConfig, Weights, load_weights
 
 # --------------------------------------------------------------------------------------------------
 # Kernels
@@ -1383,6 +1383,115 @@ def test_decode_takes_every_shape(monkeypatch):
         group = config.num_attention_heads // config.num_key_value_heads
         has_room = block_size * config.head_dim < 128 * 128 or group <= 4
         assert batch_sizes == ([1, 3, 5][:2 if config.intermediate_size > 8192 else 3] if has_room else [])
+
+
+# decode with codes, against a twin: B, h, D, F, H, K, and whether the cache has codes, too. The comments
+# say how the matrices are cut, see decode.cu.
+FP8_SHAPES = [
+    (16, 64, 2048, 6144, 8, 2, True),       # two tiles a piece; F: half rows
+    (8, 64, 512, 10240, 8, 1, True),        # F: quarters of rows
+    (32, 128, 3072, 1536, 12, 4, True),     # whole rows, one tile; h of 128
+    (64, 128, 4096, 512, 4, 4, False),
+    (16, 64, 5120, 512, 24, 3, False),      # D: half rows
+]
+
+
+def random_codes(rng, rows, columns):
+    """(Fp8Matrix, the same as float64) of codes of each exponent: 16 in turn, row by row, and the exponents
+    beside. The scales make up for the exponents, so that the least codes matter as much as the greatest."""
+    exponents = np.clip(np.arange(rows)[:, None] % 16 + rng.integers(-1, 2, (rows, columns)), 0, 15)
+    mantissas = np.minimum(rng.integers(0, 8, (rows, columns)), np.where(exponents == 15, 6, 7))    # no NaN
+    codes = np.uint8(rng.integers(0, 2, (rows, columns)) << 7 | exponents << 3 | mantissas)
+    scales = np.float32(2.0 ** -np.maximum(np.arange(rows) % 16, 1))
+    return Fp8Matrix(codes, scales), np.float64(codes.view(float8_e4m3fn)) * scales[:, None]
+
+
+def decode_twin(config, matrices, biases, embed, norm, batch, cache):
+    """The logits [S, V] of a step. matrices: as in Model.addresses. cache [L, 2, N, K, B, h]: gets the step's
+    keys and values, rounded as its dtype says."""
+    H, K, h = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    S, B = len(batch.token_ids), cache.shape[4]
+    pages, offsets = np.divmod(batch.slot_mapping, B)
+    cos, sin = np.split(rope_table(1024, h)[batch.positions][:, None], 2, -1)
+    x = np.float64(embed)[batch.token_ids]
+    for layer, (keys_and_values, bias) in enumerate(zip(cache, biases)):
+        qkv, o, gate_up, down = matrices[4 * layer:4 * layer + 4]
+        q, k, v = np.split((rms_norm_twin(x) @ qkv.T + bias).reshape(S, H + 2 * K, h), [H, H + K], 1)
+        q = rope_twin(q, cos, sin) * (math.log2(math.e) / math.sqrt(h))
+        new = np.stack([rope_twin(k, cos, sin), v], 1)                              # [S, 2, K, h]
+        keys_and_values[:, pages, :, offsets] = new.astype(bfloat16).astype(cache.dtype)
+        attention = np.zeros((S, H, h))
+        for s, length in enumerate(batch.context_lens):
+            table = batch.block_tables[batch.cu_blocks[s]:]
+            where = np.arange(length)
+            context = keys_and_values[:, table[where // B], :, where % B]           # [length, 2, K, h]
+            for head in range(H):
+                keys, values = context[:, :, head // (H // K)].swapaxes(0, 1)
+                attention[s, head] = attention_twin(q[s, head], keys, values)
+        x = x + attention.reshape(S, H * h) @ o.T
+        gate, up = np.split(rms_norm_twin(x) @ gate_up.T, 2, -1)
+        x = x + gate / (1 + np.exp(-gate)) * up @ down.T
+    return rms_norm_twin(x, norm) @ matrices[-1].T
+
+
+def in_cache_order(x):
+    """Numbers [.., h] in the order of rope_and_cache's codes: 0, h/2, 1, h/2 + 1, ..."""
+    return x.reshape(*x.shape[:-1], 2, -1).swapaxes(-1, -2).reshape(x.shape)
+
+
+def check_fp8_decode(number):
+    """decode() of a shape gives the twin's logits, keys and values. Returns the greatest batch."""
+    B, h, D, F, H, K, has_codes = FP8_SHAPES[number]
+    rng = RNG(number)
+    config = ModelConfig(
+        hidden_size=D, intermediate_size=F, num_attention_heads=H, num_key_value_heads=K, head_dim=h,
+        num_hidden_layers=2, vocab_size=64, max_position_embeddings=1024, rms_norm_eps=1e-5, rope_theta=1e4,
+        rope_scaling=None, tie_word_embeddings=True, eos_token_ids=frozenset(), quantization="fp8",
+        attention_bias=number % 2 == 0, kv_cache_dtype="fp8" if has_codes else "auto")
+    device = open_device("auto" if ON_GPU else "cpu")
+    device.runs_decode = True
+    shapes = [(config.qkv_size, D), (D, H * h), (2 * F, D), (D, F)] * 2 + [(64, D)]
+    codes, matrices = zip(*(random_codes(rng, *shape) for shape in shapes))
+    codes = [Fp8Matrix(*map(device.to_device, matrix)) for matrix in codes]
+    biases = randn(rng, 2, config.qkv_size) * config.attention_bias
+    embed, norm = randn(rng, 64, D), randn(rng, D)
+    layers = [LayerWeights(*codes[4 * i:4 * i + 4], device.to_device(biases[i]), None, None)
+              for i in range(2)]
+    weights = Weights(device.to_device(embed), layers, device.to_device(norm), codes[-1])
+    N = cdiv(700, B) + cdiv(290, B) + 6
+    model = Model(config, weights, device, N, 1024, StepBuffer(device, 16, 16, 512), EngineArgs(block_size=B))
+    if not ON_GPU:
+        model.kernels.module.shuffle(number + 1)
+    for contexts in [(700,), (B, 290, 3 * B + 1), (1, 5, 2, 33, 3)][:model.decode_batch // 2]:
+        S = len(contexts)
+        batch = Batch.build(decode_batch(contexts, B, rng), B, *model.tiling)
+        pages, offsets = np.divmod(batch.slot_mapping, B)
+        old = randn(rng, *model.kv_cache.shape, scale=100 / math.sqrt(D))
+        cache = old.astype(float8_e4m3fn) if has_codes else old
+        cache[:, :, pages, :, offsets] = NAN            # nobody may read the new token's slot too early
+        in_memory = in_cache_order(cache).view(np.uint8) if has_codes else cache
+        model.kv_cache[...] = device.to_device(in_memory)
+        padded = batch.padded(model.graph_size(batch))
+        model.buffer.upload(padded)
+        logits = device.fetch(model.decode(model.buffer.device_batch(padded)))()[:S]
+        got = device.fetch(model.kv_cache)()
+        want_logits = decode_twin(config, matrices, biases, embed, norm, batch, cache)
+        want = (in_cache_order(cache) if has_codes else cache)[:, :, pages, :, offsets].reshape(S, -1)
+        new = got.view(want.dtype)[:, :, pages, :, offsets].reshape(S, -1)          # [S, 2 L K h]
+        for a, b in (logits, want_logits), (new, np.float64(want)):
+            error = np.linalg.norm(np.float64(a) - b, axis=1) / np.linalg.norm(b, axis=1)
+            assert error.max() < 0.03, (FP8_SHAPES[number], contexts, error)
+        got[:, :, pages, :, offsets] = in_memory[:, :, pages, :, offsets]
+        assert got.tobytes() == in_memory.tobytes(), "written outside of the slots"
+    return model.decode_batch
+
+
+@pytest.mark.skipif(ON_GPU and not DEVICE.runs_decode, reason="this GPU cannot run decode.cu")
+def test_decode_with_codes(monkeypatch):
+    monkeypatch.setattr(simulator, "FLAGS", ["-O1" if flag == "-O3" else flag for flag in simulator.FLAGS])
+    with ThreadPoolExecutor(1 if ON_GPU else os.cpu_count()) as pool:
+        sizes = list(pool.map(check_fp8_decode, range(len(FP8_SHAPES))))
+    assert sizes == [8, 4, 8, 8, 8]
 
 
 @pytest.mark.parametrize("V", [1001, 5, 8])

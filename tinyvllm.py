@@ -807,7 +807,6 @@ def compile_model(config, device, args, communicator):
     """The kernels, with the sizes of a model (of a rank) as constants."""
     c = config
     has_decode_kernel = all(communicator.exchange(args.fused_decode and device.runs_decode))
-    has_decode_kernel &= not c.quantization and c.kv_cache_dtype == "auto"
     code = paste(KERNELS, DECODE_KERNEL) if has_decode_kernel else paste(KERNELS)
     return compile_kernels(device, {
         "HIDDEN": c.hidden_size, "FFN": c.intermediate_size, "NUM_LAYERS": c.num_hidden_layers,
@@ -885,9 +884,12 @@ class Model:
         # The greatest batch for decode(). decode.cu says 0 for a model that it cannot divide.
         self.decode_batch = getattr(self.kernels, "DECODE_BATCH", 0)
         matrices = [matrix for layer in weights.layers      # in the order of the forward pass
-                    for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-        addresses = [device.address(getattr(matrix, "codes", matrix)) for matrix in [*matrices, weights.head]]
-        self.addresses = device.to_device(np.array(addresses, np.uint64))               # [4L + 1]
+                    for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down)] + [weights.head]
+        scales = []
+        if c.quantization:
+            matrices, scales = zip(*matrices)
+        self.addresses = self.addresses_of(matrices)                                    # [4L + 1]
+        self.scale_addresses = self.addresses_of(scales)                                # [4L + 1] or []
         self.biases = None                                                              # [L, (H + 2K) h]
         if c.attention_bias:
             self.biases = device.xp.stack([layer.qkv_bias for layer in weights.layers])
@@ -903,6 +905,10 @@ class Model:
         self.communicator.connect(device, self.kernels, num_words)
         is_eager = args.enforce_eager or not self.communicator.fits_graphs
         self.graph_sizes = () if is_eager else GRAPH_SIZES
+
+    def addresses_of(self, arrays):
+        """The arrays' addresses, on the device, for decode.cu."""
+        return self.device.to_device(np.array([self.device.address(array) for array in arrays], np.uint64))
 
     def graph_size(self, batch):
         """The size of the CUDA graph for this batch. None: the batch runs without a graph."""
@@ -1017,7 +1023,7 @@ class Model:
         kernels.decode((self.device.multiprocessors,), logits, w.embed, w.norm, b.token_ids,
                        self.buffer.sampled[0], self.addresses, c.num_hidden_layers, self.cos_sin,
                        b.positions, b.slot_mapping, self.kv_cache, num_blocks, b.block_tables, b.cu_blocks,
-                       b.context_lens, self.query_scale, words, S, splits, self.biases,
+                       b.context_lens, self.query_scale, words, S, splits, self.biases, self.scale_addresses,
                        self.communicator.word_addresses, self.communicator.rank)
         return self.sample(self.communicator.all_gather(logits), b)
 
