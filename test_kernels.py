@@ -22,12 +22,13 @@ from ml_dtypes import bfloat16, float8_e4m3fn
 
 import simulator
 from device import KERNELS, CpuDevice, compile_kernels, open_device, paste
+from fp8 import Fp8Matrix
 from reference import PARROT, RNG, ROOT
 from simulator import LaunchError
 from test_tinyvllm import DEVICE, ON_GPU, run_recorded
 from tinyvllm import (LLM, Batch, EngineArgs, Model, RequestOutput, SamplingParams, Sequence, StepBuffer,
                       TinyVLLMError, cdiv)
-from weights import DummyCheckpoint, Fp8Matrix, LayerWeights, ModelConfig, Weights, load_weights
+from weights import DummyCheckpoint, LayerWeights, ModelConfig, Weights, load_weights
 
 # --------------------------------------------------------------------------------------------------
 # Kernels
@@ -1397,7 +1398,7 @@ FP8_SHAPES = [
 
 
 def random_codes(rng, rows, columns):
-    """(Fp8Matrix, the same as float64) of codes of each exponent: 16 in turn, row by row, and the exponents
+    """(the same as float64) of codes of each exponent: 16 in turn, row by row, and the exponents
     beside. The scales make up for the exponents, so that the least codes matter as much as the greatest."""
     exponents = np.clip(np.arange(rows)[:, None] % 16 + rng.integers(-1, 2, (rows, columns)), 0, 15)
     mantissas = np.minimum(rng.integers(0, 8, (rows, columns)), np.where(exponents == 15, 6, 7))    # no NaN
