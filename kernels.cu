@@ -391,7 +391,7 @@ struct AttentionBlock : AttentionWork {
     static constexpr unsigned KEYS = KEY_TILE / KEY_WARPS;              // a warp's, of each tile
     static constexpr unsigned BYTES = FEW ? SMALL_BYTES : PREFILL_BYTES;
     using Queries = TileLayout<Q_ROWS, PARTS>;
-    using Tile = TileLayout<KEY_TILE, CODES ? KV_PARTS : PARTS>;            // of K or V
+    using Tile = TileLayout<KEY_TILE, CODES ? KV_PARTS : PARTS>;    // of K or V
     static constexpr unsigned STAGE = KEY_TILE * Tile::PADDED;          // parts
     static constexpr unsigned FITTING = (BYTES / 16 - Q_ROWS * Queries::PADDED) / STAGE;
     static constexpr unsigned STAGES = FITTING < 5 ? FITTING : 5;       // of the ring

@@ -51,7 +51,8 @@ def command(function):
 # Sums and parts
 # --------------------------------------------------------------------------------------------------
 SIZES = {"HIDDEN": 64, "FFN": 64, "NUM_LAYERS": 1, "NUM_HEADS": 1, "NUM_KV_HEADS": 1, "HEAD_DIM": 32,
-         "VOCAB": 64, "BLOCK_SIZE": 8, "RMS_EPS": "1e-5f", "QKV_BIAS": 0, "O_BIAS": 0, "QK_NORM": 0}
+         "VOCAB": 64, "BLOCK_SIZE": 8, "RMS_EPS": "1e-5f", "QKV_BIAS": 0, "O_BIAS": 0, "QK_NORM": 0,
+         "FP8_WEIGHTS": 0, "FP8_CACHE": 0}
 
 
 def exchange_at_random(ranks, calls=120):
