@@ -404,7 +404,7 @@ constexpr int MOST_COUNTERS = 1024;                       // A * K, if there are
 // part p xor r % 8. Then the first eight parts of all ROWS come before the next eight
 // parts: wgmma wants rows of 128 bytes. In both layouts row r + 8 starts 8 * STRIDE parts after row
 // r, so multiples of 8 rows can be added to an address afterwards.
-template <int ROWS, int PARTS> struct Layout {
+template <int ROWS, int PARTS> struct TileLayout {
     static constexpr int PADDED = PARTS % 8 == 0 ? PARTS : PARTS | 1;    // parts that a row takes
     static constexpr int STRIDE = PARTS % 8 == 0 ? 8 : PADDED;           // parts from a row to the next
     __device__ static unsigned place(unsigned row, unsigned part) {
@@ -439,8 +439,8 @@ struct AttentionBlock : AttentionWork {
     static constexpr int KEY_WARPS = FEW ? SHARES : 1;                  // warps that share out a tile's keys
     static constexpr unsigned KEYS = KEY_TILE / KEY_WARPS;              // a warp's, of each tile
     static constexpr unsigned BYTES = FEW ? SMALL_BYTES : PREFILL_BYTES;
-    using Queries = Layout<Q_ROWS, PARTS>;
-    using Tile = Layout<KEY_TILE, CODES ? KV_PARTS : PARTS>;            // of K or V
+    using Queries = TileLayout<Q_ROWS, PARTS>;
+    using Tile = TileLayout<KEY_TILE, CODES ? KV_PARTS : PARTS>;    // of K or V
     static constexpr unsigned STAGE = KEY_TILE * Tile::PADDED;          // parts
     static constexpr unsigned FITTING = (BYTES / 16 - Q_ROWS * Queries::PADDED) / STAGE;
     static constexpr unsigned STAGES = FITTING < 5 ? FITTING : 5;       // of the ring
