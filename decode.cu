@@ -74,7 +74,7 @@
 //   scales [4 L + 1]: with FP8 weights, those matrices are E4M3 codes, and these are the addresses of
 //   the rows' scales, float [rows]: a weight is code * scale.
 //   layers: L, which is NUM_LAYERS. (As a constant, L makes the compiler spill more registers.)
-//   kv_cache [L, 2, N, K, B, h]: in bf16 or codes, see rope_and_cache.   query_scale: log2(e) / sqrt(h), see rope_and_cache.
+//   kv_cache [L, 2, N, K, B, h], query_scale: log2(e) / sqrt(h): see rope_and_cache.
 //   words [TICKET_WORDS + (L + 1) S (VECTOR_WORDS + splits PARTIAL_WORDS)], all 0: the counter of
 //   tickets; then, behind TICKET_WORDS, the Vectors of each layer, and x for the head.
 //   splits: DECODE_SPLITS / S, the most for a context.   biases [L, (H + 2K) h]: null unless QKV_BIAS is 1.
@@ -971,8 +971,7 @@ struct Reducer : Role {
                 const bf16* two = step.biases + layer * QKV + row + r;
                 if constexpr (QKV_BIAS && P == QKV_PRODUCT)
                     bias = {__bfloat162float(two[0]), __bfloat162float(two[Shape::APART])};
-                if constexpr (FP8_WEIGHTS)
-                    scale = {REST * scales[row + r], REST * scales[row + r + Shape::APART]};
+                if constexpr (FP8_WEIGHTS) scale = {scales[row + r], scales[row + r + Shape::APART]};
             }
             wait_for_sums();
             if (Shape::NORMED && norm == 0) norm = inverse_rms<Shape::SHIFT>();
@@ -980,7 +979,7 @@ struct Reducer : Role {
                 auto& [old, angle, bias, scale] = loaded[tile];
                 const int row = first + SEGMENTS * tile;
                 Pair x = sum<Shape::SHIFT>(tile);
-                if constexpr (FP8_WEIGHTS) x = {x.a * scale.a, x.b * scale.b};
+                if constexpr (FP8_WEIGHTS) x = {x.a * REST * scale.a, x.b * REST * scale.b};
                 if (Shape::NORMED) x = {x.a * norm, x.b * norm};
                 if constexpr (QKV_BIAS && P == QKV_PRODUCT) x = {x.a + bias.a, x.b + bias.b};
                 // Values are not turned.
