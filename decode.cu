@@ -24,7 +24,8 @@
 //
 //     segment   a row of W, or a half or a quarter of a long row (the drawing shows halves)
 //     part      the number of a segment within its row, and the columns of all segments of this number
-//     piece     four consecutive segments: one copy from global to shared memory
+//     piece     four consecutive segments: one copy from global to shared memory. (With FP8 weights,
+//               eight segments of 2,048 columns or fewer: two *tiles* of four.)
 //     partner   the row APART rows after a row of piece 0, whose product must meet the product of that
 //               row in one lane: the up row of a gate row, the other row of a RoPE pair
 //     unit      a piece and the piece of the partners: the work that a thread block takes at a time.
@@ -75,8 +76,10 @@
 //   logits [S, V / ranks].   embed [V, D].   norm [D]: the weight of the last norm; the matrices contain
 //   the weights of all other norms, see rms_norm.   token_ids [S]: see rows of gather_rows.
 //   weights [4 L + 1]: the addresses of qkv, o, gate_up and down of each layer, and of the head.
+//   scales [4 L + 1]: with FP8 weights, those matrices are E4M3 codes, and these are the addresses of
+//   the rows' scales, float [rows]: a weight is code * scale.
 //   layers: L, which is NUM_LAYERS. (As a constant, L makes the compiler spill more registers.)
-//   kv_cache [L, 2, N, K, B, h].   query_scale: log2(e) / sqrt(h), see rope_and_cache.
+//   kv_cache [L, 2, N, K, B, h], query_scale: log2(e) / sqrt(h): see rope_and_cache.
 //   words [TICKET_WORDS + (L + 1) S (VECTOR_WORDS + splits PARTIAL_WORDS)], all 0: the counter of
 //   tickets; then, behind TICKET_WORDS, the Vectors of each layer, and x for the head. Null if there are
 //   several ranks: the words then lie at addresses[rank].
@@ -101,7 +104,7 @@ constexpr int CONSUMER_REGISTERS = 200;
 constexpr int OTHER_REGISTERS = (DECODE_THREADS * REGISTERS - 32 * CONSUMERS * CONSUMER_REGISTERS) /
                                 (DECODE_THREADS - 32 * CONSUMERS);
 
-constexpr int SEGMENTS = 4;          // of a piece; with the partners: the 8 columns of an mma
+constexpr int SEGMENTS = 4;          // of a tile; with the partners: the 8 columns of an mma
 constexpr int MOST_SEQUENCES = 8;    // times SEGMENTS: a pair of sums for each lane of the reducer
 constexpr int PENDING = 8;           // units from producer to reducer: more than the ring has stages
 
@@ -153,7 +156,7 @@ template <Product P> struct Shape {
     static constexpr int COLUMNS = MATRICES[P].columns;
     static constexpr int SHIFT = shift_of(COLUMNS);
     static constexpr int SEGMENT = COLUMNS >> SHIFT;
-    // Groups of SEGMENTS segments in a piece. (2 only where SHIFT is 0: a second group is 4 more rows.)
+    // Tiles of a piece, so that a piece has some 16 KB. (2 only where SHIFT is 0: tile 1 is 4 rows later.)
     static constexpr int TILES = FP8_WEIGHTS && SEGMENT <= 2048 ? 2 : 1;
     static constexpr int PIECE_BYTES = TILES * SEGMENTS * SEGMENT * WEIGHT_BYTES;
     static constexpr int HALF = TILES * SEGMENTS >> SHIFT;    // rows of a piece
@@ -255,7 +258,7 @@ EXPORT(DECODE_SHARED_WORDS, DECODE_TICKET_WORDS + 2 * SET_WORDS);
 struct Step {    // the kernel's arguments
     bf16* logits;
     const bf16 *embed, *norm, *biases;
-    const u64* scales;
+    const u64* scales;    // addresses
     int* token_ids;
     const int* sampled;
     int layers;
@@ -771,11 +774,11 @@ template <int MOST> struct Consumer : Role {    // for up to MOST sequences
         }
         give_back(read);
     }
-    // Reads this consumer's columns of x: a lane gets, of every eighth row r, r + 8, ..., the columns
-    // 8t .. 8t + 7 of each 32 (for weights in 8 bits: 16t .. 16t + 15 of each 64: a lane has such columns
-    // of the weights, too). Eight lanes read 128 bytes of a row together, since the L2 cache
-    // delivers 128 bytes faster than twice 64. Then lanes 8i + j and 8i + j + 4 swap: the first gets
-    // both halves of row i, the second both halves of row i + 4. Hence the order of rows in r.
+    // Reads this consumer's columns of x: a lane gets, of every eighth row r, r + 8, ..., the columns that
+    // it has of the weights: 8t .. 8t + 7 of each 32 (of codes: 16t .. 16t + 15 of each 64). Eight lanes
+    // read 128 bytes of a row together, since the L2 cache delivers 128 bytes faster than twice 64. Then
+    // lanes 8i + j and 8i + j + 4 swap: the first gets both halves of row i, the second both halves of
+    // row i + 4. Hence the order of rows in r.
     __device__ int columns_to_read() const { return FP8_WEIGHTS ? 16 * t + 8 * (g % 2) : 8 * (lane % 8); }
     __device__ int columns_of(int i) const {    // of x[i], behind column(i)
         return FP8_WEIGHTS ? 16 * t + 8 * (i % 2) : 32 * (i % 2) + 8 * t;
@@ -832,9 +835,9 @@ template <int MOST> struct Consumer : Role {    // for up to MOST sequences
     // Words of x become fragments of A: the first half of the eight columns in row g, the second half in
     // row g + 8. An mma with the first half of the weights computes the product in rows 0 to 7 of the
     // result, an mma with the second half in rows 8 to 15; multiply() ignores the other eight rows.
+    // With codes, a register of B belongs to columns c and c + 2 of x, or to c + 1 and c + 3.
     // Hazard for speed: the compiler does not know that sequences >> 8 is 0. Without the xor it would
     // reorder again for every mma.
-    // With codes, a register of B has columns c and c + 2 of x, or c + 1 and c + 3.
     template <int M> __device__ void order_for_mma(Words (&x)[M]) {
         const unsigned zero = step.sequences >> 8;
         #pragma unroll
@@ -1047,8 +1050,7 @@ struct Reducer : Role {
                 const bf16* two = step.biases + layer * QKV + row + r;
                 if constexpr (QKV_BIAS && P == QKV_PRODUCT)
                     bias = {__bfloat162float(two[0]), __bfloat162float(two[Shape::APART])};
-                if constexpr (FP8_WEIGHTS)
-                    scale = {REST * scales[row + r], REST * scales[row + r + Shape::APART]};
+                if constexpr (FP8_WEIGHTS) scale = {scales[row + r], scales[row + r + Shape::APART]};
             }
             wait_for_sums();
             if (Shape::NORMED && norm == 0) norm = inverse_rms<Shape::SHIFT>();
@@ -1056,7 +1058,7 @@ struct Reducer : Role {
                 auto& [old, angle, bias, scale] = loaded[tile];
                 const int row = first + SEGMENTS * tile;
                 Pair x = sum<Shape::SHIFT>(tile);
-                if constexpr (FP8_WEIGHTS) x = {x.a * scale.a, x.b * scale.b};
+                if constexpr (FP8_WEIGHTS) x = {x.a * REST * scale.a, x.b * REST * scale.b};
                 if (Shape::NORMED) x = {x.a * norm, x.b * norm};
                 if constexpr (QKV_BIAS && P == QKV_PRODUCT) x = {x.a + bias.a, x.b + bias.b};
                 // Values are not turned.

@@ -1389,11 +1389,10 @@ def test_decode_takes_every_shape(monkeypatch):
 # decode with codes, against a twin: B, h, D, F, H, K, and whether the cache has codes, too. The comments
 # say how the matrices are cut, see decode.cu.
 FP8_SHAPES = [
-    (16, 64, 2048, 6144, 8, 2, True),       # two tiles a piece; F: half rows
+    (16, 64, 1024, 5120, 8, 2, True),       # two tiles a piece; F: half rows
     (8, 64, 512, 10240, 8, 1, True),        # F: quarters of rows
     (32, 128, 3072, 1536, 12, 4, True),     # whole rows, one tile; h of 128
-    (64, 128, 4096, 512, 4, 4, False),
-    (16, 64, 5120, 512, 24, 3, False),      # D: half rows
+    (64, 128, 5120, 512, 4, 4, False),      # D: half rows
 ]
 
 
@@ -1444,20 +1443,21 @@ def check_fp8_decode(number):
     """decode() of a shape gives the twin's logits, keys and values. Returns the greatest batch."""
     B, h, D, F, H, K, has_codes = FP8_SHAPES[number]
     rng = RNG(number)
+    L = 2 - number % 2
     config = ModelConfig(
         hidden_size=D, intermediate_size=F, num_attention_heads=H, num_key_value_heads=K, head_dim=h,
-        num_hidden_layers=2, vocab_size=64, max_position_embeddings=1024, rms_norm_eps=1e-5, rope_theta=1e4,
+        num_hidden_layers=L, vocab_size=64, max_position_embeddings=1024, rms_norm_eps=1e-5, rope_theta=1e4,
         rope_scaling=None, tie_word_embeddings=True, eos_token_ids=frozenset(), quantization="fp8",
         attention_bias=number % 2 == 0, kv_cache_dtype="fp8" if has_codes else "auto")
     device = open_device("auto" if ON_GPU else "cpu")
     device.runs_decode = True
-    shapes = [(config.qkv_size, D), (D, H * h), (2 * F, D), (D, F)] * 2 + [(64, D)]
+    shapes = [(config.qkv_size, D), (D, H * h), (2 * F, D), (D, F)] * L + [(64, D)]
     codes, matrices = zip(*(random_codes(rng, *shape) for shape in shapes))
     codes = [Fp8Matrix(*map(device.to_device, matrix)) for matrix in codes]
-    biases = randn(rng, 2, config.qkv_size) * config.attention_bias
+    biases = randn(rng, L, config.qkv_size) * config.attention_bias
     embed, norm = randn(rng, 64, D), randn(rng, D)
     layers = [LayerWeights(*codes[4 * i:4 * i + 4], device.to_device(biases[i]), None, None)
-              for i in range(2)]
+              for i in range(L)]
     weights = Weights(device.to_device(embed), layers, device.to_device(norm), codes[-1])
     N = cdiv(700, B) + cdiv(290, B) + 6
     model = Model(config, weights, device, N, 1024, StepBuffer(device, 16, 16, 512), EngineArgs(block_size=B))
@@ -1489,10 +1489,11 @@ def check_fp8_decode(number):
 
 @pytest.mark.skipif(ON_GPU and not DEVICE.runs_decode, reason="this GPU cannot run decode.cu")
 def test_decode_with_codes(monkeypatch):
+    """FP8 weights of all codes but NaN, the least ones too; a cache of bf16 and of codes."""
     monkeypatch.setattr(simulator, "FLAGS", ["-O1" if flag == "-O3" else flag for flag in simulator.FLAGS])
     with ThreadPoolExecutor(1 if ON_GPU else os.cpu_count()) as pool:
         sizes = list(pool.map(check_fp8_decode, range(len(FP8_SHAPES))))
-    assert sizes == [8, 4, 8, 8, 8]
+    assert sizes == [8, 4, 8, 8]
 
 
 @pytest.mark.parametrize("V", [1001, 5, 8])
