@@ -189,7 +189,7 @@ constexpr int SPLIT_KEYS = 256;     // of a split, at least: to merge smaller sp
 constexpr int BANKS_APART = 64;
 constexpr int PIECE_BYTES = larger(LARGEST_PIECE, KEY_BYTES * STAGE_KEYS) + BANKS_APART;
 
-template <int COUNT> struct SharedLayout {    // of a thread block's shared memory, with COUNT stages
+template <int COUNT> struct Layout {    // of a thread block's shared memory, with COUNT stages
     alignas(128) char ring[COUNT][2][PIECE_BYTES];
     // Of each consumer: the sums of a segment and its partner, [.., tile, sequence, segment]; the attention
     // over the consumer's keys; the sum of x^2 over the consumer's columns, [.., sequence and part].
@@ -217,11 +217,11 @@ template <int COUNT> struct SharedLayout {    // of a thread block's shared memo
 constexpr int MOST_STAGES = 6;    // more gain nothing
 constexpr int LEAST_STAGES = BEHIND + 1;
 template <int COUNT> __device__ constexpr int stages_that_fit() {    // but at least LEAST_STAGES
-    if constexpr (COUNT <= LEAST_STAGES || sizeof(SharedLayout<COUNT>) <= decode_shared_bytes) return COUNT;
+    if constexpr (COUNT <= LEAST_STAGES || sizeof(Layout<COUNT>) <= decode_shared_bytes) return COUNT;
     else return stages_that_fit<COUNT - 1>();
 }
 constexpr int STAGES = stages_that_fit<MOST_STAGES>();
-using Shared = SharedLayout<STAGES>;
+using Shared = Layout<STAGES>;
 
 // ---- Which models this kernel takes -------------------------------------------------------------
 __device__ constexpr bool is_dealt_out(int columns) {    // whether all consumers own equally many columns
