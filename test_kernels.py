@@ -534,7 +534,7 @@ def test_rope_and_cache_writes_codes(model):
         q = rms_norm_twin(q, weight[:h])
         k = rms_norm_twin(k, weight[h:])
     launch(model, "rope_and_cache", (T,),
-           qkv, x, table, positions, slots, caches[0], caches[1], np.float32(0.3), None, weight)
+           qkv, x, table, positions, slots, caches[0], caches[1], np.float32(0.3), None, weight, None)
     used = slots >= 0
     cos, sin = np.split(np.float64(table[positions])[:, None], 2, -1)
     close(qkv.reshape(T, H + 2 * K, h)[used, :H], 0.3 * rope_twin(q, cos, sin)[used])
