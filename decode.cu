@@ -171,14 +171,6 @@ template <Product P> struct Shape {
         return rows_before / APART * 2 * APART + rows_before % APART;
     }
 };
-__device__ inline int units_of(Product p) {
-    if (p == QKV_PRODUCT) return Shape<QKV_PRODUCT>::UNITS;
-    if (p == O_PRODUCT) return Shape<O_PRODUCT>::UNITS;
-    if (p == GATE_UP_PRODUCT) return Shape<GATE_UP_PRODUCT>::UNITS;
-    return p == DOWN_PRODUCT ? Shape<DOWN_PRODUCT>::UNITS : Shape<HEAD_PRODUCT>::UNITS;
-}
-__device__ inline bool is_normed(Product p) { return p != O_PRODUCT && p != DOWN_PRODUCT; }
-
 constexpr int LONGEST_SEGMENT = larger(Shape<QKV_PRODUCT>::SEGMENT,
                                        larger(Shape<O_PRODUCT>::SEGMENT, Shape<DOWN_PRODUCT>::SEGMENT));
 constexpr int LARGEST_PIECE = larger(Shape<QKV_PRODUCT>::PIECE_BYTES,
@@ -416,7 +408,7 @@ __device__ inline void take_sums(
 }
 
 // ---- The forward pass ---------------------------------------------------------------------------
-// Producer, consumers and reducer walk through the same operations: role.product(p, layer) and
+// Producer, consumers and reducer walk through the same operations: role.product<P>(layer) and
 // role.attention(layer) do the role's share of each unit of the operation that the thread block has
 // drawn, and role.next() goes on to the next unit that the thread block has drawn.
 struct Role {
@@ -437,27 +429,19 @@ struct Role {
     }
 };
 
-// A layer:   y = x + attention(norm(x) @ qkv) @ o
-//            next x = y + (silu(norm(y) @ gate) * (norm(y) @ up)) @ down
-// The end:   logits = norm(x) @ head
 template <class AnyRole> __device__ void forward(AnyRole&& role) {
-    const int matrices = 4 * role.step.layers;    // and the head
+    const int layers = role.step.layers;
     role.next();
-    for (int matrix = 0; matrix <= matrices; ++matrix) {
-        const int layer = matrix / 4;
-        const Product p = matrix == matrices ? HEAD_PRODUCT : Product(matrix % 4);
-        role.product(p, layer);
-        if (p == QKV_PRODUCT) role.attention(layer);
+    for (int layer = 0; layer < layers; ++layer) {
+        // y = x + attention(norm(x) @ qkv) @ o
+        role.template product<QKV_PRODUCT>(layer);
+        role.attention(layer);
+        role.template product<O_PRODUCT>(layer);
+        // next x = y + (silu(norm(y) @ gate) * (norm(y) @ up)) @ down
+        role.template product<GATE_UP_PRODUCT>(layer);
+        role.template product<DOWN_PRODUCT>(layer);
     }
-}
-
-// role.product<p>(layer), for a p that the compiler does not know.
-template <class AnyRole> __device__ void product_of(AnyRole& role, Product p, int layer) {
-    if (p == QKV_PRODUCT) role.template product<QKV_PRODUCT>(layer);
-    else if (p == O_PRODUCT) role.template product<O_PRODUCT>(layer);
-    else if (p == GATE_UP_PRODUCT) role.template product<GATE_UP_PRODUCT>(layer);
-    else if (p == DOWN_PRODUCT) role.template product<DOWN_PRODUCT>(layer);
-    else role.template product<HEAD_PRODUCT>(layer);
+    role.template product<HEAD_PRODUCT>(layers);    // logits = norm(x) @ head
 }
 
 // ---- Splits: the units of attention -------------------------------------------------------------
@@ -549,7 +533,6 @@ struct Producer : Role {
         }
         ++issued;
     }
-    __device__ void product(Product p, int layer) { product_of(*this, p, layer); }
     template <Product P> __device__ void product(int layer) {
         using Shape = Shape<P>;
         constexpr int BYTES = Shape::PIECE_BYTES;
@@ -800,21 +783,18 @@ template <int MOST> struct Consumer : Role {    // for up to MOST sequences
     __device__ int columns_of(int i) const {    // of x[i], behind column(i)
         return FP8_WEIGHTS ? 16 * t + 8 * (i % 2) : 32 * (i % 2) + 8 * t;
     }
-    template <Product P, int M> __device__ void read_input(Product p, int layer, Words (&x)[M]) {
+    template <Product P, int M> __device__ void read_input(int layer, Words (&x)[M]) {
         using Shape = Shape<P>;
         const Vectors v(step, layer);
-        const bf16* in = v.x;
-        if (p == O_PRODUCT) in = v.attention;
-        if (p == GATE_UP_PRODUCT) in = v.y;
-        if (p == DOWN_PRODUCT) in = v.h;
+        const bf16* const inputs[] = {v.x, v.attention, v.y, v.h, v.x};
+        const bf16* in = inputs[P];
         const auto row = [&](int i) { return 8 * (i / Shape::N) + 4 * (i % 2) + lane / 8; };
         const auto wanted = [&](int i) { return row(i) < step.sequences << Shape::SHIFT; };
         const auto address = [&](int i) {
             return in + row(i) * Shape::SEGMENT + column<P>(i) + columns_to_read();
         };
-        if constexpr (RANKS > 1)
-            if (is_normed(p)) take_sums(x, step, wanted, address, this->patience());
-        if (RANKS == 1 || !is_normed(p)) take(x, wanted, address);
+        if constexpr (RANKS > 1 && Shape::NORMED) take_sums(x, step, wanted, address, this->patience());
+        else take(x, wanted, address);
         for (int i = 0; i < M; i += 2)
             for (int j = 0; j < 4; ++j) {
                 unsigned& a = x[i].w[j];
@@ -917,31 +897,20 @@ template <int MOST> struct Consumer : Role {    // for up to MOST sequences
             }
         finish_unit();
     }
-    // Products with rows of one length share their code, and there is one multiply(): the instruction cache
-    // holds the code of a layer if there is not too much of it.
-    __device__ void product(Product p, int layer) {
-        enter(units_of(p));
+    template <Product P> __device__ void product(int layer) {
+        enter(Shape<P>::UNITS);
         if (ticket >= end) return;
-        if (p == DOWN_PRODUCT) run<DOWN_PRODUCT>(p, layer);
-        else if (HEADS != HIDDEN && p == O_PRODUCT) run<O_PRODUCT>(p, layer);
-        else run<QKV_PRODUCT>(p, layer);
-    }
-    // P: a product with rows as long as those of p.
-    template <Product P> __device__ void run(Product p, int layer) {
         Words w[Shape<P>::TILES * Shape<P>::W];
         Words x[ROW_TILES<P> * Shape<P>::N];
         load_weights<P>(w);    // the first unit's weights need not wait for x
-        read_input<P>(p, layer, x);
-        if constexpr (Shape<P>::NORMED) {
-            if (is_normed(p)) sum_squares<P>(x);
-            if (p == HEAD_PRODUCT) apply_last_norm(x);
-        }
+        read_input<P>(layer, x);
+        if constexpr (Shape<P>::NORMED) sum_squares<P>(x);
+        if constexpr (P == HEAD_PRODUCT) apply_last_norm(x);
         order_for_mma(x);
-        while (true) {
-            multiply<P>(x, w);
-            next();
-            if (ticket >= end) break;
+        multiply<P>(x, w);
+        for (next(); ticket < end; next()) {
             load_weights<P>(w);
+            multiply<P>(x, w);
         }
     }
     __device__ void attention(int layer) {
@@ -1040,7 +1009,6 @@ struct Reducer : Role {
         Pair bias = {0, 0};
         Pair scale;
     };
-    __device__ void product(Product p, int layer) { product_of(*this, p, layer); }
     template <Product P> __device__ void product(int layer) {
         using Shape = Shape<P>;
         constexpr bool ADDS = P == O_PRODUCT || P == DOWN_PRODUCT;    // to a residual
