@@ -259,7 +259,7 @@ def draw_e4m3():
     left = 100
     width = 730
     codes = np.arange(127, dtype=np.uint8).view(E4M3).astype(float)
-    rows = [(40, "E4M3", codes, 0, 16, [0, 1, 2, 4, 8, 16]), 
+    rows = [(40, "E4M3", codes, 0, 16, [0, 1, 2, 4, 8, 16]),
             (105, "E4M3", codes, 1, 2, [1, 1.25, 1.5, 1.75, 2]),
             (160, "bfloat16", 1 + np.arange(129) / 128, 1, 2, [])]
     for y, name, numbers, first, last, labels in rows:
