@@ -27,6 +27,7 @@ import completions
 import device
 import exercises
 import figures
+import fp8
 import make
 import pictures
 import program
@@ -41,7 +42,7 @@ import worker
 
 ROOT = Path(__file__).parent
 MODULES = [tinyvllm, program, sampling, weights, device, bench, views, tokenizer, simulator, server,
-           completions, worker, communicator]
+           completions, worker, communicator, fp8]
 CUDA_FILES = sorted(path.name for path in ROOT.iterdir() if path.suffix in (".cu", ".h"))
 SOURCES = [*(f"{module.__name__}.py" for module in MODULES), *CUDA_FILES]
 TEXT = {name: (ROOT / name).read_text("utf-8") for name in SOURCES}

@@ -167,6 +167,29 @@ def ranks_table(name):
     return "\n".join([*lines, ""])
 
 
+def fp8_table(name, *models):
+    """The rows of a file on FP8: in bfloat16, with FP8 weights, and with an FP8 cache besides. A table for
+    each model; no models: all of the file. A dash: not measured."""
+    found = kept(name)
+    lines = []
+    for model in models or found["models"]:
+        head = f"{model} on an {found['card']['name']}, {found['date']}. {found['note']}"
+        lines += ["", textwrap.fill(head, 100), "",
+                  "| | bfloat16 | FP8 weights | FP8 weights and cache |", "| --- | ---: | ---: | ---: |"]
+        for row in found["models"][model]:
+            cells = ["-" if value is None else shown({"value": value, "unit": row["unit"]})
+                     for value in row["values"]]
+            lines.append(f"| {row['what']} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def fp8_gain(name, model, row, column):
+    """How many times as fast FP8 is as bfloat16 in a row of a file on FP8. column: 1 or 2, of the values."""
+    found = kept(name)["models"][model][row]
+    less, more = sorted([found["values"][0], found["values"][column]])
+    return f"{more / less:.2f}"
+
+
 def sums_table(name):
     """The rows of a file on sums over two GPUs: by the engine's own kernel, and by NCCL."""
     found = kept(name)

@@ -10,6 +10,7 @@ import numpy as np
 import figures
 from figures import BENCH, CARD, LLAMA, ROOT, ROWS
 from device import BFLOAT16
+from fp8 import E4M3
 from tinyvllm import BlockAllocator, Scheduler, Tokenizer, cdiv, decode_weight_bytes, rope_frequencies
 from views import PAGE
 
@@ -249,6 +250,28 @@ def draw_bf16():
             picture.cell(75 + 21 * i, 10 + 40 * row, 19, 26, hue(part), bit, "t d m")
     picture.text(75, 108, "sign, 8 bits of exponent, then the fraction: 23 bits or 7", "s")
     picture.text(420, 67, f"= {float(half):g}")
+    return picture
+
+
+def draw_e4m3():
+    """The positive codes of E4M3 up to 16, then E4M3 and bfloat16 between 1 and 2."""
+    picture = Picture(860, 196, "The numbers of E4M3 on a line, and those of E4M3 and bfloat16 from 1 to 2")
+    left = 100
+    width = 730
+    codes = np.arange(127, dtype=np.uint8).view(E4M3).astype(float)
+    rows = [(40, "E4M3", codes, 0, 16, [0, 1, 2, 4, 8, 16]),
+            (105, "E4M3", codes, 1, 2, [1, 1.25, 1.5, 1.75, 2]),
+            (160, "bfloat16", 1 + np.arange(129) / 128, 1, 2, [])]
+    for y, name, numbers, first, last, labels in rows:
+        picture.text(0, y + 5, name)
+        picture.line([(left, y), (left + width, y)])
+        for number in numbers[(numbers >= first) & (numbers <= last)]:
+            x = left + width * (number - first) / (last - first)
+            picture.line([(x, y - 10), (x, y + 10)], "r")
+        for label in labels:
+            picture.text(left + width * (label - first) / (last - first), y + 26, label, "s t")
+    picture.text(left, 18, "From 0 to 16: eight numbers from each power of two to the next", "s")
+    picture.text(left, 90, "From 1 to 2: eight steps in E4M3, 128 in bfloat16", "s")
     return picture
 
 
