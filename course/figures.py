@@ -186,8 +186,18 @@ def fp8_table(name, *models):
 def fp8_gain(name, model, row, column):
     """How many times as fast FP8 is as bfloat16 in a row of a file on FP8. column: 1 or 2, of the values."""
     found = kept(name)["models"][model][row]
-    less, more = sorted([found["values"][0], found["values"][column]])
-    return f"{more / less:.2f}"
+    plain = found["values"][0]
+    codes = found["values"][column]
+    return f"{codes / plain if found['unit'] == 'tokens/s' else plain / codes:.2f}"
+
+
+def fp8_attention_table(name):
+    """The attention kernels of a file on FP8, with a cache in bfloat16 and in FP8."""
+    lines = ["", "| kernel | work | cache in bfloat16 | cache in FP8 |", "| --- | --- | ---: | ---: |"]
+    for row in kept(name)["attention"]:
+        cells = " | ".join(f"{value} \u00b5s" for value in row["values"])
+        lines.append(f"| `{row['kernel']}` | {row['what']} | {cells} |")
+    return "\n".join([*lines, ""])
 
 
 def sums_table(name):
