@@ -355,6 +355,16 @@ def step_seconds(scheduled):
     return step_at_best(LLAMA, CARD, tokens, rows, pairs, context), decodes
 
 
+def share_predicted(name):
+    """What is left of the predicted rate of all ideas, in an ablation's row."""
+    return f"{predicted(name)[0] / predicted('ablation-all-on')[0]:.0%}"
+
+
+def share_measured(name):
+    """The same of the measured rates."""
+    return f"{ROWS[name]['value'] / ROWS['ablation-all-on']['value']:.0%}"
+
+
 def ablation_table():
     """The worth of each idea, predicted and measured."""
     lines = ["", "| row | predicted tokens/s | p99 between two tokens | measured tokens/s | of all on | "
