@@ -19,7 +19,7 @@ also run in the simulator, small: python bench.py serve-soak --soak 1200 --devic
 
 Row accuracy tells what FP8 costs, on any model and text, and runs in the simulator, too:
 
-    python bench.py accuracy --model parrot --quantization fp8 --text README.md
+    python bench.py accuracy --model meta-llama/Llama-3.2-1B-Instruct --quantization fp8 --text FILE
 
 Sections: Card and floors, Rows, Measurements, New processes, Load on the server, Program.
 """
