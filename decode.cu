@@ -42,7 +42,8 @@
 //     consumers   8 warps    multiply: each owns some columns, of x and of every segment
 //     reducer     1 warp     adds up the consumers' sums, applies what follows the product (norm, RoPE,
 //                            silu, residual, KV cache), and publishes the results
-//     mergers     2 warps    merge the attention of a context so long that its keys are several units
+//     mergers     2 warps    publish the embedding; merge the attention of a context so long that its
+//                            keys are several units; with several ranks, clear the other set of words
 //
 // All units of a product share x. A consumer reads its columns of x once for a product and keeps them
 // in registers, while the weights of the same columns pass by, unit after unit:
@@ -59,7 +60,7 @@
 //                                                        +---------------------------------------+
 //
 // 3. How results travel from one thread block to another, without a barrier over the grid. Each word
-// for results is 0 when the step begins. A warp that needs a word reads the word until it is not 0.
+// for results is 0 before the step. A warp that needs a word reads the word until it is not 0.
 // (A result of 0 is published as -0.) Value and flag are the same word, so the order of memory accesses
 // does not matter. Each layer has words of its own, and each word is written once in a step, so no
 // result can be overwritten before the last reader has come.
@@ -70,8 +71,9 @@
 // them up in the order of ranks, so all ranks get the same bits.
 //
 // Thread blocks never wait for each other in a circle: tickets are drawn in order, and a unit depends
-// only on units with smaller tickets. No sum depends on who draws a unit or on who comes first: the
-// same input gives the same bits.
+// only on units with smaller tickets. (With several ranks, also on units of operations before, on other
+// GPUs. All ranks launch the same kernels in the same order, so every rank's decode begins, if none has
+// died.) No sum depends on who draws a unit or on who comes first: the same input gives the same bits.
 //
 //   logits [S, V / ranks].   embed [V, D].   norm [D]: the weight of the last norm; the matrices contain
 //   the weights of all other norms, see rms_norm.   token_ids [S]: see rows of gather_rows.

@@ -2,7 +2,8 @@
 
 E4M3 (arXiv:2209.05433) is a number in 8 bits, a *code*: a sign, 4 bits of exponent, 3 of mantissa. The
 greatest is 448. A matrix of weights is quantized row by row: the scale of a row is max |w| / 448, and
-w[r, c] is about codes[r, c] * scales[r]. Codes are half the bytes of bfloat16; each is off by 6% at most.
+w[r, c] is about codes[r, c] * scales[r]. Codes are half the bytes of bfloat16. Each is off by 6% at most,
+or, below 2^-6, by 2^-10.
 
 Both factors of a product are codes. cuBLASLt multiplies codes at twice the speed of bfloat16, and is
 told no scales: it knows one for a whole matrix, and only on some GPUs one for each row, more slowly. But
@@ -12,7 +13,9 @@ product. The kernel behind the product multiplies by both. The tokens' codes com
     input of qkv and gate_up       x / rms(x) is sqrt(D) at most: a constant is the scale of all tokens
     input of o, down and the head  a token's greatest number gets the code 448
 
-A token's codes depend on this token alone, never on the others of the step.
+A token's codes depend on this token alone, never on the others of the step. But a step of a few single
+tokens runs in decode.cu, which takes weights in codes and tokens in bfloat16: there, a token is not rounded
+to codes. So an answer can change with the size of its batch by more than bfloat16 would change it.
 """
 import ctypes
 import weakref

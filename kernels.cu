@@ -1,8 +1,8 @@
 // tiny-vLLM: the engine's GPU kernels. (decode.cu holds one more: a whole step of a few sequences.)
 //
-// A step of the engine is a series of matrix products, by cuBLAS, with these kernels between them.
-// The kernels stand in the order in which a token meets them; the second to the fifth run in every
-// layer, attention as one of two kernels:
+// A step of the engine is a series of matrix products, by cuBLAS, with these kernels between them. The
+// kernels stand in the order in which a token meets them; the second to the fifth run in every layer,
+// attention as one of two kernels. (With FP8 weights, so do quantize and add_residual.)
 //
 //     gather_rows       token id -> the token's row of the embedding table
 //     rope_and_cache    queries and keys are rotated by position, keys and values go to their pages
@@ -143,7 +143,8 @@ __device__ inline T block_reduce(T x, Op op) {
 // matrix behind the norm. (The folded matrix is bf16 again: one rounding more than in Hugging
 // Face's model, where the weight multiplies the vector.) The remaining factor, 1 / rms(x), is one
 // number a token: the kernel that reads the token's products (rope_and_cache, silu_mul) computes
-// the factor from x and multiplies by it.
+// the factor from x and multiplies by it. (With FP8 weights, the factor is in the codes of x: see
+// add_residual, which reads x before the product.)
 // -------------------------------------------------------------------------------------------------
 // 1 / rms(x) of a row, for all threads of a thread block. All must call: block_reduce has barriers.
 __device__ inline float inverse_rms(const bf16* x) {
@@ -215,8 +216,8 @@ __device__ inline float row_scale(float greatest, float* scales, int row) {
 //   k_cache, v_cache [N, K, B, h]: in a page, one head's keys are consecutive: so attention reads.
 //     Codes stand in the order 0, h/2, 1, h/2 + 1, ..., in the pairs that turn together. A word of codes
 //     then becomes two words of fragments, and no byte changes places (see mma_shared_e4m3). A number
-//     beyond 448 becomes 448. Hazard: attention reads the code of NaN as 480. But the logits of the NaN's
-//     own token are NaN, so the token's request has failed.
+//     beyond 448 becomes 448. Hazard: attention reads the code of NaN as 480. NaN comes from broken
+//     weights alone, but then an answer can be wrong without an error; with bf16 the request would fail.
 //   query_scale: multiplies every query (see paged_attention).
 //   bias [(H + 2K) h]: added to q, k and v, before they turn. Null unless QKV_BIAS is 1.
 //   qk_norm [2h]: each head of q and of k is normed too, before it turns, with a weight [h] for all

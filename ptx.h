@@ -291,7 +291,7 @@ __device__ inline bool mbarrier_passed_soon(u64* b, unsigned parity) {    // may
 }
 
 // Starts to copy global to shared memory; the mbarrier counts the bytes that come. L2 need not keep
-// the bytes: no other thread block reads them.
+// the bytes: no other thread block reads them (but for pages that several sequences share).
 __device__ inline void bulk_copy(void* shared, const void* global, unsigned bytes, u64* b) {
     asm volatile("{.reg .b64 once; createpolicy.fractional.L2::evict_first.b64 once, 1.0;"
                  "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
