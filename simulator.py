@@ -12,6 +12,7 @@ AddressSanitizer checks every access to memory.
 """
 import contextlib
 import ctypes
+import fcntl
 import hashlib
 import os
 import shutil
@@ -112,16 +113,23 @@ def compile_library(compiler, flags, source):
     library = cache / (hashlib.sha256(content.encode()).hexdigest()[:32] + ".so")
     if not is_whole(library):
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            made = Path(folder, "kernels.so")
-            command = [*compiler, *flags, "-x", "c++", "-", "-o", str(made)]
-            errors, code = run_compiler(command, source, folder)
-            if code:
-                raise CompileError(errors or "the compiler gives no reason")
-            data = made.read_bytes()
-            made.write_bytes(data + hashlib.sha256(data).digest())
-            os.replace(made, library)           # in one go: another process sees the whole file or none
+        with open(library.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)    # of several processes that want the library, one compiles
+            if not is_whole(library):
+                make_library([*compiler, *flags], source, library)
     return library
+
+
+def make_library(command, source, library):
+    """Compiles the source and writes the library."""
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        made = Path(folder, "kernels.so")
+        errors, code = run_compiler([*command, "-x", "c++", "-", "-o", str(made)], source, folder)
+        if code:
+            raise CompileError(errors or "the compiler gives no reason")
+        data = made.read_bytes()
+        made.write_bytes(data + hashlib.sha256(data).digest())
+        os.replace(made, library)               # in one go: another process sees the whole file or none
 
 
 def is_whole(library):
