@@ -1395,7 +1395,7 @@ FP8_SHAPES = [
     (32, 128, 3072, 1536, 12, 4, True),     # whole rows, one tile; h of 128
     (64, 128, 5120, 512, 4, 4, False),      # D: half rows
 ]
-CHOSEN_FP8_SHAPES = range(len(FP8_SHAPES)) if TEST_ALL or ON_GPU else (0, 2)     # half a minute each
+CHOSEN_FP8_SHAPES = range(len(FP8_SHAPES)) if TEST_ALL or ON_GPU else [0]      # half a minute each
 
 
 def random_codes(rng, rows, columns):
