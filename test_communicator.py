@@ -26,7 +26,8 @@ from communicator import start_ranks
 from device import KERNELS, CpuDevice, CudaDevice, compile_kernels, open_device, paste
 from load import with_children
 from reference import PARROT, RNG, ROOT, TINY, numpy_llama, write_model
-from test_tinyvllm import QWEN3, SOME, TEXTS, chats, errors_of_logits, float64_weights, recite, text_of
+from test_tinyvllm import (QWEN3, SOME, TEXTS, chats, errors_of_logits, float64_weights, recite, takes_long,
+                           text_of)
 from tinyvllm import LLM, SamplingParams, TinyVLLMError
 from weights import Checkpoint, DummyCheckpoint, ModelConfig, load_weights
 
@@ -348,8 +349,8 @@ QUARTERS = HALVES | {"hidden_size": 2560, "head_dim": 128, "intermediate_size": 
 
 
 @pytest.mark.parametrize("config, size, batches", [
-    (HALVES, 2, [(15,), (270, 3, 32), (20, 1, 2, 3, 16, 5, 7)]), (QUARTERS, 4, [(16,), (1, 5, 2, 3, 17)])],
-    ids=["2", "4"])
+    (HALVES, 2, [(15,), (270, 3, 32), (20, 1, 2, 3, 16, 5, 7)]),
+    pytest.param(QUARTERS, 4, [(16,), (1, 5, 2, 3, 17)], marks=takes_long)], ids=["2", "4"])
 def test_decode_of_several_ranks(tmp_path, one_kernel, config, size, batches):
     """Batches of 1 to 8, contexts of several splits, several steps in a row: the oracle's logits."""
     write_model(tmp_path, sizes=config)

@@ -19,7 +19,7 @@ from communicator import OneRank
 from device import CpuDevice, open_device
 from fp8 import Fp8Matrix
 from reference import PARROT, TINY, random_weights, write_model
-from test_tinyvllm import ON_GPU, SOME, TEXTS, errors_of_logits, recite, run_main
+from test_tinyvllm import ON_GPU, SOME, TEXTS, errors_of_logits, recite, run_main, takes_long
 from tinyvllm import LLM, EngineArgs, SamplingParams, TinyVLLMError, compile_model
 from weights import SHAPES, Checkpoint, ModelConfig, decode_weight_bytes, load_weights, weight_bytes
 
@@ -84,7 +84,8 @@ def test_logits(tmp_path, size):
 @pytest.mark.parametrize("texts, options", [
     (TEXTS if ON_GPU else SOME, {}),
     (SOME[:2], {"max_num_batched_tokens": 7, "max_num_seqs": 1, "enforce_eager": True}),
-    (SOME, {"num_blocks": 28, "overlap": False})], ids=["together", "alone", "preempted"])
+    pytest.param(SOME, {"num_blocks": 28, "overlap": False}, marks=takes_long)],
+    ids=["together", "alone", "preempted"])
 def test_recitation(texts, options):
     outputs = recite(LLM(PARROT, quantization="fp8", **options), texts)
     assert (sum(output.num_preemptions for output in outputs) >= 3) == ("num_blocks" in options)

@@ -25,7 +25,7 @@ from device import KERNELS, CpuDevice, compile_kernels, open_device, paste
 from fp8 import Fp8Matrix
 from reference import PARROT, RNG, ROOT
 from simulator import LaunchError
-from test_tinyvllm import DEVICE, ON_GPU, run_recorded
+from test_tinyvllm import DEVICE, ON_GPU, TEST_ALL, run_recorded
 from tinyvllm import (LLM, Batch, EngineArgs, Model, RequestOutput, SamplingParams, Sequence, StepBuffer,
                       TinyVLLMError, cdiv)
 from weights import DummyCheckpoint, LayerWeights, ModelConfig, Weights, load_weights
@@ -58,7 +58,6 @@ FP8 = BASE | {"FP8_WEIGHTS": 1}
 LARGE_FP8 = MODELS[2] | {"FP8_WEIGHTS": 1, "FFN": 28672, "QKV_BIAS": 1, "QK_NORM": 1}
 every_model = pytest.mark.parametrize("model", MODELS, ids=MODEL_NAMES)
 # With a cache of codes: 4, 8, 3, 16 and 13 parts of 16 bytes in a key.
-TEST_ALL = "TINYVLLM_TEST_ALL" in os.environ
 CODE_MODELS = [MODELS[i] | {"FP8_CACHE": 1} for i in ((0, 2, 3, 4, 7) if TEST_ALL else (0, 3, 7))]
 CODES = CODE_MODELS[0]
 every_cache = pytest.mark.parametrize("model", MODELS + CODE_MODELS, ids=MODEL_NAMES + [
@@ -1300,8 +1299,8 @@ def test_sample_large_vocabulary():
 
 # decode: a whole step of a few sequences, against forward(), which calls the kernels above
 DECODE_SHAPES = list(itertools.product((8, 16, 32, 64, 128), (64, 128), (512, 1024, 1536, 2048, 3072, 4096)))
-# Every fifth: a minute on two cores, for each of the values. With TINYVLLM_TEST_ALL=1: all.
-CHOSEN_SHAPES = range(0, len(DECODE_SHAPES), 1 if TEST_ALL else 5)
+# Every ninth: a minute on two cores. With TINYVLLM_TEST_ALL=1: all.
+CHOSEN_SHAPES = range(0, len(DECODE_SHAPES), 1 if TEST_ALL else 9)
 
 
 def decode_config(number):
