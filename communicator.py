@@ -11,9 +11,8 @@ Twice in each layer, the ranks add up their products: all_reduce. Before samplin
 logits: all_gather. For few numbers, both are kernels of our own, which write to the memory of the other
 GPUs (kernels.cu). For many numbers, both are NVIDIA's library NCCL, but never in a CUDA graph: NCCL's end
 waits for the end of all graphs with NCCL's kernels. In a step of a few sequences, decode.cu's kernel adds
-the products up itself. The results have the same bits in all ranks. So all
-ranks sample the same tokens, each has the tokens that its next step needs, and rank 0 gets no message
-during a run.
+the products up itself. The results have the same bits in all ranks. So all ranks sample the same tokens,
+each has the tokens that its next step needs, and rank 0 gets no message during a run.
 
 In the simulator the ranks are processes on the CPU. The very same kernels run, in shared memory.
 

@@ -864,10 +864,11 @@ class Model:
     """Config, weights, kernels and the KV cache, on a device."""
 
     def __init__(self, config, weights, device, num_blocks, max_model_len, buffer, args,
-                 communicator=None):
+                 communicator=None, kernels=None):
         """num_blocks: pages of the KV cache. max_model_len: number of possible positions. buffer: a
         StepBuffer. args: block_size, enforce_eager and fused_decode of EngineArgs. communicator: where
-        several ranks share the model; config and weights are then a rank's."""
+        several ranks share the model; config and weights are then a rank's. kernels: compile_model's, if
+        the loading of the weights has needed them already."""
         c = config
         self.config = config
         self.weights = weights
@@ -877,7 +878,7 @@ class Model:
         self.graphs = {}                    # size -> replay(), see device.record
         # 1 / sqrt(h), times log2(e): the kernels' softmax takes powers of 2.
         self.query_scale = math.log2(math.e) / math.sqrt(c.head_dim)
-        self.kernels = compile_model(c, device, args, self.communicator)
+        self.kernels = kernels or compile_model(c, device, args, self.communicator)
         kind = Fp8Products if c.quantization else Products
         self.products = kind(device, self.kernels, self.communicator)
         self.tiling = Tiling(c.num_attention_heads // c.num_key_value_heads, self.kernels.ATTENTION_ROWS)
@@ -1430,7 +1431,8 @@ def load_model(folder, config, device, args, communicator):
     max_seqs = max(args.max_num_seqs, *GRAPH_SIZES)
     max_blocks = args.max_num_seqs * cdiv(max_model_len, args.block_size)
     buffer = StepBuffer(device, max_tokens, max_seqs, max_blocks)
-    model = Model(config, weights, device, num_blocks, max_model_len, buffer, args, communicator)
+    model = Model(config, weights, device, num_blocks, max_model_len, buffer, args, communicator,
+                  kernels)
     return model, max_prefill_tokens, max_model_len, advice
 
 

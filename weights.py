@@ -483,6 +483,8 @@ def load_weights(checkpoint, config, device, rank=0, kernels=None):
         return device.to_device(tensor).astype(BFLOAT16, copy=False)
 
     def times(tensor, factor):
+        if isinstance(factor, (int, float)) and factor == 1:
+            return tensor                   # without a copy: most checkpoints have no scales of the cache
         return (tensor.astype(np.float32) * factor).astype(BFLOAT16)
 
     def stack(norm, *parts, factors=(1, 1)):

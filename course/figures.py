@@ -124,6 +124,11 @@ def large_table(name):
     return f"\n{head}\n{bench_table(*names, rows=large['rows'])}"
 
 
+def times_as_fast(unit, before, after):
+    """How many times as fast a figure is as another: a rate in tokens/s, or a time."""
+    return f"{after / before if unit == 'tokens/s' else before / after:.2f}"
+
+
 def peers_table(ours_name, peers_name, *names):
     """Two engines on rows that both files have, of one card and one model. No names: all such rows."""
     ours = kept(ours_name)
@@ -137,8 +142,8 @@ def peers_table(ours_name, peers_name, *names):
         our = ours["rows"][name]
         their = peers["rows"][name]
         assert our["unit"] == their["unit"], name
-        ratio = our["value"] / their["value"] if our["unit"] == "tokens/s" else their["value"] / our["value"]
-        lines.append(f"| `{name}` | {BENCH[name].what} | {shown(our)} | {shown(their)} | {ratio:.2f} |")
+        ratio = times_as_fast(our["unit"], their["value"], our["value"])
+        lines.append(f"| `{name}` | {BENCH[name].what} | {shown(our)} | {shown(their)} | {ratio} |")
     return "\n".join([*lines, ""])
 
 
@@ -160,10 +165,9 @@ def ranks_table(name):
     lines = ["", textwrap.fill(head, 100), "",
              "| | 1 GPU | 2 GPUs | times as fast |", "| --- | ---: | ---: | ---: |"]
     for row in found["rows"]:
-        one, two = row["values"]
-        ratio = two / one if row["unit"] == "tokens/s" else one / two
-        cells = [shown({"value": value, "unit": row["unit"]}) for value in (one, two)]
-        lines.append(f"| {row['what']} | {cells[0]} | {cells[1]} | {ratio:.2f} |")
+        cells = [shown({"value": value, "unit": row["unit"]}) for value in row["values"]]
+        ratio = times_as_fast(row["unit"], *row["values"])
+        lines.append(f"| {row['what']} | {cells[0]} | {cells[1]} | {ratio} |")
     return "\n".join([*lines, ""])
 
 
@@ -186,9 +190,7 @@ def fp8_table(name, *models):
 def fp8_gain(name, model, row, column):
     """How many times as fast FP8 is as bfloat16 in a row of a file on FP8. column: 1 or 2, of the values."""
     found = kept(name)["models"][model][row]
-    plain = found["values"][0]
-    codes = found["values"][column]
-    return f"{codes / plain if found['unit'] == 'tokens/s' else plain / codes:.2f}"
+    return times_as_fast(found["unit"], found["values"][0], found["values"][column])
 
 
 def fp8_attention_table(name):
@@ -221,8 +223,7 @@ def sums_ms(name, model, by):
 def gain(name, row):
     """How many times as fast two GPUs are in a row of a file on ranks, in tokens/s or in steps."""
     found = kept(name)["rows"][row]
-    less, more = sorted(found["values"])
-    return f"{more / less:.2f}"
+    return times_as_fast(found["unit"], *found["values"])
 
 
 def num_chapters():
