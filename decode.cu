@@ -310,20 +310,7 @@ __device__ inline Pair unpack(unsigned w) {    // the two bf16 of a word
 __device__ inline unsigned low(unsigned x, unsigned y) { return (x & 0xffff) | y << 16; }
 __device__ inline unsigned high(unsigned x, unsigned y) { return x >> 16 | (y & 0xffff0000); }
 
-// ---- E4M3 codes ---------------------------------------------------------------------------------
-// The least work that makes bf16 of codes: a code's bits move to their places in a bf16. The number is
-// 2^120 times too small then. So consumers multiply x by 2^64, lest a product become too small for a
-// float, and the reducer multiplies by the rest, together with the scale. (Tensor cores take bf16 below
-// 2^-126 for what they are, so the least codes lose nothing. The codes of NaN become 480.)
-constexpr unsigned TWO_TO_64 = 0x5f805f80;    // two bf16
-constexpr float REST = 0x1p56f;
-__device__ inline unsigned odd_codes(unsigned codes) {    // bytes 1 and 3 of four codes
-    return (codes & 0x80008000) | (codes >> 4 & 0x07f007f0);
-}
-__device__ inline unsigned even_codes(unsigned codes) {    // bytes 0 and 2
-    return (codes << 8 & 0x80008000) | (codes << 4 & 0x07f007f0);
-}
-// The codes of the lower halves of x and y, then of the upper halves: the order in the KV cache, see
+// E4M3 codes of the lower halves of x and y, then of the upper halves: the order in the KV cache, see
 // rope_and_cache, if x and y are numbers i, i + 1 and i + h/2, i + 1 + h/2 of a head.
 __device__ inline unsigned pack_codes(unsigned x, unsigned y) {
     const unsigned upper = pack_e4m3x2(unpack(x).b, unpack(y).b);
@@ -837,32 +824,29 @@ template <int MOST> struct Consumer : Role {    // for up to MOST sequences
     // Words of x become fragments of A: the first half of the eight columns in row g, the second half in
     // row g + 8. An mma with the first half of the weights computes the product in rows 0 to 7 of the
     // result, an mma with the second half in rows 8 to 15; multiply() ignores the other eight rows.
-    // With codes, a register of B belongs to columns c and c + 2 of x, or to c + 1 and c + 3.
+    // With codes, x and the weights are f16 in the product: one instruction makes f16 of two codes.
     // Hazard for speed: the compiler does not know that sequences >> 8 is 0. Without the xor it would
     // reorder again for every mma.
     template <int M> __device__ void order_for_mma(Words (&x)[M]) {
         const unsigned zero = step.sequences >> 8;
         #pragma unroll
-        for (Words& v : x)
-            if constexpr (FP8_WEIGHTS) {
-                v = {{low(v.w[0], v.w[1]), low(v.w[2], v.w[3]), high(v.w[0], v.w[1]), high(v.w[2], v.w[3])}};
-                for (unsigned& w : v.w) w = multiply_bf16x2(w, TWO_TO_64);
-            } else {
-                v = {{v.w[0] ^ zero, v.w[2] ^ zero, v.w[1] ^ zero, v.w[3] ^ zero}};
-            }
-    }
-    // Number i of a column tile's B, for x[i / 2].
-    __device__ static void fragment(unsigned (&b)[2], const Words* w, int i) {
-        if constexpr (FP8_WEIGHTS) {
-            const unsigned codes = w[i / 4].w[i % 4];
-            b[0] = even_codes(codes);
-            b[1] = odd_codes(codes);
-        } else {
-            b[0] = w[i / 2].w[i % 2 * 2];
-            b[1] = w[i / 2].w[i % 2 * 2 + 1];
+        for (Words& v : x) {
+            v = {{v.w[0] ^ zero, v.w[2] ^ zero, v.w[1] ^ zero, v.w[3] ^ zero}};
+            if constexpr (FP8_WEIGHTS)
+                for (unsigned& w : v.w) w = pack_f16x2(unpack(w).a, unpack(w).b);
         }
     }
-    // TOGETHER: tiles of x that share a fragment of B, so that codes become bf16 only once.
+    // sum += the product of x[i / 2] and number i of a column tile's B.
+    __device__ static void add_product(float (&sum)[4], const Words& x, const Words* w, int i) {
+        if constexpr (FP8_WEIGHTS) {
+            const unsigned codes = w[i / 4].w[i % 4];
+            const unsigned b[2] = {e4m3x2_to_f16x2(codes), e4m3x2_to_f16x2(codes >> 16)};
+            mma_m16n8k16_f16(sum, x.w, b, sum);
+        } else {
+            mma_m16n8k16_bf16(sum, x.w, w[i / 2].w + i % 2 * 2, sum);
+        }
+    }
+    // TOGETHER: tiles of x that share a fragment of B, so that codes become f16 only once.
     template <Product P, int M, int COUNT>
     __device__ void multiply(const Words (&x)[M], const Words (&w)[COUNT]) {
         constexpr int SHIFT = Shape<P>::SHIFT;
@@ -873,14 +857,10 @@ template <int MOST> struct Consumer : Role {    // for up to MOST sequences
             for (int first = 0; first < M / N; first += TOGETHER) {
                 if (8 * first >= step.sequences << SHIFT) break;
                 float sums[TOGETHER][CHAINS][4] = {};
-                for (int i = 0; i < 2 * N; ++i) {
-                    unsigned b[2];
-                    fragment(b, w + column_tile * Shape<P>::W, i);
-                    for (int k = 0; k < TOGETHER; ++k) {
-                        float (&sum)[4] = sums[k][i % CHAINS];
-                        mma_m16n8k16_bf16(sum, x[(first + k) * N + i / 2].w, b, sum);
-                    }
-                }
+                for (int i = 0; i < 2 * N; ++i)
+                    for (int k = 0; k < TOGETHER; ++k)
+                        add_product(sums[k][i % CHAINS], x[(first + k) * N + i / 2],
+                                    w + column_tile * Shape<P>::W, i);
                 for (int k = 0; k < TOGETHER; ++k) {
                     const auto& sum = sums[k];
                     const int row = 8 * (first + k) + r;
@@ -1062,7 +1042,7 @@ struct Reducer : Role {
                 auto& [old, angle, bias, scale] = loaded[tile];
                 const int row = first + SEGMENTS * tile;
                 Pair x = sums[tile];
-                if constexpr (FP8_WEIGHTS) x = {x.a * REST * scale.a, x.b * REST * scale.b};
+                if constexpr (FP8_WEIGHTS) x = {x.a * scale.a, x.b * scale.b};
                 if (Shape::NORMED) x = {x.a * norm, x.b * norm};
                 if constexpr (QKV_BIAS && P == QKV_PRODUCT) x = {x.a + bias.a, x.b + bias.b};
                 // Values are not turned.

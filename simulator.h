@@ -27,6 +27,7 @@
 //     CXX=./debug-g++ gdb -ex 'set breakpoint pending on' -ex 'break rms_norm if threadIdx.x == 3'
 //       --args python ...
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <cmath>
@@ -406,22 +407,46 @@ template <class T> T __shfl_xor_sync(unsigned mask, T value, int x, SIMULATOR_LI
 inline uint32_t pack_bf16x2(float low, float high) {
     return __float2bfloat16(low).bits | __float2bfloat16(high).bits << 16;
 }
+// E4M3 and f16, without the sign: MANTISSA bits of mantissa. Numbers below 2^LEAST are equally far apart.
+template <int MANTISSA, int LEAST> int to_bits(float x, float most) {
+    float size = fminf(fabsf(x), most);
+    int exponent = max(ilogbf(size), LEAST);
+    int steps = rintf(ldexpf(size, MANTISSA - exponent));    // of 2^(exponent - MANTISSA); ties to even
+    return (exponent - LEAST << MANTISSA) + steps;
+}
+template <int MANTISSA, int LEAST> float from_bits(int bits) {
+    int above = max((bits >> MANTISSA) - 1, 0);              // the exponent above LEAST
+    int steps = bits - (above << MANTISSA);
+    return steps * __uint_as_float(above + LEAST - MANTISSA + 127 << 23);
+}
 inline u8 pack_e4m3(float x) {
-    u8 sign = __float_as_uint(x) >> 31 << 7;
     if (x != x) return 0x7f;
-    if (fabsf(x) >= 448) return sign | 0x7e;
-    int exponent = fabsf(x) < 0x1p-6f ? -6 : ilogbf(x);         // below 2^-6, codes are equally far apart
-    int steps = rintf(ldexpf(fabsf(x), 3 - exponent));          // of 2^(exponent - 3); rintf: ties to even
-    return sign | (8 * (exponent + 6) + steps);
+    return __float_as_uint(x) >> 31 << 7 | to_bits<3, -6>(x, 448);
 }
 inline float unpack_e4m3(u8 code) {
-    int steps = code % 8 + (code / 8 % 16 ? 8 : 0);
-    int exponent = max(code / 8 % 16, 1) - 10;                  // of a step
-    float size = steps * __uint_as_float((exponent + 127) << 23);
+    float size = from_bits<3, -6>(code % 128);
     return code < 128 ? size : -size;
+}
+inline unsigned pack_f16(float x) {
+    if (x != x) return 0x7fff;
+    return __float_as_uint(x) >> 31 << 15 | to_bits<10, -14>(x, 65504);
+}
+inline float unpack_f16(unsigned bits) {
+    float size = bits % 0x8000 > 0x7c00 ? NAN : from_bits<10, -14>(bits % 0x8000);
+    return bits < 0x8000 ? size : -size;
 }
 inline unsigned short pack_e4m3x2(float low, float high) { return pack_e4m3(low) | pack_e4m3(high) << 8; }
 inline unsigned unpack_e4m3x2(unsigned x) { return pack_bf16x2(unpack_e4m3(x >> 8), unpack_e4m3(x >> 24)); }
+inline float half_f16(unsigned word, int k) { return unpack_f16(word >> k % 2 * 16 & 0xffff); }
+inline unsigned pack_f16x2(float low, float high) { return pack_f16(low) | pack_f16(high) << 16; }
+inline unsigned e4m3x2_to_f16x2(unsigned short x) {
+    static const auto f16s = [] {    // of all codes, for speed
+        std::array<unsigned, 256> f16s;
+        for (int code = 0; code < 256; code++) f16s[code] = pack_f16(code % 128 == 127 ? NAN : unpack_e4m3(code));
+        return f16s;
+    }();
+    return f16s[x % 256] | f16s[x / 256] << 16;
+}
 
 template <class At> void load_shared(uint32_t (&a)[4], At at) {
     int g = simulator::block->current % 32 / 4;
@@ -429,8 +454,8 @@ template <class At> void load_shared(uint32_t (&a)[4], At at) {
     for (int r = 0; r < 4; r++) a[r] = reinterpret_cast<const uint32_t*>(at(g + r % 2 * 8, r / 2))[t];
 }
 
-inline void mma_m16n8k16_bf16(
-        float* d, const unsigned (&a)[4], const unsigned* b, const float*, SIMULATOR_LINE) {
+template <float number(unsigned, int)>    // of a word: the lower if k is even, the upper if odd
+void multiply_fragments(float* d, const unsigned (&a)[4], const unsigned* b, int line) {
     struct { float* d; const unsigned *a, *b; } mine = {d, a, b};    // c is d
     simulator::collective(~0u, mine, line, [](int lane, auto of_lane) {
         if (lane) return 0;
@@ -442,9 +467,9 @@ inline void mma_m16n8k16_bf16(
             int g = l / 4;
             int t = l % 4;
             for (int i = 0; i < 8; i++)
-                x[g + i / 2 % 2 * 8][2 * t + i / 4 * 8 + i % 2] = simulator::half(mine.a[i / 2], i);
+                x[g + i / 2 % 2 * 8][2 * t + i / 4 * 8 + i % 2] = number(mine.a[i / 2], i);
             for (int i = 0; i < 4; i++) {
-                y[2 * t + i / 2 * 8 + i % 2][g] = simulator::half(mine.b[i / 2], i);
+                y[2 * t + i / 2 * 8 + i % 2][g] = number(mine.b[i / 2], i);
                 z[g + i / 2 * 8][2 * t + i % 2] = mine.d[i];
             }
         }
@@ -455,6 +480,14 @@ inline void mma_m16n8k16_bf16(
             for (int i = 0; i < 4; i++) of_lane(l).d[i] = z[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2];
         return 0;
     });
+}
+inline void mma_m16n8k16_bf16(
+        float* d, const unsigned (&a)[4], const unsigned* b, const float*, SIMULATOR_LINE) {    // c is d
+    multiply_fragments<simulator::half>(d, a, b, line);
+}
+inline void mma_m16n8k16_f16(
+        float* d, const unsigned (&a)[4], const unsigned* b, const float*, SIMULATOR_LINE) {
+    multiply_fragments<half_f16>(d, a, b, line);
 }
 
 // mma_shared and mma_shared_e4m3. The last lane to come computes the product for the warp.

@@ -184,6 +184,14 @@ extern "C" __global__ __launch_bounds__(32) void from_e4m3(bf16* out) {
     for (int i = 2 * threadIdx.x; i < 256; i += 64)
         *reinterpret_cast<unsigned*>(out + i) = unpack_e4m3x2(i << 8 | (i + 1) << 24 | 0x00a500a5);
 }
+// out [256]: the f16 of each code
+extern "C" __global__ __launch_bounds__(32) void e4m3_to_f16(int* out) {
+    for (int i = threadIdx.x; i < 128; i += 32) out[i] = e4m3x2_to_f16x2(2 * i | (2 * i + 1) << 8);
+}
+// out [n]: f16
+extern "C" __global__ __launch_bounds__(32) void to_f16(int* out, const float* x, int n) {
+    for (int i = threadIdx.x; i < n / 2; i += 32) out[i] = pack_f16x2(x[2 * i], x[2 * i + 1]);
+}
 """
 
 
@@ -215,6 +223,30 @@ def test_e4m3_conversions_equal_those_of_ml_dtypes():
     want = np.clip(x, -448, 448).astype(float8_e4m3fn).view(np.uint8)
     want[np.isnan(x)] = 0x7f
     assert got.tolist() == want.tolist()
+
+
+@pytest.mark.skipif(ON_GPU and not DEVICE.runs_decode, reason="this GPU cannot run decode.cu")
+def test_f16_conversions_equal_those_of_numpy():
+    kernels = compile_kernels(DEVICE, {}, E4M3)
+    codes = np.arange(256, dtype=np.uint8).view(float8_e4m3fn).astype(np.float16)
+    numbers = DEVICE.empty(128, np.int32)
+    kernels.e4m3_to_f16((1,), numbers)
+    numbers = DEVICE.fetch(numbers)().view(np.float16)
+    np.testing.assert_array_equal(numbers, codes)       # NaN is NaN
+    assert np.signbit(numbers[[0x00, 0x80]]).tolist() == [False, True]
+
+    # Numbers of f16, the middle between each two, and the floats beside both; then random numbers.
+    exact = np.arange(0x7bff, dtype=np.uint16).view(np.float16).astype(np.float32)
+    edges = np.concatenate([exact[::7], (exact[1:] + exact[:-1]) / 2])
+    rng = RNG(4)
+    others = rng.standard_normal(4000) * 2.0 ** rng.integers(-30, 15, 4000)
+    x = np.concatenate([edges, -edges[::3], np.nextafter(edges, np.inf), np.nextafter(edges, -np.inf), others,
+                        [65504, 65519, 65520, 1e30, np.inf, -1e30, -np.inf, -0.0]]).astype(np.float32)
+    x = x[len(x) % 2:]
+    got = DEVICE.empty(len(x) // 2, np.int32)
+    kernels.to_f16((1,), got, DEVICE.to_device(x), len(x))
+    want = np.clip(x, -65504, 65504).astype(np.float16)     # beyond, NumPy rounds to infinity
+    assert DEVICE.fetch(got)().view(np.uint16).tolist() == want.view(np.uint16).tolist()
 
 
 # quantize
