@@ -40,10 +40,10 @@
 //     producer    1 warp     draws tickets and copies the units into the ring. The producer waits for
 //                            free stages only, never for the input of a product, and so runs ahead.
 //     consumers   8 warps    multiply: each owns some columns, of x and of every segment
-//     reducer     1 warp     adds up the consumers' sums, applies what follows the product (norm, RoPE,
-//                            silu, residual, KV cache), and publishes the results
-//     mergers     2 warps    publish the embedding; merge the attention of a context so long that its
-//                            keys are several units; with several ranks, clear the other set of words
+//     reducers    2 warps    take the units in turn: add up the consumers' sums, apply what follows the
+//                            product (norm, RoPE, silu, residual, KV cache), and publish the results
+//     merger      1 warp     publishes the embedding; merges the attention of a context so long that its
+//                            keys are several units; with several ranks, clears the other set of words
 //
 // All units of a product share x. A consumer reads its columns of x once for a product and keeps them
 // in registers, while the weights of the same columns pass by, unit after unit:
@@ -55,7 +55,7 @@
 //            |                          |                        |                   |           |
 //            | copies                   | x, or queries          | attention of      | merged    |
 //            v                          v                        v several units     |           |
-//        producer --> ring --> consumers --> sums --> reducer    mergers ------------+           |
+//        producer --> ring --> consumers --> sums --> reducers   merger -------------+           |
 //                                                        |                                       |
 //                                                        +---------------------------------------+
 //
@@ -95,8 +95,8 @@
 //   hold a part of the multiprocessors, and both wait for ever for thread blocks that never begin.
 // -------------------------------------------------------------------------------------------------
 constexpr int CONSUMERS = 8;    // warps
-constexpr int MERGERS = 2;      // warps
-EXPORT(DECODE_THREADS, 32 * (CONSUMERS + MERGERS + 2));    // 2: the reducer and the producer
+constexpr int REDUCERS = 2;     // warps. A single one would be slower than the consumers
+EXPORT(DECODE_THREADS, 32 * (CONSUMERS + REDUCERS + 2));    // 2: the merger and the producer
 EXPORT(decode_shared_bytes, 227 * 1024);    // the most for a thread block on compute capability 9.0
 
 // At launch every thread has as many registers as a multiprocessor's 65,536 allow, a multiple of 8.
@@ -107,8 +107,8 @@ constexpr int OTHER_REGISTERS = (DECODE_THREADS * REGISTERS - 32 * CONSUMERS * C
                                 (DECODE_THREADS - 32 * CONSUMERS);
 
 constexpr int SEGMENTS = 4;          // of a tile; with the partners: the 8 columns of an mma
-constexpr int MOST_SEQUENCES = 8;    // times SEGMENTS: a pair of sums for each lane of the reducer
-constexpr int PENDING = 8;           // units from producer to reducer: more than the ring has stages
+constexpr int MOST_SEQUENCES = 8;    // times SEGMENTS: a pair of sums for each lane of a reducer
+constexpr int PENDING = 8;           // units from producer to reducers: more than the ring has stages
 
 // Pieces on their way into the ring: as few as keep the memory busy, since the consumers' reads of
 // words queue up behind the pieces. Even fewer while consumers wait for words. A consumer counts as
@@ -198,16 +198,16 @@ template <int COUNT> struct Layout {    // of a thread block's shared memory, wi
     Pair sums[PENDING][CONSUMERS][MOST_TILES * MOST_SEQUENCES * SEGMENTS];
     Float8 heads[CONSUMERS][GROUP][HEAD_DIM / 8];
     // Consumers write squares again without a wait: when they have the x of the next normed product, which
-    // depends, through words, on all that the reducer has computed with the old squares.
+    // depends, through words, on all that the reducers have computed with the old squares.
     float squares[CONSUMERS][2 * MOST_SEQUENCES];
     // mbarriers. Of a stage: a piece has come; all consumers have read the stage.
     u64 full[COUNT][2];
     u64 empty[COUNT];
-    // Of a unit: all consumers have written their sums; the reducer has read the sums.
+    // Of a unit: all consumers have written their sums; a reducer has read the sums.
     u64 sums_full[PENDING];
     u64 sums_empty[PENDING];
     // The latest of this thread block, in increasing order. racecheck reports them, RAW and WAR: the
-    // reducer polls without an mbarrier. A ticket is one word, and says by itself whether it is new.
+    // reducers poll without an mbarrier. A ticket is one word, and says by itself whether it is new.
     volatile int tickets[PENDING];
     int keys[MOST_SEQUENCES];           // the sequences' context lengths
     int attention_units;                // of a layer
@@ -397,7 +397,7 @@ __device__ inline void take_sums(
 }
 
 // ---- The forward pass ---------------------------------------------------------------------------
-// Producer, consumers and reducer walk through the same operations: role.product<P>(layer) and
+// Producer, consumers and reducers walk through the same operations: role.product<P>(layer) and
 // role.attention(layer) do the role's share of each unit of the operation that the thread block has
 // drawn, and role.next() goes on to the next unit that the thread block has drawn.
 struct Role {
@@ -405,7 +405,7 @@ struct Role {
     const Step& step;
     int lane;
     int ticket = -1;       // of the next unit; from `end` on: the unit belongs to a later operation
-    unsigned units = 0;    // so far
+    unsigned units = 0;    // so far. A reducer's next unit
     int begin = 0;         // the operation's tickets: begin .. end - 1
     int end = 0;
     __device__ auto patience() {
@@ -496,7 +496,7 @@ struct Producer : Role {
         // The counter takes as long to answer as a unit takes to copy, so the answer is for the next draw.
         if (lane == 0) drawn = gridDim.x + atomicAdd(step.counter, 1);
     }
-    // Hands the ticket to consumers and reducer. The unit's first stage is the next stage.
+    // Hands the ticket to consumers and reducers. The unit's first stage is the next stage.
     __device__ void announce() {
         const unsigned place = units % PENDING;
         wait(&shared.sums_empty[place], units / PENDING + 1);    // nobody needs the ticket in this place,
@@ -577,8 +577,8 @@ struct Producer : Role {
     }
     __device__ void run() {
         forward(*this);
-        // Consumers and reducer look for their next unit: one more ticket, past the end, ends the search.
-        announce();
+        // Consumers and reducers look for their next unit: one more ticket each, past the end, ends the search.
+        for (int i = 0; i < REDUCERS; ++i) announce();
         if (lane < 2) mbarrier_arrive(&shared.full[filled % STAGES][lane]);
     }
 };
@@ -938,14 +938,14 @@ template <int MOST> struct Consumer : Role {    // for up to MOST sequences
             // Every loaded key and value has a part in these two numbers.
             give_back(__float_as_uint(attention.out[0][0] + attention.out[HEAD_DIM / 16 - 1][0]));
         }
-        // `heads` has room for one unit: the reducer must be done with the unit before.
+        // `heads` has room for one unit: the reducers must be done with the unit before.
         wait(&shared.sums_empty[(units - 2) % PENDING], (units - 2) / PENDING);
         attention.leave(my_sums(), shared.heads[warp]);
         finish_unit();
     }
 };
 
-// ---- The reducer --------------------------------------------------------------------------------
+// ---- The reducers -------------------------------------------------------------------------------
 // Lane 4s + t has two sums of sequence s: of segment t of piece 0 and of the partner, segment t of piece
 // 1. Where a row has several parts, the lanes of all parts get the row's sum, and the lane of part 0
 // writes. A lane beyond the sequences does the same as a lane of the last sequence, and writes nothing.
@@ -963,7 +963,7 @@ struct Reducer : Role {
     __device__ void finish_unit() {
         __syncwarp();    // all lanes have read the sums, and have used the numbers
         if (lane == 0) mbarrier_arrive(&shared.sums_empty[units % PENDING]);
-        ++units;
+        units += REDUCERS;
     }
     // Over the consumers, then over the row's parts.
     template <int SHIFT> __device__ Pair sum(int tile) const {
@@ -1117,7 +1117,7 @@ struct Reducer : Role {
     }
     // Of a unit of attention: adds up the outputs of the consumers, who had different keys. A lane has 8
     // numbers of a head. If the unit has all keys of the sequence, the output is final; else it is a
-    // partial, for the mergers.
+    // partial, for the merger.
     __device__ void attention(int layer) {
         const Vectors v(step, layer);
         enter(shared.attention_units);
@@ -1150,7 +1150,7 @@ struct Reducer : Role {
 //     [TICKET_WORDS: the set of this step, 0 or 1; the number of thread blocks that have begun this step]
 //     set 0, set 1: [TICKET_WORDS: the counter of tickets; the number of words that a step has used], Vectors
 // At first all words are 0, and all ranks run the same steps, so the ranks agree on the set. In step n
-// the mergers clear the other set, the set of step n - 1 and of step n + 1. No word gets lost:
+// the merger clears the other set, the set of step n - 1 and of step n + 1. No word gets lost:
 //   - All words of step n - 1 have come. For each product a thread block of this rank has drawn a unit,
 //     and the consumers of this thread block have read the whole x of the product.
 //   - No word of step n + 1 can come yet. Before step n + 1 another rank runs all_gather of step n, which
@@ -1175,7 +1175,7 @@ __device__ inline void clear_words(int* set, int thread, int threads) {
     if (thread == 0) set[0] = 0;
 }
 
-// ---- The mergers --------------------------------------------------------------------------------
+// ---- The merger ---------------------------------------------------------------------------------
 // One warp merges the splits of one head of one sequence: 8 * width numbers of the output, number
 // `slice` of such slices. width lanes have a split, 8 numbers each, so the lanes have 32 / width splits
 // at a time, four times at most.   row: sequence * H + head.
@@ -1206,11 +1206,11 @@ __device__ void merge(
 // x = embed[token] of layer 0 (with several ranks: a sum, embed[token] + -0 + ...); then, layer by
 // layer, the heads of all sequences with several splits; at last, the words of the step before.
 // For a sequence that only pads the batch, merge() of 0 splits publishes an attention of 0.
-__device__ void merge_all(Shared& shared, const Step& step, int merger, int lane) {
+__device__ void merge_all(Shared& shared, const Step& step, int lane) {
     constexpr int EIGHTS = HIDDEN / 8;    // of an embedding
-    const int worker = merger * gridDim.x + blockIdx.x;
-    const int workers = MERGERS * gridDim.x;
-    for (int i = 32 * worker + lane; i < step.sequences * EIGHTS; i += 32 * workers) {
+    const int thread = 32 * blockIdx.x + lane;
+    const int threads = 32 * gridDim.x;
+    for (int i = thread; i < step.sequences * EIGHTS; i += threads) {
         const int id = step.token_ids[i / EIGHTS];
         const int token = id < 0 ? step.sampled[~id] : id;
         if (id < 0 && i % EIGHTS == 0) step.token_ids[i / EIGHTS] = token;    // no hazard: see gather_rows
@@ -1220,16 +1220,16 @@ __device__ void merge_all(Shared& shared, const Step& step, int merger, int lane
         for (int rank = 1; rank < RANKS; ++rank) publish(x + rank * step.sequences * HIDDEN, Words{});
     }
     __syncwarp();
-    // With this width there are about as many items as mergers.
-    const int width = step.sequences > 4 ? 8 : 4;
+    // As wide as the number of splits allows, lest there be more items than mergers.
+    const int width = min(step.sequences > 3 ? 16 : step.sequences > 1 ? 8 : 4, HEAD_DIM / 8);
     const int slices = HEAD_DIM / 8 / width;
     for (int layer = 0; layer < step.layers; ++layer)
-        for (int item = worker; item < step.sequences * NUM_HEADS * slices; item += workers) {
+        for (int item = blockIdx.x; item < step.sequences * NUM_HEADS * slices; item += gridDim.x) {
             const int row = item / slices;
             const int splits = splits_of(shared.keys[row / NUM_HEADS], step.splits).count;
             if (splits != 1) merge(step, splits, row, item % slices, width, Vectors(step, layer), lane);
         }
-    if constexpr (RANKS > 1) clear_words(step.old_set, 32 * worker + lane, 32 * workers);
+    if constexpr (RANKS > 1) clear_words(step.old_set, thread, threads);
 }
 
 // ---- The kernel ---------------------------------------------------------------------------------
@@ -1289,8 +1289,9 @@ extern "C" __global__ __launch_bounds__(DECODE_THREADS, 1) void decode(
             else forward(Consumer<SEQUENCES>{{shared, step, lane}, warp});
         } else {
             set_registers<OTHER_REGISTERS>();
-            if (warp < CONSUMERS + MERGERS) merge_all(shared, step, warp - CONSUMERS, lane);
-            else if (warp == CONSUMERS + MERGERS) forward(Reducer{{shared, step, lane}});
+            const int other = warp - CONSUMERS;
+            if (other < REDUCERS) forward(Reducer{{shared, step, lane, -1, unsigned(other)}});
+            else if (other == REDUCERS) merge_all(shared, step, lane);
             else Producer{{shared, step, lane}}.run();
         }
     }
