@@ -51,6 +51,9 @@
 //     columns of a segment    0 .. 63    64 .. 127    ...    448 .. 511    512 .. 575    ...
 //     consumer                   0           1        ...        7             0         ...
 //
+// A wide h of more than four sequences does not fit into registers. Then the product down becomes two
+// products, over the left and over the right half of the columns: see forward.
+//
 //     weights, KV cache              words, in global memory, of all thread blocks <-------------+
 //            |                          |                        |                   |           |
 //            | copies                   | x, or queries          | attention of      | merged    |
@@ -141,12 +144,12 @@ __device__ constexpr int shift_of(int columns) {
     return shift;
 }
 
-enum Product { QKV_PRODUCT, O_PRODUCT, GATE_UP_PRODUCT, DOWN_PRODUCT, HEAD_PRODUCT };
+enum Product { QKV_PRODUCT, O_PRODUCT, GATE_UP_PRODUCT, DOWN_PRODUCT, HEAD_PRODUCT, HALF_DOWN_PRODUCT };
 
 // apart: rows from a row to the partner; 0: the partners follow right behind piece 0.
 // normed: whether x goes through a norm. Such an x is the sum over the ranks.
 struct Matrix { int rows, columns, apart; bool normed; };
-constexpr Matrix MATRICES[] = {    // in the order of Product
+constexpr Matrix MATRICES[] = {    // in the order of Product, without half_down
     {QKV, HIDDEN, HEAD_DIM / 2, true},
     {HIDDEN, HEADS, 0, false},
     {2 * FFN, HIDDEN, FFN, true},
@@ -155,16 +158,19 @@ constexpr Matrix MATRICES[] = {    // in the order of Product
 };
 
 template <Product P> struct Shape {
-    static constexpr int COLUMNS = MATRICES[P].columns;
+    static constexpr Product WHOLE = P == HALF_DOWN_PRODUCT ? DOWN_PRODUCT : P;
+    static constexpr int NUMBER = P == HEAD_PRODUCT ? 0 : WHOLE;    // of the matrix in its layer
+    static constexpr Matrix MATRIX = MATRICES[WHOLE];
+    static constexpr int COLUMNS = WHOLE == P ? MATRIX.columns : MATRIX.columns / 2;
     static constexpr int SHIFT = shift_of(COLUMNS);
     static constexpr int SEGMENT = COLUMNS >> SHIFT;
     // Tiles of a piece, so that a piece has some 16 KB. (2 only where SHIFT is 0: tile 1 is 4 rows later.)
     static constexpr int TILES = FP8_WEIGHTS && SEGMENT <= 2048 ? 2 : 1;
     static constexpr int PIECE_BYTES = TILES * SEGMENTS * SEGMENT * WEIGHT_BYTES;
     static constexpr int HALF = TILES * SEGMENTS >> SHIFT;    // rows of a piece
-    static constexpr int APART = MATRICES[P].apart ? MATRICES[P].apart : HALF;
-    static constexpr int UNITS = MATRICES[P].rows / (2 * HALF);
-    static constexpr bool NORMED = MATRICES[P].normed;
+    static constexpr int APART = MATRIX.apart ? MATRIX.apart : HALF;
+    static constexpr int UNITS = MATRIX.rows / (2 * HALF);
+    static constexpr bool NORMED = MATRIX.normed;
     // Words in a lane of a consumer: of x, as long as a segment; of the segment itself.
     static constexpr int N = SEGMENT / 32 / CONSUMERS;
     static constexpr int W = N * WEIGHT_BYTES / 2;
@@ -240,16 +246,21 @@ constexpr bool FITS =
     STAGE_KEYS <= 32 * BLOCK_SIZE &&               // each page of a stage has a lane of the producer
     4 * NUM_LAYERS < DECODE_THREADS &&             // a thread for each matrix copies the address
     sizeof(Shared) <= decode_shared_bytes;         // if only with LEAST_STAGES
-// Consumers hold h of all sequences in registers, so a wider h leaves room for fewer sequences. So does
-// a wide x, while consumers add up the words of several ranks.
-constexpr bool IS_NARROW = FFN <= 8192 && (RANKS == 1 || HIDDEN <= 4096);
-constexpr int SEQUENCES = IS_NARROW ? MOST_SEQUENCES : MOST_SEQUENCES / 2;
+// Consumers hold h of all sequences in registers, so a wider h leaves room for fewer sequences, or for half
+// of h. (FITS: a wide FFN is a multiple of 2,048. So the consumers can share half an h, too.) With several
+// ranks, h stays whole, and a wide x leaves room for fewer sequences, while consumers add up the words.
+constexpr int FEW_SEQUENCES = MOST_SEQUENCES / 2;
+constexpr bool IS_NARROW = FFN <= 8192 && HIDDEN <= 4096;
+constexpr int SEQUENCES = RANKS == 1 || IS_NARROW ? MOST_SEQUENCES : FEW_SEQUENCES;
+constexpr bool SPLITS_DOWN = RANKS == 1 && FFN > 8192;    // for more than FEW_SEQUENCES
 EXPORT(DECODE_BATCH, FITS ? SEQUENCES : 0);        // the most sequences; 0: the kernel is empty
 
 // ---- The arguments, and the words between thread blocks -----------------------------------------
 constexpr int PARTIAL = HEAD_DIM / 2 + 4;    // words: a head's output of one split, and 4 times the logsumexp
 EXPORT(DECODE_TICKET_WORDS, 4);              // the counter, and a gap: Vectors must be 16-byte aligned
-EXPORT(DECODE_VECTOR_WORDS, (2 * RANKS * HIDDEN + QKV + HEADS + FFN) / 2);    // of a sequence and layer
+constexpr int Z = SPLITS_DOWN ? HIDDEN : 0;  // columns of z
+// Of a sequence and layer:
+EXPORT(DECODE_VECTOR_WORDS, (2 * RANKS * HIDDEN + QKV + HEADS + Z + FFN) / 2);
 EXPORT(DECODE_PARTIAL_WORDS, NUM_HEADS * PARTIAL);    // of a sequence, layer and split
 EXPORT(DECODE_SPLITS, 32);                   // of all contexts together, at most; merge() takes 32 of one
 // Of several ranks: see set_of.
@@ -290,6 +301,7 @@ struct Vectors {    // what thread blocks hand to each other in a layer
     bf16* qkv;            // [S, (H + 2K) h]
     bf16* attention;      // [S, H h]
     bf16* y;              // [ranks, S, D], the residual after attention
+    bf16* z;              // [S, D], if SPLITS_DOWN: y and a half of the product down
     bf16* h;              // [S, F]
     unsigned* partial;    // [S, H, splits, PARTIAL]
     __device__ Vectors(const Step& step, int layer) {
@@ -298,7 +310,8 @@ struct Vectors {    // what thread blocks hand to each other in a layer
         qkv = x + RANKS * S * HIDDEN;
         attention = qkv + S * QKV;
         y = attention + S * HEADS;
-        h = y + RANKS * S * HIDDEN;
+        z = y + RANKS * S * HIDDEN;
+        h = z + S * Z;
         partial = reinterpret_cast<unsigned*>(h + S * FFN);
     }
 };
@@ -416,6 +429,7 @@ struct Role {
         begin = end;
         end += count;
     }
+    __device__ bool splits_down() const { return step.sequences > FEW_SEQUENCES; }
 };
 
 template <class AnyRole> __device__ void forward(AnyRole&& role) {
@@ -428,6 +442,12 @@ template <class AnyRole> __device__ void forward(AnyRole&& role) {
         role.template product<O_PRODUCT>(layer);
         // next x = y + (silu(norm(y) @ gate) * (norm(y) @ up)) @ down
         role.template product<GATE_UP_PRODUCT>(layer);
+        if constexpr (SPLITS_DOWN) {
+            if (role.splits_down()) {    // z = y + left half of h @ left half of down, next x = z + right ...
+                for (int side = 0; side < 2; ++side) role.template product<HALF_DOWN_PRODUCT>(layer, side);
+                continue;
+            }
+        }
         role.template product<DOWN_PRODUCT>(layer);
     }
     role.template product<HEAD_PRODUCT>(layers);    // logits = norm(x) @ head
@@ -522,21 +542,25 @@ struct Producer : Role {
         }
         ++issued;
     }
-    template <Product P> __device__ void product(int layer) {
+    template <Product P> __device__ void product(int layer, int side = 0) {
         using Shape = Shape<P>;
-        constexpr int BYTES = Shape::PIECE_BYTES;
-        constexpr int ROW_BYTES = Shape::COLUMNS * WEIGHT_BYTES;
+        constexpr int COPIES = Shape::WHOLE == P ? 1 : Shape::HALF;    // halves of rows do not lie together
+        constexpr int BYTES = Shape::PIECE_BYTES / COPIES;
+        constexpr int ROW_BYTES = Shape::MATRIX.columns * WEIGHT_BYTES;
         enter(Shape::UNITS);
-        const char* matrix = shared.weights[4 * layer + (P == HEAD_PRODUCT ? 0 : P)];
+        const char* matrix = shared.weights[4 * layer + Shape::NUMBER];
+        matrix += side * Shape::COLUMNS * WEIGHT_BYTES;
         for (; ticket < end; next()) {
             const char* rows = matrix + (size_t)Shape::row(ticket - begin) * ROW_BYTES;
             announce();
             for (int piece = 0; piece < 2; ++piece) {
                 u64* full = &shared.full[filled % STAGES][piece];
+                char* target = shared.ring[filled % STAGES][piece];
                 wait_for_room();
                 if (lane == 0) {
-                    mbarrier_expect(full, BYTES);
-                    bulk_copy(shared.ring[filled % STAGES][piece], rows, BYTES, full);
+                    mbarrier_expect(full, Shape::PIECE_BYTES);
+                    for (int i = 0; i < COPIES; ++i)
+                        bulk_copy(target + i * BYTES, rows + i * ROW_BYTES, BYTES, full);
                 }
                 rows += (size_t)Shape::APART * ROW_BYTES;
             }
@@ -710,6 +734,8 @@ template <int MOST> struct Consumer : Role {    // for up to MOST sequences
     int t = lane % 4;
     int r = g % 2 * 4 + g / 2;    // of eight rows of x, the row that is row g of A: see read_input
     template <Product P> static constexpr int ROW_TILES = ((MOST << Shape<P>::SHIFT) + 7) / 8;    // of 8 rows
+    // As in Role, but a constant: no code for a whole h of more sequences, which would need more registers.
+    __device__ static constexpr bool splits_down() { return MOST > FEW_SEQUENCES; }
 
     __device__ void wait_for_stage() {
         for (u64& full : shared.full[stage]) wait(&full, round);
@@ -772,15 +798,17 @@ template <int MOST> struct Consumer : Role {    // for up to MOST sequences
     __device__ int columns_of(int i) const {    // of x[i], behind column(i)
         return FP8_WEIGHTS ? 16 * t + 8 * (i % 2) : 32 * (i % 2) + 8 * t;
     }
-    template <Product P, int M> __device__ void read_input(int layer, Words (&x)[M]) {
+    template <Product P, int M> __device__ void read_input(int layer, int side, Words (&x)[M]) {
         using Shape = Shape<P>;
         const Vectors v(step, layer);
         const bf16* const inputs[] = {v.x, v.attention, v.y, v.h, v.x};
-        const bf16* in = inputs[P];
+        const bf16* in = inputs[Shape::WHOLE] + side * Shape::COLUMNS;
+        constexpr int OTHERS = Shape::MATRIX.columns - Shape::COLUMNS;    // columns of the other half
         const auto row = [&](int i) { return 8 * (i / Shape::N) + 4 * (i % 2) + lane / 8; };
         const auto wanted = [&](int i) { return row(i) < step.sequences << Shape::SHIFT; };
         const auto address = [&](int i) {
-            return in + row(i) * Shape::SEGMENT + column<P>(i) + columns_to_read();
+            const bf16* part = in + row(i) * Shape::SEGMENT + (row(i) >> Shape::SHIFT) * OTHERS;
+            return part + column<P>(i) + columns_to_read();
         };
         if constexpr (RANKS > 1 && Shape::NORMED) take_sums(x, step, wanted, address, this->patience());
         else take(x, wanted, address);
@@ -879,13 +907,13 @@ template <int MOST> struct Consumer : Role {    // for up to MOST sequences
             }
         finish_unit();
     }
-    template <Product P> __device__ void product(int layer) {
+    template <Product P> __device__ void product(int layer, int side = 0) {
         enter(Shape<P>::UNITS);
         if (ticket >= end) return;
         Words w[Shape<P>::TILES * Shape<P>::W];
         Words x[ROW_TILES<P> * Shape<P>::N];
         load_weights<P>(w);    // the first unit's weights need not wait for x
-        read_input<P>(layer, x);
+        read_input<P>(layer, side, x);
         if constexpr (Shape<P>::NORMED) sum_squares<P>(x);
         if constexpr (P == HEAD_PRODUCT) apply_last_norm(x);
         order_for_mma(x);
@@ -991,9 +1019,9 @@ struct Reducer : Role {
         Pair bias = {0, 0};
         Pair scale;
     };
-    template <Product P> __device__ void product(int layer) {
+    template <Product P> __device__ void product(int layer, int side = 0) {
         using Shape = Shape<P>;
-        constexpr bool ADDS = P == O_PRODUCT || P == DOWN_PRODUCT;    // to a residual
+        constexpr bool ADDS = P == O_PRODUCT || Shape::WHOLE == DOWN_PRODUCT;    // to a residual
         enter(Shape::UNITS);
         if (ticket >= end) return;
         const Vectors v(step, layer);
@@ -1001,10 +1029,10 @@ struct Reducer : Role {
         bf16* const outputs[] = {v.qkv + s * QKV, v.y + partial * HIDDEN, v.h + s * FFN,
                                  Vectors(step, layer + 1).x + partial * HIDDEN,
                                  step.logits + (size_t)s * (VOCAB / RANKS)};
-        bf16* out = outputs[P];
+        bf16* out = P == HALF_DOWN_PRODUCT && side == 0 ? v.z + s * HIDDEN : outputs[Shape::WHOLE];
         // Rank 0 adds the residual to its partial sum, so the sum over the ranks has the residual once.
         const bool adds = ADDS && (RANKS == 1 || step.rank == 0);
-        const bf16* residual = (P == O_PRODUCT ? v.x : v.y) + s * HIDDEN;
+        const bf16* residual = (P == O_PRODUCT ? v.x : side == 1 ? v.z : v.y) + s * HIDDEN;
         const float* angles = step.cos_sin + (size_t)step.positions[s] * HEAD_DIM;
         // A word is two neighbouring rows, but a lane has row r of the unit and the partner. So two lanes
         // swap: the lane of an even r gets rows r and r + 1, the lane of an odd r gets the partners of
@@ -1018,7 +1046,7 @@ struct Reducer : Role {
         float norm = 0;
         const float* scales = nullptr;
         if constexpr (FP8_WEIGHTS)
-            scales = reinterpret_cast<const float*>(step.scales[4 * layer + (P == HEAD_PRODUCT ? 0 : P)]);
+            scales = reinterpret_cast<const float*>(step.scales[4 * layer + Shape::NUMBER]);
         for (; ticket < end; next()) {
             const int first = Shape::row(ticket - begin);
             Loaded loaded[Shape::TILES];    // before the sums are there
@@ -1068,7 +1096,8 @@ struct Reducer : Role {
         return *reinterpret_cast<const volatile unsigned*>(p + rank * step.sequences * HIDDEN);
     }
     __device__ Pair with_residual(Pair x, unsigned (&old)[RANKS], const bf16* old_word) {
-        // The residual has been published, since x depends on it, but may still be on its way.
+        // The residual may still be on its way. (z comes from a unit of a smaller ticket. x and y have been
+        // published, since the sum depends on them.)
         auto wait = this->patience();
         for (int rank = 0; rank < RANKS; ++rank)
             while (old[rank] == 0 && !wait.has_stopped) {
@@ -1285,7 +1314,7 @@ extern "C" __global__ __launch_bounds__(DECODE_THREADS, 1) void decode(
         if (warp < CONSUMERS) {
             set_registers<CONSUMER_REGISTERS>();
             if (sequences <= 2) forward(Consumer<2>{{shared, step, lane}, warp});
-            else if (sequences <= 4) forward(Consumer<4>{{shared, step, lane}, warp});
+            else if (sequences <= FEW_SEQUENCES) forward(Consumer<FEW_SEQUENCES>{{shared, step, lane}, warp});
             else forward(Consumer<SEQUENCES>{{shared, step, lane}, warp});
         } else {
             set_registers<OTHER_REGISTERS>();
