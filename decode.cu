@@ -239,6 +239,7 @@ constexpr bool FITS =
     is_dealt_out(HIDDEN) && is_dealt_out(HEADS) && is_dealt_out(FFN) &&
     Shape<GATE_UP_PRODUCT>::SHIFT < 2 &&           // two gate rows in a unit make one word of h
     VOCAB % (2 * SEGMENTS * Shape<HEAD_PRODUCT>::TILES * RANKS) == 0 &&    // whole units
+    HEADS <= 8192 &&                               // as FFN below, but a wider attention is rare
     LONGEST_SEGMENT <= 4096 &&                     // x must find room in the registers of the consumers
     !QK_NORM && !O_BIAS &&                         // no thread block has a whole head; o's bias is rare
     (HEAD_DIM == 64 || HEAD_DIM == 128) &&         // whole 64 numbers a head, see Attention and merge()
@@ -496,10 +497,11 @@ struct Output {    // of attention over some keys: 8 of a head's numbers, l time
         m = highest;
     }
     // The attention itself. A sequence that only pads the batch has no keys: l is 0, and so are the words.
+    // (A key of NaN makes l NaN, and the words.)
     __device__ Words words() const {
         Words words;
         for (int i = 0; i < 4; ++i)
-            words.w[i] = l > 0 ? pack_bf16x2(numbers.v[2 * i] / l, numbers.v[2 * i + 1] / l) : 0;
+            words.w[i] = l == 0 ? 0 : pack_bf16x2(numbers.v[2 * i] / l, numbers.v[2 * i + 1] / l);
         return words;
     }
 };
@@ -660,9 +662,9 @@ struct Attention {
     }
     // Scores become probabilities 2^(s - m), with m of all tiles so far, and l and out are scaled to the
     // new m. Hazard: before the first tile m is -inf, and -inf - -inf would be NaN. But `highest` is
-    // always a number: start < count, so the four lanes of head g have at least the score of key
-    // `start`. (A row g >= G has a query of -0 and scores of 0.) A consumer without a tile in the split
-    // never comes here, and leaves m = -inf to Output::add.
+    // a number: start < count, so the four lanes of head g have at least the score of key `start`. (A row
+    // g >= G has a query of -0 and scores of 0. Scores of NaN alone leave -inf, and NaN is right then.) A
+    // consumer without a tile in the split never comes here, and leaves m = -inf to Output::add.
     __device__ void rescale(float (&s)[2][4]) {
         float highest = m;
         for (int n = 0; n < 2; ++n)
@@ -879,7 +881,7 @@ template <int MOST> struct Consumer : Role {    // for up to MOST sequences
     __device__ void multiply(const Words (&x)[M], const Words (&w)[COUNT]) {
         constexpr int SHIFT = Shape<P>::SHIFT;
         constexpr int N = Shape<P>::N;
-        constexpr int TOGETHER = FP8_WEIGHTS ? M / N : 1;
+        constexpr int TOGETHER = FP8_WEIGHTS && M / N % 2 == 0 ? 2 : 1;
         constexpr int CHAINS = 4 / TOGETHER;    // since an mma waits for the mma before in the chain
         for (int column_tile = 0; column_tile < Shape<P>::TILES; ++column_tile)
             for (int first = 0; first < M / N; first += TOGETHER) {
@@ -1167,7 +1169,7 @@ struct Reducer : Role {
                 if (has_all_keys) target = v.attention + row * HEAD_DIM + 8 * eight;
                 publish(target, out.words());
                 const unsigned lse = __float_as_uint(out.m + log2f(out.l));
-                if (eight == 0) publish(partial + HEAD_DIM / 2, {{lse, lse, lse, lse}});
+                if (eight == 0 && !has_all_keys) publish(partial + HEAD_DIM / 2, {{lse, lse, lse, lse}});
             }
             finish_unit();
         }

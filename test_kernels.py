@@ -1398,6 +1398,12 @@ def check_decode(number):
         for want, got in zip(*results):
             error = np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)
             assert error.max() < 0.03, (DECODE_SHAPES[number], contexts, error)
+        if number == 0 and len(contexts) == 3:          # a key of NaN spoils its own sequence, and no other
+            old[0, 0, batch.block_tables[batch.cu_blocks[1]], :, 0] = NAN
+            model.kv_cache[...] = device.to_device(old)
+            spoilt = device.fetch(model.decode(model.buffer.device_batch(batch)))()
+            assert np.isnan(spoilt[1]).all()
+            assert spoilt[[0, 2]].tobytes() == logits[[0, 2]].tobytes()
     return [len(contexts) for contexts in batches]
 
 
@@ -1415,18 +1421,18 @@ def test_decode_takes_every_shape(monkeypatch):
         config, block_size = decode_config(number)
         group = config.num_attention_heads // config.num_key_value_heads
         has_room = block_size * config.head_dim < 128 * 128 or group <= 4
-        assert batch_sizes == ([1, 3, 5][:2 if config.intermediate_size > 8192 else 3] if has_room else [])
+        assert batch_sizes == ([1, 3, 5] if has_room else [])
 
 
 # decode with codes, against a twin: B, h, D, F, H, K, and whether the cache has codes, too. The comments
 # say how the matrices are cut, see decode.cu.
 FP8_SHAPES = [
     (16, 64, 1024, 5120, 8, 2, True),       # two tiles a piece; F: half rows
-    (8, 64, 512, 10240, 8, 1, True),        # F: quarters of rows
+    (8, 64, 512, 10240, 8, 1, True),        # F: quarters of rows; of more than four sequences, two products
     (32, 128, 3072, 1536, 12, 4, True),     # whole rows, one tile; h of 128
     (64, 128, 5120, 512, 4, 4, False),      # D: half rows
 ]
-CHOSEN_FP8_SHAPES = range(len(FP8_SHAPES)) if TEST_ALL or ON_GPU else [0]      # half a minute each
+CHOSEN_FP8_SHAPES = range(len(FP8_SHAPES)) if TEST_ALL or ON_GPU else [0, 1]   # half a minute each
 
 
 def random_codes(rng, rows, columns):
@@ -1526,7 +1532,7 @@ def test_decode_with_codes(monkeypatch):
     monkeypatch.setattr(simulator, "FLAGS", ["-O1" if flag == "-O3" else flag for flag in simulator.FLAGS])
     with ThreadPoolExecutor(1 if ON_GPU else os.cpu_count()) as pool:
         sizes = list(pool.map(check_fp8_decode, CHOSEN_FP8_SHAPES))
-    assert sizes == [4 if number == 1 else 8 for number in CHOSEN_FP8_SHAPES]
+    assert sizes == [8] * len(CHOSEN_FP8_SHAPES)
 
 
 @pytest.mark.parametrize("V", [1001, 5, 8])
