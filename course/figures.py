@@ -402,7 +402,7 @@ def demonstration():
     with contextlib.redirect_stderr(io.StringIO()):
         llm = tinyvllm.open_llm(tinyvllm.EngineArgs.from_namespace(args))
         params = SamplingParams(max_tokens=None)
-        outputs = [llm.add_request(tinyvllm.prompt_ids(llm, text, args), params) for text in args.prompts]
+        outputs = [llm.submit([tinyvllm.prompt_ids(llm, text, args)], params)[0] for text in args.prompts]
         with views.looking_inside(llm, args) as recorder:
             watch = views.Watch(recorder)
             watch.history.append((0, 0, 0, 0))
