@@ -685,10 +685,9 @@ class Batch:
         numbers = np.arange(size + 1, dtype=np.int32)
         padding = numbers[count:-1]
         new_tiles = np.stack([padding, np.zeros_like(padding)], 1)      # (sequence, first query row 0)
-        arrays = {name: lengthened(name, getattr(self, name), size - count) for name in (
-            "slot_mapping", "seeds", "token_ids", "positions", "context_lens", "lengths", "temperatures",
-            "top_ks", "top_ps", "min_ps", "given", "newest", "cu_entries", "mask_starts", "penalties",
-            "cu_blocks")}
+        others = "cu_seqlens", "last_tokens", "tiles", "block_tables", "entries", "masks"
+        arrays = {name: lengthened(name, getattr(self, name), size - count)
+                  for name in BATCH_ARRAYS if name not in others}
         return replace(
             self, **arrays,
             cu_seqlens=numbers,
@@ -973,8 +972,7 @@ class Model:
         attention = self.device.empty((T, H * h))
         activation = products.empty_activation(T, F)
 
-        # The embedding. A token id ~row is a placeholder for sampled[0][row] of the previous step, and is
-        # replaced by the id.
+        # The embedding. A token id ~row stands for the id sampled[0][row] of the previous step.
         kernels.gather_rows((T,), residual, w.embed, b.token_ids, self.buffer.sampled[0])
         x = products.first_input(residual)
         for layer, (k_cache, v_cache) in zip(w.layers, self.kv_cache):
@@ -1041,15 +1039,13 @@ CUBLAS_AND_CODE_BYTES = 2**28           # cuBLAS's workspace, and the kernels
 def token_bytes(config):
     """Bytes of a step's arrays for a token. Twice: CuPy's pool may still hold the previous step's."""
     c = config
-    is_plain = c.num_ranks == 1 and not c.quantization
-    copies = 1 if is_plain else 2                           # a product beside the residual
+    copies = 1 if c.num_ranks == 1 and not c.quantization else 2    # a product beside the residual
     per_token = copies * c.hidden_size + c.qkv_size + c.heads_size + 3 * c.intermediate_size
     return 2 * BYTES * per_token
 
 
 def step_bytes(config, args, max_model_len):
-    """Bytes of all step arrays beside weights and KV cache. Long steps have pages' memory, see
-    plan_pool."""
+    """Bytes of all arrays of a step. Long steps have pages' memory, see plan_pool."""
     c = config
     # The graphs share arrays, so the largest graph counts.
     tokens = args.token_budget + GRAPH_SIZES[-1]
@@ -1482,8 +1478,7 @@ class InputProcessor:
                   f"token ids below {self.config.vocab_size}")
 
     def check_length(self, text):
-        """Raises TinyVLLMError for a text longer than all prompts that fit: nobody waits for its
-        tokens."""
+        """Raises TinyVLLMError for a text too long in any case: nobody waits for its tokens."""
         longest = self.tokenizer.longest_token
         if len(text) > self.max_model_len * longest:
             raise TinyVLLMError(f"the prompt: expected {self.max_model_len} tokens or less, of {longest} "
