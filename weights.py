@@ -455,7 +455,6 @@ class DummyCheckpoint:
         self.tensors = {}
 
     def take(self, name, *shape):
-        """A tensor of this shape."""
         if name.endswith("norm.weight"):
             return self.xp.ones(shape, BFLOAT16)
         return (0.02 * self.random.standard_normal(shape, np.float32)).astype(BFLOAT16)
@@ -464,7 +463,8 @@ class DummyCheckpoint:
 def load_weights(checkpoint, config, device, rank=0, kernels=None):
     """The Weights of a checkpoint, on the device. See WeightLoader for the arguments."""
     loader = WeightLoader(checkpoint, config, device, rank, kernels)
-    D, V = config.hidden_size, config.vocab_size
+    D = config.hidden_size
+    V = config.vocab_size
     embed = loader.take("model.embed_tokens", V, D)
     layers = [loader.layer(i) for i in range(config.num_hidden_layers)]
     norm = loader.take("model.norm", D)
