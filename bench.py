@@ -88,15 +88,15 @@ def measure_card(device):
     a = checkpoint.take("", size, size)
     b = checkpoint.take("", size, size)
 
-    def fastest(start_kernel, repeats=20):
-        """Seconds of a kernel: four times the mean of `repeats` runs, and the least of the four."""
+    def fastest(start_kernel):
+        """Seconds of a kernel: four times the mean of 20 runs, and the least of the four."""
         means = []
         for _ in range(4):
             start = time.perf_counter()
-            for _ in range(repeats):
+            for _ in range(20):
                 start_kernel()
             device.fetch(out[:1])()             # waits: the copy comes behind all kernels on the device
-            means.append((time.perf_counter() - start) / repeats)
+            means.append((time.perf_counter() - start) / 20)
         return min(means)
 
     reading = fastest(lambda: kernels.stream_read((thread_blocks,), out, x, rounds))
@@ -466,7 +466,11 @@ def measure_start(engine_args, row):
     empty cache of compiled kernels. row.setup["from_file"]: the weights come from a folder."""
     with tempfile.TemporaryDirectory() as folder:
         if "from_file" in row.setup:
-            engine_args = written_model(engine_args, Path(folder))
+            if engine_args.load_format != "dummy":
+                raise TinyVLLMError("row start reads weights from files already, this row needs "
+                                    "--load-format dummy")
+            in_new_process(write_model, engine_args, Path(folder))
+            engine_args = replace(engine_args, model=folder, load_format="auto")
         for cache in "first", "second":
             environment = {"CUPY_CACHE_DIR": f"{folder}/{cache}"} if "compiling" in row.setup else {}
             seconds = time_start(engine_args, environment)
@@ -504,13 +508,15 @@ def measure_accuracy(engine_args, row):
     text = row.setup["text"]
     ids, changed = in_new_process(score_text, engine_args, text)
     _, exact = in_new_process(score_text, plain, text)
-    divergence = float(np.mean([kl_divergence(p, q) for p, q in zip(exact, changed)]))
-    same = np.mean([max(p, key=p.get) == max(q, key=q.get) for p, q in zip(exact, changed)])
-    perplexity = [float(np.exp(-np.mean([p[i] for i, p in zip(ids, scores)]))) for scores in (exact, changed)]
-    return {"value": divergence, "unit": "nats", "same_best_token": float(same),
-            "perplexity": perplexity[1], "perplexity_bf16": perplexity[0], "num_tokens": len(ids),
-            "note": f"perplexity {perplexity[1]:,.3f}, bfloat16 {perplexity[0]:,.3f}; the most probable "
-                    f"token is the same at {same:.2%} of {len(ids):,} places"}
+    places = list(zip(ids, exact, changed))
+    divergence = float(np.mean([kl_divergence(p, q) for _, p, q in places]))
+    same = float(np.mean([max(p, key=p.get) == max(q, key=q.get) for _, p, q in places]))
+    before = float(np.exp(-np.mean([p[i] for i, p, _ in places])))
+    after = float(np.exp(-np.mean([q[i] for i, _, q in places])))
+    note = (f"perplexity {after:,.3f}, bfloat16 {before:,.3f}; the most probable token is the same at "
+            f"{same:.2%} of {len(ids):,} places")
+    return {"value": divergence, "unit": "nats", "same_best_token": same, "perplexity": after,
+            "perplexity_bf16": before, "num_tokens": len(ids), "note": note}
 
 
 def score_text(engine_args, text):
@@ -555,14 +561,6 @@ def in_new_process(function, *arguments):
     """function(*arguments), computed by a new process: as it ends, the card's memory is free again."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         return process.submit(function, *arguments).result()
-
-
-def written_model(engine_args, folder):
-    """Writes the model of --load-format dummy into a folder; returns options that load the folder."""
-    if engine_args.load_format != "dummy":
-        raise TinyVLLMError("row start reads weights from files already, this row needs --load-format dummy")
-    in_new_process(write_model, engine_args, folder)
-    return replace(engine_args, model=str(folder), load_format="auto")
 
 
 def write_model(engine_args, folder):
@@ -679,17 +677,6 @@ def measure_warm(llm, row, card):
         return row.measure(llm, row, card)
 
 
-def figures_or_error(measure, *arguments):
-    """The figures that measure(*arguments) returns; {"error": reason} if the row cannot be measured, or
-    failed a check."""
-    try:
-        return measure(*arguments)
-    except TinyVLLMError as error:
-        return {"error": f"not measured: {error}"}
-    except load.LoadError as error:
-        return {"error": f"FAILED: {error}"}
-
-
 def print_head(card, model, config):
     """The lines above the table."""
     line = card["name"]
@@ -789,12 +776,17 @@ def main(argv=None):
 
 
 def measure_rows(rows, engine_args, card, sizes):
-    """Measures and prints rows; returns {name: figures}. Rows with processes of their own come first, while
-    no LLM holds the card's memory."""
+    """Measures and prints rows; returns {name: figures, or {"error": reason}}. Rows with processes of their
+    own come first, while no LLM holds the card's memory."""
     results = {}
 
     def measure(name, function, *arguments):
-        results[name] = figures_or_error(function, *arguments)
+        try:
+            results[name] = function(*arguments)
+        except TinyVLLMError as error:
+            results[name] = {"error": f"not measured: {error}"}
+        except load.LoadError as error:
+            results[name] = {"error": f"FAILED: {error}"}
         print_row(name, rows[name], results[name])
 
     for name, row in rows.items():

@@ -167,21 +167,29 @@ class Channel:
             end.close()
 
 
+def start_process(command, inherited=(), **options):
+    """Returns (a new process, a socket to the process). The command's last words are the numbers of the
+    process's own socket and of the inherited files. A session of its own: a terminal's Ctrl-C reaches the
+    caller alone. options: of Popen."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        numbers = theirs.fileno(), *inherited
+        process = subprocess.Popen([*command, *map(str, numbers)], pass_fds=numbers, start_new_session=True,
+                                   **options)
+    return process, ours
+
+
 def start_ranks(size, command):
-    """Starts the ranks 1 to size - 1. Returns rank 0's Communicator. command: of a process that calls
-    follow(). Each rank gets a session of its own, so that Ctrl-C in a terminal reaches rank 0 alone."""
+    """Starts the ranks 1 to size - 1, by a command that calls follow(). Returns rank 0's Communicator."""
     if size == 1:
         return OneRank()
     sockets = []
     processes = []
     memory = os.memfd_create("tinyvllm")
     for rank in range(1, size):
-        ours, theirs = socket.socketpair()
-        numbers = rank, size, theirs.fileno(), memory
-        processes.append(subprocess.Popen(
-            [*command, *map(str, numbers)], pass_fds=numbers[2:], start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL))
-        theirs.close()
+        process, ours = start_process([*command, str(rank), str(size)], [memory], stdin=subprocess.DEVNULL,
+                                      stdout=subprocess.DEVNULL)
+        processes.append(process)
         sockets.append(ours)
     return Communicator(0, size, Channel(sockets, processes), memory)
 

@@ -477,6 +477,18 @@ def rope_table(length, h):
     return np.concatenate([np.cos(angles), np.sin(angles)], -1).astype(np.float32)
 
 
+def rope_and_cache_twin(model, rows, positions, table, norm=None):
+    """(q, turned and times 0.3; k, turned; v), [T, heads, h] each. rows [T, (H + 2K) h]: the product with
+    the norm's factor and the bias. norm [2h]: the weights of the norms of q's and k's heads."""
+    H, K, h, _ = attention_sizes(model)
+    q, k, v = np.split(rows.reshape(len(rows), H + 2 * K, h), [H, H + K], 1)
+    if norm is not None:
+        q = rms_norm_twin(q, norm[:h])
+        k = rms_norm_twin(k, norm[h:])
+    cos, sin = np.split(np.float64(table[positions])[:, None], 2, -1)
+    return 0.3 * rope_twin(q, cos, sin), rope_twin(k, cos, sin), v
+
+
 @every_model
 @pytest.mark.parametrize("T", [1, 19])
 def test_rope_and_cache(model, T):
@@ -490,15 +502,14 @@ def test_rope_and_cache(model, T):
     if T > 1:
         slots[5] = -1                       # padding
     caches = poison(2, 8, K, B, h)
-    cos, sin = np.split(np.float64(table[positions])[:, None], 2, -1)
-    q, k, v = np.split(qkv.reshape(T, H + 2 * K, h) * inverse_rms_twin(x)[..., None], [H, H + K], 1)
+    q, k, v = rope_and_cache_twin(model, qkv * inverse_rms_twin(x), positions, table)
     launch(model, "rope_and_cache", (T,),
            qkv, x, table, positions, slots, caches[0], caches[1], np.float32(0.3), None, None, None)
     used = slots >= 0
-    close(qkv.reshape(T, H + 2 * K, h)[used, :H], 0.3 * rope_twin(q, cos, sin)[used])
+    close(qkv.reshape(T, H + 2 * K, h)[used, :H], q[used])
     pages = slots[used] // B
     offsets = slots[used] % B
-    close(caches[0][pages, :, offsets], rope_twin(k, cos, sin)[used])
+    close(caches[0][pages, :, offsets], k[used])
     close(caches[1][pages, :, offsets], v[used])
     caches[:, pages, :, offsets] = NAN
     assert np.isnan(np.float32(caches)).all(), "written outside of the slots"
@@ -532,16 +543,12 @@ def test_rope_and_cache_with_bias_and_head_norm(model):
         factor = np.float64(scales) * model["HIDDEN"] ** 0.5 / 448
         x[...] = NAN
     rows = qkv * factor + (0 if bias is None else np.float64(bias))
-    q, k, v = np.split(rows.reshape(T, H + 2 * K, h), [H, H + K], 1)
-    if weight is not None:
-        q = rms_norm_twin(q, weight[:h])
-        k = rms_norm_twin(k, weight[h:])
+    q, k, v = rope_and_cache_twin(model, rows, positions, table, weight)
     launch(model, "rope_and_cache", (T,),
            qkv, x, table, positions, slots, caches[0], caches[1], np.float32(0.3), bias, weight, scales)
     used = slots >= 0
-    cos, sin = np.split(np.float64(table[positions])[:, None], 2, -1)
-    close(qkv.reshape(T, H + 2 * K, h)[used, :H], 0.3 * rope_twin(q, cos, sin)[used])
-    close(caches[0][0, :, slots[used]], rope_twin(k, cos, sin)[used])
+    close(qkv.reshape(T, H + 2 * K, h)[used, :H], q[used])
+    close(caches[0][0, :, slots[used]], k[used])
     close(caches[1][0, :, slots[used]], v[used])
 
 
@@ -561,18 +568,14 @@ def test_rope_and_cache_writes_codes(model):
     slots = rng.permutation(8 * B)[:T].astype(np.int64)
     slots[5] = -1
     caches = poisoned_cache(model, 2, 8, K, B, h)
-    q, k, v = np.split(qkv.reshape(T, H + 2 * K, h) * inverse_rms_twin(x)[..., None], [H, H + K], 1)
-    if weight is not None:
-        q = rms_norm_twin(q, weight[:h])
-        k = rms_norm_twin(k, weight[h:])
+    q, k, v = rope_and_cache_twin(model, qkv * inverse_rms_twin(x), positions, table, weight)
     launch(model, "rope_and_cache", (T,),
            qkv, x, table, positions, slots, caches[0], caches[1], np.float32(0.3), None, weight, None)
     used = slots >= 0
-    cos, sin = np.split(np.float64(table[positions])[:, None], 2, -1)
-    close(qkv.reshape(T, H + 2 * K, h)[used, :H], 0.3 * rope_twin(q, cos, sin)[used])
+    close(qkv.reshape(T, H + 2 * K, h)[used, :H], q[used])
     pages = slots[used] // B
     offsets = slots[used] % B
-    for which, want in enumerate((rope_twin(k, cos, sin)[used], v[used])):
+    for which, want in enumerate((k[used], v[used])):
         got = caches[which, pages, :, offsets]
         # The kernel's rounding to float32 may take a number over a border of two codes.
         slack = 1e-5 * abs(want) + 1e-6

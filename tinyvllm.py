@@ -50,7 +50,6 @@ import threading
 import time
 from array import array as int_array
 from collections import Counter, OrderedDict, deque, namedtuple
-from copy import copy
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -445,9 +444,8 @@ class Scheduler:
     def is_worth_waiting(self, sequence, prefills):
         """Whether one of these prompts will fill pages with at least half of the tokens that the
         sequence still needs: once they are filled, the sequence can share them."""
-        if not self.allocator.prefix_caching or self.static_batching:   # a static batch is admitted whole
-            return False
-        if sequence.num_unscored:           # see admit
+        # A static batch is admitted whole. Unscored tokens: see admit.
+        if not self.allocator.prefix_caching or self.static_batching or sequence.num_unscored:
             return False
         size = self.allocator.block_size
         tokens = sequence.token_ids
@@ -540,9 +538,8 @@ class Scheduler:
 # H100 or a newer card, the graphs of up to eight sequences (four of a wide model) hold a single kernel
 # for the whole step, decode.cu (decode()): the only second path of this engine, tested against forward().
 #
-# Model() compiles all kernels, for the sizes of one model, before the first request. A graph is
-# recorded at the first batch of its size. A new kernel needs no table here: kernels.cu says how to
-# declare a kernel, and forward() calls kernels.NAME(grid, ...).
+# All kernels are compiled for the sizes of one model, before the first request. A graph is recorded
+# at the first batch of its size.
 # ==================================================================================================
 GRAPH_SIZES = (1, 2, 4, 6, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256)
 MAX_SPLITS = 32                         # thread blocks for one context; merging reads all results
@@ -634,9 +631,28 @@ class Batch:
                     scored.append((sequence, sequence.num_computed_tokens + i + 1))
                     scored_tokens.append(start + i)
         last_tokens = np.concatenate([cu_seqlens[chosen + 1] - 1, np.array(scored_tokens, np.int32)])
+        changes, entries, masks = Batch.build_changes(sampled, last_tokens, num_blocks)
+        params = [s.params for s in sampled]
+        rows = {
+            "seeds": np.array([s.seed for s in sampled], np.uint64),
+            "lengths": lengths[chosen],
+            "temperatures": np.array([p.temperature for p in params], np.float32),
+            "top_ks": np.array([min(p.top_k, 2**31 - 1) for p in params], np.int32),
+            "top_ps": np.array([p.top_p for p in params], np.float32),
+            "min_ps": np.array([p.min_p for p in params], np.float32),
+            "given": np.full(len(sampled), -1, np.int32),
+            **changes}
+        if scored:
+            rows = {name: lengthened(name, array, len(scored)) for name, array in rows.items()}
+            rows["given"][len(sampled):] = [sequence.token_ids[position] for sequence, position in scored]
+        return rows | {"sampled": sampled, "scored": scored, "last_tokens": last_tokens, "entries": entries,
+                       "masks": masks}
 
+    @staticmethod
+    def build_changes(sampled, last_tokens, num_blocks):
+        """(the sampled sequences' fields about changed logits and masks, entries, masks)."""
         entries = []
-        num_entries = np.zeros(len(last_tokens), np.int32)
+        num_entries = np.zeros(len(sampled), np.int32)
         masks = []
         mask_lengths = np.zeros(len(sampled), np.int32)
         newest = np.full(len(sampled), -1, np.int32)
@@ -654,38 +670,12 @@ class Batch:
                 mask_lengths[row] = len(masks[-1]) // 4
         cu_entries = num_blocks + cumulative(num_entries)
         starts = cu_entries[-1] + cumulative(mask_lengths)[:-1]
-        params = [s.params for s in sampled]
-        rows = {
-            "seeds": np.array([s.seed for s in sampled], np.uint64),
-            "lengths": lengths[chosen],
-            "temperatures": np.array([p.temperature for p in params], np.float32),
-            "top_ks": np.array([min(p.top_k, 2**31 - 1) for p in params], np.int32),
-            "top_ps": np.array([p.top_p for p in params], np.float32),
-            "min_ps": np.array([p.min_p for p in params], np.float32),
-            "given": np.full(len(sampled), -1, np.int32),
-            "newest": newest,
-            "penalties": penalties,
-            "mask_starts": np.where(mask_lengths > 0, starts, -1).astype(np.int32)}
-        if scored:
-            rows = {name: filled(name, array, len(last_tokens)) for name, array in rows.items()}
-            rows["given"][len(sampled):] = [sequence.token_ids[position] for sequence, position in scored]
-        return rows | {
-            "sampled": sampled,
-            "scored": scored,
-            "last_tokens": last_tokens,
-            "cu_entries": cu_entries,
-            "entries": np.frombuffer(b"".join(entries), np.int32),
-            "masks": np.frombuffer(b"".join(masks), np.int32)}
-
-    @property
-    def num_bytes(self):
-        """The room that the arrays take in a StepBuffer."""
-        return sum(getattr(self, name).nbytes for name in BATCH_ARRAYS)
-
-    @property
-    def is_decode(self):
-        """Whether every sequence brings one token and gets one: T = S = R."""
-        return len(self.token_ids) == len(self.context_lens) == len(self.sampled)
+        mask_starts = np.where(mask_lengths > 0, starts, -1).astype(np.int32)
+        changes = {"newest": newest, "penalties": penalties, "cu_entries": cu_entries,
+                   "mask_starts": mask_starts}
+        entries = np.frombuffer(b"".join(entries), np.int32)
+        masks = np.frombuffer(b"".join(masks), np.int32)
+        return changes, entries, masks
 
     def padded(self, size):
         """A batch of decodes, padded to `size`. The padding writes to no slot and sees no key."""
@@ -695,25 +685,24 @@ class Batch:
         numbers = np.arange(size + 1, dtype=np.int32)
         padding = numbers[count:-1]
         new_tiles = np.stack([padding, np.zeros_like(padding)], 1)      # (sequence, first query row 0)
-        arrays = {name: filled(name, getattr(self, name), size) for name in (
-            "slot_mapping", "seeds", "token_ids", "positions", "context_lens", "lengths", "temperatures",
-            "top_ks", "top_ps", "min_ps", "given", "newest", "penalties", "mask_starts")}
-        ends = {name: np.concatenate([getattr(self, name), np.repeat(getattr(self, name)[-1:], size - count)])
-                for name in ("cu_blocks", "cu_entries")}
+        others = "cu_seqlens", "last_tokens", "tiles", "block_tables", "entries", "masks"
+        arrays = {name: lengthened(name, getattr(self, name), size - count)
+                  for name in BATCH_ARRAYS if name not in others}
         return replace(
-            self, **arrays, **ends,
+            self, **arrays,
             cu_seqlens=numbers,
             last_tokens=numbers[:-1],
             tiles=np.concatenate([self.tiles, new_tiles.ravel()]))
 
 
-def filled(name, array, size):
-    """A Batch's array, lengthened to `size` by rows that ask for nothing."""
+def lengthened(name, array, count):
+    """A Batch's array with `count` more rows, which ask for nothing."""
     value = -1 if name in ("slot_mapping", "given", "newest", "mask_starts") else 0
-    return np.concatenate([array, np.full((size - len(array), *array.shape[1:]), value, array.dtype)])
+    if name.startswith("cu_"):
+        value = array[-1]
+    return np.concatenate([array, np.full((count, *array.shape[1:]), value, array.dtype)])
 
 
-Tiling = namedtuple("Tiling", "group tile_rows")            # attention's, see attention_tiles
 BATCH_ARRAYS = [f.name for f in fields(Batch) if f.name not in ("sampled", "scored")]
 DeviceBatch = namedtuple("DeviceBatch", BATCH_ARRAYS)       # a Batch's arrays in the device's memory
 
@@ -744,19 +733,18 @@ class StepBuffer:
     # Slot, id, position, and a share of a tile: 8 bytes for 64 query rows or more, which are 4 tokens
     # or more, since a token has 16 query rows at most.
     TOKEN_BYTES = 8 + 4 + 4 + 2
-    SEQUENCE_BYTES = 3 * 4 + 8          # three arrays of 4 bytes, a last, partial tile
-    ROW_BYTES = 8 + 13 * 4              # of logits: a seed, ten arrays of 4 bytes, three penalties
+    # Three arrays of 4 bytes, a last, partial tile; of a row of logits a seed, ten arrays, three penalties.
+    SEQUENCE_BYTES = 3 * 4 + 8 + 8 + 13 * 4
 
     def __init__(self, device, max_tokens, max_seqs, max_blocks):
         """max_seqs: of sequences and of rows of logits, each. max_blocks: entries of all block tables.
         Shared pages make more entries than pages."""
-        # max_seqs + 1: three arrays have an entry more than sequences or rows.
-        per_sequence = self.SEQUENCE_BYTES + self.ROW_BYTES
         self.device = device
         # Of the latest step: [0] token ids, [1] log-probabilities, float32 seen as int32.
         self.sampled = device.xp.zeros((2, max_seqs), np.int32)
         self.sources = []
-        self.allocate(self.TOKEN_BYTES * max_tokens + per_sequence * (max_seqs + 1) + 4 * max_blocks)
+        # max_seqs + 1: three arrays have an entry more than sequences or rows.
+        self.allocate(self.TOKEN_BYTES * max_tokens + self.SEQUENCE_BYTES * (max_seqs + 1) + 4 * max_blocks)
 
     def allocate(self, num_bytes):
         """Makes room for batches of so many bytes, in place of the present room."""
@@ -768,7 +756,6 @@ class StepBuffer:
         self.sources = [(self.device.pinned(num_bytes), lambda: None) for _ in range(2)]
 
     def upload(self, batch):
-        """Copies a Batch to the device."""
         source, wait = self.sources[1]
         wait()              # only after an interrupted step is there anything to wait for
         arrays = b"".join(getattr(batch, name) for name in BATCH_ARRAYS)
@@ -881,7 +868,8 @@ class Model:
         self.kernels = kernels or compile_model(c, device, args, self.communicator)
         kind = Fp8Products if c.quantization else Products
         self.products = kind(device, self.kernels, self.communicator)
-        self.tiling = Tiling(c.num_attention_heads // c.num_key_value_heads, self.kernels.ATTENTION_ROWS)
+        # group and tile_rows of attention_tiles
+        self.tiling = c.num_attention_heads // c.num_key_value_heads, self.kernels.ATTENTION_ROWS
         # The greatest batch for decode(). decode.cu says 0 for a model that it cannot divide.
         self.decode_batch = getattr(self.kernels, "DECODE_BATCH", 0)
         matrices = [matrix for layer in weights.layers      # in the order of the forward pass
@@ -913,9 +901,10 @@ class Model:
 
     def graph_size(self, batch):
         """The size of the CUDA graph for this batch. None: the batch runs without a graph."""
-        if not batch.is_decode:
+        num_tokens = len(batch.token_ids)
+        if not num_tokens == len(batch.context_lens) == len(batch.sampled):     # T = S = R: all is decode
             return None
-        return next((size for size in self.graph_sizes if size >= len(batch.token_ids)), None)
+        return next((size for size in self.graph_sizes if size >= num_tokens), None)
 
     def launch(self, batch):
         """Starts a step and does not wait. Returns the logits [R + P, V], valid until the next step,
@@ -929,8 +918,9 @@ class Model:
 
     def start(self, batch, size):
         """Starts a step, in every rank. size: of the CUDA graph, or None. Returns the logits."""
-        if batch.num_bytes > len(self.buffer.target):       # changed logits and masks have no limit
-            self.buffer.allocate(2 * batch.num_bytes)
+        num_bytes = sum(getattr(batch, name).nbytes for name in BATCH_ARRAYS)
+        if num_bytes > len(self.buffer.target):             # changed logits and masks have no limit
+            self.buffer.allocate(2 * num_bytes)
             self.graphs.clear()                             # recorded with the old addresses
         self.buffer.upload(batch)
         if size is None:
@@ -982,8 +972,7 @@ class Model:
         attention = self.device.empty((T, H * h))
         activation = products.empty_activation(T, F)
 
-        # The embedding. A token id ~row is a placeholder for sampled[0][row] of the previous step, and is
-        # replaced by the id.
+        # The embedding. A token id ~row stands for the id sampled[0][row] of the previous step.
         kernels.gather_rows((T,), residual, w.embed, b.token_ids, self.buffer.sampled[0])
         x = products.first_input(residual)
         for layer, (k_cache, v_cache) in zip(w.layers, self.kv_cache):
@@ -1050,15 +1039,13 @@ CUBLAS_AND_CODE_BYTES = 2**28           # cuBLAS's workspace, and the kernels
 def token_bytes(config):
     """Bytes of a step's arrays for a token. Twice: CuPy's pool may still hold the previous step's."""
     c = config
-    is_plain = c.num_ranks == 1 and not c.quantization
-    copies = 1 if is_plain else 2                           # a product beside the residual
+    copies = 1 if c.num_ranks == 1 and not c.quantization else 2    # a product beside the residual
     per_token = copies * c.hidden_size + c.qkv_size + c.heads_size + 3 * c.intermediate_size
     return 2 * BYTES * per_token
 
 
 def step_bytes(config, args, max_model_len):
-    """Bytes of all step arrays beside weights and KV cache. Long steps have pages' memory, see
-    plan_pool."""
+    """Bytes of all arrays of a step. Long steps have pages' memory, see plan_pool."""
     c = config
     # The graphs share arrays, so the largest graph counts.
     tokens = args.token_budget + GRAPH_SIZES[-1]
@@ -1091,11 +1078,14 @@ def kv_cache_blocks(config, memory, args):
     return int(left // page_bytes)
 
 
+# num_blocks: pages of the KV cache (every rank can hold as many). max_prefill_tokens: the token budget while
+# no sequence decodes. max_model_len: the limit of prompt and answer. advice: how to raise the limit.
+Plan = namedtuple("Plan", "num_blocks max_prefill_tokens max_model_len advice")
+
+
 def plan_pool(config, device, args, communicator):
-    """(num_blocks, max_prefill_tokens, max_model_len, advice): the pages of the KV cache (every rank can
-    hold as many), the token budget while no sequence decodes, the limit of prompt and answer in tokens,
-    and how to raise the limit. A sequence that fits the pool alone (and, without chunked prefill, a step)
-    can always finish, if the rest is preempted: max_model_len is the only limit for requests."""
+    """The Plan of a model. A sequence that fits the pool alone (and, without chunked prefill, a step) can
+    always finish, if the rest is preempted: max_model_len is the only limit for requests."""
     limit = args.max_model_len or config.max_position_embeddings
     check("max_model_len", limit, lambda n: n <= config.max_position_embeddings,
           f"at most the model's {config.max_position_embeddings}")
@@ -1130,7 +1120,7 @@ def plan_pool(config, device, args, communicator):
     if limits[option] < limit and communicator.rank == 0:
         print(f"tiny-vLLM: prompt and answer can have {limits[option]} tokens together: {advice}",
               file=sys.stderr)
-    return num_blocks, max_prefill_tokens, limits[option], advice
+    return Plan(num_blocks, max_prefill_tokens, limits[option], advice)
 
 
 # ==================================================================================================
@@ -1162,8 +1152,7 @@ def plan_pool(config, device, args, communicator):
 @dataclass
 class Stats:
     """Bytes and seconds of all decode steps so far (every sequence brings one token). Memory limits
-    such a step, so compare bytes over seconds with the card's bandwidth. A new counter is a field
-    here, a line in add() and a place in statistics()."""
+    such a step, so compare bytes over seconds with the card's bandwidth."""
     decode_bytes: int = 0               # weights once a step, keys and values of every sequence's context
     decode_seconds: float = 0.0
     last_time: float = 0.0              # when the tokens of the latest step were read
@@ -1422,18 +1411,18 @@ def open_config(args):
 
 
 def load_model(folder, config, device, args, communicator):
-    """(Model, max_prefill_tokens, max_model_len, advice), in each rank: see plan_pool. config: a rank's."""
-    num_blocks, max_prefill_tokens, max_model_len, advice = plan_pool(config, device, args, communicator)
+    """(Model, Plan), in each rank. config: a rank's."""
+    plan = plan_pool(config, device, args, communicator)
     checkpoint = DummyCheckpoint(device) if args.load_format == "dummy" else Checkpoint(folder)
     kernels = compile_model(config, device, args, communicator) if config.quantization else None
     weights = load_weights(checkpoint, config, device, communicator.rank, kernels)
-    max_tokens = max(max_prefill_tokens, *GRAPH_SIZES)
+    max_tokens = max(plan.max_prefill_tokens, *GRAPH_SIZES)
     max_seqs = max(args.max_num_seqs, *GRAPH_SIZES)
-    max_blocks = args.max_num_seqs * cdiv(max_model_len, args.block_size)
+    max_blocks = args.max_num_seqs * cdiv(plan.max_model_len, args.block_size)
     buffer = StepBuffer(device, max_tokens, max_seqs, max_blocks)
-    model = Model(config, weights, device, num_blocks, max_model_len, buffer, args, communicator,
+    model = Model(config, weights, device, plan.num_blocks, plan.max_model_len, buffer, args, communicator,
                   kernels)
-    return model, max_prefill_tokens, max_model_len, advice
+    return model, plan
 
 
 # Starts the process of another rank than 0, see communicator.py.
@@ -1446,7 +1435,7 @@ def run_rank(communicator):
     folder, config, args, first_gpu = communicator.exchange(None)[0]
     CpuDevice.has_warned = True         # by rank 0
     device = open_device(args.device, first_gpu + communicator.rank)
-    model, *_ = load_model(folder, config, device, args, communicator)
+    model, _ = load_model(folder, config, device, args, communicator)
     while step := communicator.receive_step():
         size, arrays = step
         model.start(Batch([], [], *arrays), size)
@@ -1473,8 +1462,7 @@ class InputProcessor:
 
     def copied(self, params):
         """A copy, checked again: a caller may have changed its own object, and may do so later."""
-        params = copy(params)
-        params.__post_init__()
+        params = replace(params)
         self.check_limits(params)
         return params
 
@@ -1490,8 +1478,7 @@ class InputProcessor:
                   f"token ids below {self.config.vocab_size}")
 
     def check_length(self, text):
-        """Raises TinyVLLMError for a text longer than all prompts that fit: nobody waits for its
-        tokens."""
+        """Raises TinyVLLMError for a text too long in any case: nobody waits for its tokens."""
         longest = self.tokenizer.longest_token
         if len(text) > self.max_model_len * longest:
             raise TinyVLLMError(f"the prompt: expected {self.max_model_len} tokens or less, of {longest} "
@@ -1542,11 +1529,12 @@ class LLM(InputProcessor):
         communicator.exchange((folder, rank_config, args, self.device.number))
         if communicator.size > 1:
             self.device.name = f"{communicator.size} x {self.device.name}"
-        model, max_prefill_tokens, self.max_model_len, self.advice = load_model(
-            folder, rank_config, self.device, args, communicator)
-        allocator = BlockAllocator(model.kv_cache.shape[2], args.block_size, args.prefix_caching)
+        model, plan = load_model(folder, rank_config, self.device, args, communicator)
+        self.max_model_len = plan.max_model_len
+        self.advice = plan.advice
+        allocator = BlockAllocator(plan.num_blocks, args.block_size, args.prefix_caching)
         scheduler = Scheduler(allocator, args.token_budget, args.max_num_seqs, args.enable_chunked_prefill,
-                              args.static_batching, max_prefill_tokens)
+                              args.static_batching, plan.max_prefill_tokens)
         self.engine = Engine(model, scheduler, args.overlap)
 
     def generate(self, prompts, sampling_params=None):
@@ -1603,10 +1591,6 @@ class LLM(InputProcessor):
         except BaseException:
             self.abort(outputs)
             raise
-
-    def add_request(self, prompt, params):
-        """Queues a prompt. Returns the RequestOutput, with an error for an unanswerable prompt."""
-        return self.submit([prompt], params)[0]
 
     def prepare(self, prompt, params):
         """The Sequence of a prompt, whose output has an error if the prompt is unanswerable."""
@@ -1693,7 +1677,6 @@ EXAMPLES = """examples:
 
 
 def parse_arguments(argv):
-    """The command line as a namespace."""
     parser = ArgumentParser(prog="tinyvllm.py", description="Answer prompts with a Llama model.",
                             epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -1747,7 +1730,7 @@ def answer(llm, texts, args, params):
     answers are printed. A refused prompt is reported in its place, and the rest run."""
     def submit(text):
         try:
-            return llm.add_request(prompt_ids(llm, text, args), params)
+            return llm.submit([prompt_ids(llm, text, args)], params)[0]
         except (TinyVLLMError, TokenizerError) as error:
             return RequestOutput([], finish_reason="error", error=str(error))
 
@@ -1756,11 +1739,11 @@ def answer(llm, texts, args, params):
     finished = llm.finished(outputs, bar=not sys.stdout.isatty())
 
     def show(text, output):
-        if is_alone and not output.error:
-            print(flush=True)
-        elif output.error:
+        if output.error:
             prompt = "" if is_alone else f"{text[:60]!r}: "
             print(f"tinyvllm: {prompt}{as_flags(output.error)}", file=sys.stderr)
+        elif is_alone:
+            print(flush=True)
         else:
             print(f"> {text}\n{output.text}\n", flush=True)
 

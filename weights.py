@@ -2,7 +2,7 @@
 
 A model is a folder in the Hugging Face layout: config.json (the model's shape), *.safetensors (the
 weights, by name), generation_config.json (the tokens that end an answer, and how to sample).
-load_weights writes down the architecture: each tensor is taken by name, and its shape checked. A
+WeightLoader writes down the architecture: each tensor is taken by name, and its shape checked. A
 Mistral is a Llama. A Qwen 2 or 2.5 has a bias on q, k and v. A Qwen 3 norms each head of q and k.
 
 Two changes are made on the way to the device:
@@ -455,91 +455,20 @@ class DummyCheckpoint:
         self.tensors = {}
 
     def take(self, name, *shape):
-        """A tensor of this shape."""
         if name.endswith("norm.weight"):
             return self.xp.ones(shape, BFLOAT16)
         return (0.02 * self.random.standard_normal(shape, np.float32)).astype(BFLOAT16)
 
 
 def load_weights(checkpoint, config, device, rank=0, kernels=None):
-    """The weights on the device, bfloat16. config: of the model or, if several ranks share it, of a rank. A
-    rank has parts of the rows of q, k, v, gate, up and head, and of the columns of o and down. kernels: for a
-    config with quantization, those of kernels.cu."""
-    c = config
-    D, V, h = c.hidden_size, c.vocab_size, c.head_dim
-    F = c.intermediate_size * c.num_ranks                   # of the whole model, like all sizes in a file
-    q_rows = c.heads_size * c.num_ranks
-    kv_rows = c.num_key_value_heads * h * c.num_ranks
-
-    def take(name, *shape, kind="weight", axis=None):
-        """A tensor. axis: of this dimension, only the rank's part. A mapped file is read nowhere else."""
-        def part(array):
-            return array if axis is None else np.split(array, c.num_ranks, axis)[rank]
-
-        tensor = part(checkpoint.take(f"{name}.{kind}", *shape))
-        if tensor.dtype == E4M3:
-            scales = np.broadcast_to(checkpoint.take_scales(name, shape[0]), shape)
-            return dequantize(tensor, part(scales)[:, 0], device)
-        return device.to_device(tensor).astype(BFLOAT16, copy=False)
-
-    def times(tensor, factor):
-        if isinstance(factor, (int, float)) and factor == 1:
-            return tensor                   # without a copy: most checkpoints have no scales of the cache
-        return (tensor.astype(np.float32) * factor).astype(BFLOAT16)
-
-    def stack(norm, *parts, factors=(1, 1)):
-        """A matrix of several (name, rows, columns), below one another, each times its factor and the
-        norm's weight. Each part goes to the device alone: the host never holds the stack."""
-        g = take(norm, D).astype(np.float32)
-        scaled = [times(take(*part, axis=0), g * factor) for part, factor in zip(parts, factors)]
-        return ready(device.xp.concatenate(scaled))
-
-    def ready(matrix):
-        """The matrix, or the Fp8Matrix made of it."""
-        return quantize(matrix, device, kernels) if c.quantization else matrix
-
-    def join(*parts, factors, **options):
-        """A vector of several (name, size), one behind the other, each times its factor. options: of take."""
-        scaled = [times(take(*part, **options), factor) for part, factor in zip(parts, factors)]
-        return device.xp.concatenate(scaled)
-
-    def cache_scale(name):
-        """The scale of a layer's keys or values in a cache of codes: 1 unless the checkpoint has one."""
-        if name not in checkpoint.tensors:
-            return 1.0
-        shape = checkpoint.tensors[name].shape
-        check(f"{checkpoint.folder}: the shape of {name}", shape, lambda its: its in ((), (1,)), "() or (1,)")
-        scale = float(checkpoint.take(name, *shape).astype(np.float32).item())
-        check(f"{checkpoint.folder}: {name}", scale, lambda s: 2**-40 < s < 2**40, "a number above 0")
-        return scale if c.kv_cache_dtype == "fp8" else 1.0
-
-    def layer(i):
-        attention = f"model.layers.{i}.self_attn"
-        mlp = f"model.layers.{i}.mlp"
-        # The cache holds codes of k / k_scale and v / v_scale, so q and the output of attention have to be
-        # multiplied by the scales. A norm of q's and k's heads would undo such a factor of the matrix.
-        k_scale = cache_scale(f"{attention}.k_scale")
-        v_scale = cache_scale(f"{attention}.v_scale")
-        qk = (k_scale, 1 / k_scale)                         # factors of the last weight before RoPE
-        qkv = (1, 1, 1 / v_scale) if c.qk_norm else (*qk, 1 / v_scale)
-        return LayerWeights(
-            qkv=stack(f"model.layers.{i}.input_layernorm", (f"{attention}.q_proj", q_rows, D),
-                      (f"{attention}.k_proj", kv_rows, D), (f"{attention}.v_proj", kv_rows, D), factors=qkv),
-            o=ready(times(take(f"{attention}.o_proj", D, q_rows, axis=1), v_scale)),
-            gate_up=stack(f"model.layers.{i}.post_attention_layernorm", (f"{mlp}.gate_proj", F, D),
-                          (f"{mlp}.up_proj", F, D)),
-            down=ready(take(f"{mlp}.down_proj", D, F, axis=1)),
-            qkv_bias=join((f"{attention}.q_proj", q_rows), (f"{attention}.k_proj", kv_rows),
-                          (f"{attention}.v_proj", kv_rows), factors=qkv, kind="bias", axis=0)
-            if c.attention_bias else None,
-            o_bias=take(f"{attention}.o_proj", D, kind="bias")[:, None] if c.attention_out_bias else None,
-            qk_norm=join((f"{attention}.q_norm", h), (f"{attention}.k_norm", h), factors=qk)
-            if c.qk_norm else None)
-
-    embed = take("model.embed_tokens", V, D)
-    layers = [layer(i) for i in range(c.num_hidden_layers)]
-    norm = take("model.norm", D)
-    head = np.split(embed, c.num_ranks)[rank] if c.tie_word_embeddings else take("lm_head", V, D, axis=0)
+    """The Weights of a checkpoint, on the device. See WeightLoader for the arguments."""
+    loader = WeightLoader(checkpoint, config, device, rank, kernels)
+    D = config.hidden_size
+    V = config.vocab_size
+    embed = loader.take("model.embed_tokens", V, D)
+    layers = [loader.layer(i) for i in range(config.num_hidden_layers)]
+    norm = loader.take("model.norm", D)
+    head = loader.part(embed, 0) if config.tie_word_embeddings else loader.take("lm_head", V, D, axis=0)
     # An untaken tensor, such as a bias, would be missing from the answers. Two untaken names are only
     # copies: a tied head, and RoPE's table of frequencies. And our activations find their own scales.
     left = [name for name in checkpoint.tensors if name != "lm_head.weight"
@@ -547,4 +476,90 @@ def load_weights(checkpoint, config, device, rank=0, kernels=None):
     if left:
         raise TinyVLLMError(f"{checkpoint.folder}: expected the tensors of config.json's architecture, got "
                             f"{len(left)} others, such as {left[0]}: another architecture, or quantized?")
-    return Weights(embed, layers, norm, ready(head))
+    return Weights(embed, layers, norm, loader.ready(head))
+
+
+@dataclass
+class WeightLoader:
+    """Makes a rank's weights of a checkpoint's tensors. A rank has parts of the rows of q, k, v, gate, up and
+    head, and of the columns of o and down."""
+    checkpoint: object                  # a Checkpoint or a DummyCheckpoint
+    config: ModelConfig                 # of the model or, if several ranks share it, of a rank
+    device: object
+    rank: int
+    kernels: object                     # of kernels.cu, for a config with quantization
+
+    def layer(self, i):
+        c = self.config
+        D = c.hidden_size
+        h = c.head_dim
+        F = c.intermediate_size * c.num_ranks               # of the whole model, like all sizes in a file
+        q_rows = c.heads_size * c.num_ranks
+        kv_rows = c.num_key_value_heads * h * c.num_ranks
+        attention = f"model.layers.{i}.self_attn"
+        mlp = f"model.layers.{i}.mlp"
+        q, k, v, o = [f"{attention}.{name}_proj" for name in "qkvo"]
+        # The cache holds codes of k / k_scale and v / v_scale, so q and the output of attention have to be
+        # multiplied by the scales. A norm of q's and k's heads would undo such a factor of the matrix.
+        k_scale = self.cache_scale(f"{attention}.k_scale")
+        v_scale = self.cache_scale(f"{attention}.v_scale")
+        qk_factors = (k_scale, 1 / k_scale)                 # of the last weight before RoPE
+        factors = (1, 1, 1 / v_scale) if c.qk_norm else (*qk_factors, 1 / v_scale)
+        return LayerWeights(
+            qkv=self.stack(f"model.layers.{i}.input_layernorm",
+                           (q, q_rows, D), (k, kv_rows, D), (v, kv_rows, D), factors=factors),
+            o=self.ready(times(self.take(o, D, q_rows, axis=1), v_scale)),
+            gate_up=self.stack(f"model.layers.{i}.post_attention_layernorm",
+                               (f"{mlp}.gate_proj", F, D), (f"{mlp}.up_proj", F, D), factors=(1, 1)),
+            down=self.ready(self.take(f"{mlp}.down_proj", D, F, axis=1)),
+            qkv_bias=self.join((q, q_rows), (k, kv_rows), (v, kv_rows), factors=factors, kind="bias", axis=0)
+            if c.attention_bias else None,
+            o_bias=self.take(o, D, kind="bias")[:, None] if c.attention_out_bias else None,
+            qk_norm=self.join((f"{attention}.q_norm", h), (f"{attention}.k_norm", h), factors=qk_factors)
+            if c.qk_norm else None)
+
+    def stack(self, norm, *parts, factors):
+        """A matrix of several (name, rows, columns), below one another, each times its factor and the
+        norm's weight."""
+        g = self.take(norm, self.config.hidden_size).astype(np.float32)
+        return self.ready(self.join(*parts, factors=[g * factor for factor in factors], axis=0))
+
+    def join(self, *parts, factors, **options):
+        """Several tensors (name, *shape), one behind the other, each times its factor. options: of take. Each
+        tensor goes to the device alone: the host never holds all of them."""
+        scaled = [times(self.take(*part, **options), factor) for part, factor in zip(parts, factors)]
+        return self.device.xp.concatenate(scaled)
+
+    def take(self, name, *shape, kind="weight", axis=None):
+        """A tensor. axis: see part. Nothing else of a mapped file is read."""
+        tensor = self.part(self.checkpoint.take(f"{name}.{kind}", *shape), axis)
+        if tensor.dtype == E4M3:
+            scales = np.broadcast_to(self.checkpoint.take_scales(name, shape[0]), shape)
+            return dequantize(tensor, self.part(scales, axis)[:, 0], self.device)
+        return self.device.to_device(tensor).astype(BFLOAT16, copy=False)
+
+    def part(self, array, axis):
+        """The rank's part of an array. axis: the divided dimension. None: all of the array."""
+        return array if axis is None else np.split(array, self.config.num_ranks, axis)[self.rank]
+
+    def ready(self, matrix):
+        """The matrix, or the Fp8Matrix made of it."""
+        return quantize(matrix, self.device, self.kernels) if self.config.quantization else matrix
+
+    def cache_scale(self, name):
+        """The scale of a layer's keys or values in a cache of codes: 1 unless the checkpoint has one."""
+        checkpoint = self.checkpoint
+        if name not in checkpoint.tensors:
+            return 1.0
+        shape = checkpoint.tensors[name].shape
+        check(f"{checkpoint.folder}: the shape of {name}", shape, lambda its: its in ((), (1,)), "() or (1,)")
+        scale = float(checkpoint.take(name, *shape).astype(np.float32).item())
+        check(f"{checkpoint.folder}: {name}", scale, lambda s: 2**-40 < s < 2**40, "a number above 0")
+        return scale if self.config.kv_cache_dtype == "fp8" else 1.0
+
+
+def times(tensor, factor):
+    """tensor * factor, bfloat16. A factor of 1 costs no copy: few checkpoints have scales of the cache."""
+    if isinstance(factor, (int, float)) and factor == 1:
+        return tensor
+    return (tensor.astype(np.float32) * factor).astype(BFLOAT16)

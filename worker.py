@@ -25,7 +25,6 @@ import logging
 import os
 import select
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -34,6 +33,7 @@ from collections import deque
 from multiprocessing.connection import Connection
 from weakref import WeakKeyDictionary
 
+from communicator import start_process
 from device import TinyVLLMError
 from program import outcome
 from tinyvllm import open_llm
@@ -200,13 +200,8 @@ class Worker:
 def worker_process(args):
     """A worker in a process of its own. Yields (an InputProcessor, the device's name, a socket for messages)
     when the model of EngineArgs is loaded. Raises TinyVLLMError if the model cannot be loaded."""
-    ours, theirs = socket.socketpair()
+    process, ours = start_process([sys.executable, __file__])      # Ctrl-C: the server lets answers end
     with ours:
-        with theirs:
-            number = theirs.fileno()
-            # A session of its own: a terminal's Ctrl-C goes to the server alone, which lets answers end.
-            process = subprocess.Popen([sys.executable, __file__, str(number)], pass_fds=[number],
-                                       start_new_session=True)
         try:
             with Connection(os.dup(ours.fileno())) as connection:
                 inputs, device_name = greet(connection, args)

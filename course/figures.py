@@ -87,15 +87,22 @@ def shown(figures):
     return f"{round(figures['value'], digits):,} {figures['unit']}"
 
 
+def table(columns, rule, rows, above=None):
+    """A table in Markdown. columns, rule: its first two lines; rows: lists of cells; above: a text."""
+    text = [] if above is None else ["", textwrap.fill(above, 100, break_on_hyphens=False)]
+    lines = [f"| {' | '.join(cells)} |" for cells in rows]
+    return "\n".join([*text, "", columns, rule, *lines, ""])
+
+
 def bench_table(*names, rows=ROWS):
     """Rows as bench.py prints them."""
-    lines = ["", "| row | | measured | at best | share |", "| --- | --- | ---: | ---: | ---: |"]
+    lines = []
     for name in names:
         row = rows[name]
         digits = 0 if row["unit"] == "tokens/s" else 3
         best = f"{row['best']:,.{digits}f} | {row['share']:.0%}" if "best" in row else "|"
-        lines.append(f"| `{name}` | {BENCH[name].what} | {shown(row)} | {best} |")
-    return "\n".join([*lines, ""])
+        lines.append([f"`{name}`", BENCH[name].what, shown(row), best])
+    return table("| row | | measured | at best | share |", "| --- | --- | ---: | ---: | ---: |", lines)
 
 
 def kept(name):
@@ -135,56 +142,54 @@ def peers_table(ours_name, peers_name, *names):
     peers = kept(peers_name)
     assert (ours["card"]["name"], ours["model"]) == (peers["card"]["name"], peers["model"]), "two cards"
     head = f"{peers['model']} on an {peers['card']['name']}, {peers['date']}. {peers.get('note', '')}"
-    lines = ["", textwrap.fill(head, 100, break_on_hyphens=False), "",
-             f"| row | | tiny-vLLM | {peers['engine']} {peers['version']} | times as fast |",
-             "| --- | --- | ---: | ---: | ---: |"]
+    rows = []
     for name in names or [name for name in BENCH if name in ours["rows"] and name in peers["rows"]]:
         our = ours["rows"][name]
         their = peers["rows"][name]
         assert our["unit"] == their["unit"], name
         ratio = times_as_fast(our["unit"], their["value"], our["value"])
-        lines.append(f"| `{name}` | {BENCH[name].what} | {shown(our)} | {shown(their)} | {ratio} |")
-    return "\n".join([*lines, ""])
+        rows.append([f"`{name}`", BENCH[name].what, shown(our), shown(their), ratio])
+    return table(f"| row | | tiny-vLLM | {peers['engine']} {peers['version']} | times as fast |",
+                 "| --- | --- | ---: | ---: | ---: |", rows, head)
 
 
 def server_table(name):
     """The rows of a file on the server: the lowest and the highest rate of some runs each."""
     found = kept(name)
     head = f"{found['model']} on an {found['card']['name']}, {found['date']}. {found['note']}"
-    lines = ["", textwrap.fill(head, 100), "", "| where the engine steps | tokens/s |", "| --- | ---: |"]
+    rows = []
     for row in found["rows"]:
         rates = sorted({row["lowest"], row["highest"]})
-        lines.append(f"| {row['what']} | {' to '.join(f'{rate:,}' for rate in rates)} |")
-    return "\n".join([*lines, ""])
+        rows.append([row["what"], " to ".join(f"{rate:,}" for rate in rates)])
+    return table("| where the engine steps | tokens/s |", "| --- | ---: |", rows, head)
 
 
 def ranks_table(name):
     """The rows of a file on one GPU and on two, with the second figure's gain."""
     found = kept(name)
     head = f"{found['model']} on {found['card']['name']} cards, {found['date']}. {found['note']}"
-    lines = ["", textwrap.fill(head, 100), "",
-             "| | 1 GPU | 2 GPUs | times as fast |", "| --- | ---: | ---: | ---: |"]
+    rows = []
     for row in found["rows"]:
         cells = [shown({"value": value, "unit": row["unit"]}) for value in row["values"]]
-        ratio = times_as_fast(row["unit"], *row["values"])
-        lines.append(f"| {row['what']} | {cells[0]} | {cells[1]} | {ratio} |")
-    return "\n".join([*lines, ""])
+        rows.append([row["what"], *cells, times_as_fast(row["unit"], *row["values"])])
+    return table("| | 1 GPU | 2 GPUs | times as fast |", "| --- | ---: | ---: | ---: |", rows, head)
 
 
 def fp8_table(name, *models):
     """The rows of a file on FP8: in bfloat16, with FP8 weights, and with an FP8 cache besides. A table for
     each model; no models: all of the file. A dash: not measured."""
     found = kept(name)
-    lines = []
+    tables = ""
     for model in models or found["models"]:
         head = f"{model} on an {found['card']['name']}, {found['date']}. {found['note']}"
-        lines += ["", textwrap.fill(head, 100), "",
-                  "| | bfloat16 | FP8 weights | FP8 weights and cache |", "| --- | ---: | ---: | ---: |"]
+        rows = []
         for row in found["models"][model]:
             cells = ["-" if value is None else shown({"value": value, "unit": row["unit"]})
                      for value in row["values"]]
-            lines.append(f"| {row['what']} | {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
+            rows.append([row["what"], *cells])
+        tables += table("| | bfloat16 | FP8 weights | FP8 weights and cache |",
+                        "| --- | ---: | ---: | ---: |", rows, head)
+    return tables
 
 
 def fp8_gain(name, model, row, column):
@@ -195,22 +200,18 @@ def fp8_gain(name, model, row, column):
 
 def fp8_attention_table(name):
     """The attention kernels of a file on FP8, with a cache in bfloat16 and in FP8."""
-    lines = ["", "| kernel | work | cache in bfloat16 | cache in FP8 |", "| --- | --- | ---: | ---: |"]
-    for row in kept(name)["attention"]:
-        cells = " | ".join(f"{value} \u00b5s" for value in row["values"])
-        lines.append(f"| `{row['kernel']}` | {row['what']} | {cells} |")
-    return "\n".join([*lines, ""])
+    rows = [[f"`{row['kernel']}`", row["what"], *(f"{value} \u00b5s" for value in row["values"])]
+            for row in kept(name)["attention"]]
+    return table("| kernel | work | cache in bfloat16 | cache in FP8 |", "| --- | --- | ---: | ---: |", rows)
 
 
 def sums_table(name):
     """The rows of a file on sums over two GPUs: by the engine's own kernel, and by NCCL."""
     found = kept(name)
     head = f"Two {found['card']['name']}, {found['date']}. {found['note']}"
-    lines = ["", textwrap.fill(head, 100), "",
-             "| bytes | all_reduce of kernels.cu | NCCL |", "| ---: | ---: | ---: |"]
-    for row in found["rows"]:
-        lines.append(f"| {row['bytes']:,} | {row['ours']:g} \u00b5s | {row['nccl']:g} \u00b5s |")
-    return "\n".join([*lines, ""])
+    rows = [[f"{row['bytes']:,}", f"{row['ours']:g} \u00b5s", f"{row['nccl']:g} \u00b5s"]
+            for row in found["rows"]]
+    return table("| bytes | all_reduce of kernels.cu | NCCL |", "| ---: | ---: | ---: |", rows, head)
 
 
 def sums_ms(name, model, by):
@@ -368,18 +369,17 @@ def share_measured(name):
 
 def ablation_table():
     """The worth of each idea, predicted and measured."""
-    lines = ["", "| row | predicted tokens/s | p99 between two tokens | measured tokens/s | of all on | "
-                 "p99 between two tokens |",
-             "| --- | ---: | ---: | ---: | ---: | ---: |"]
+    rows = []
     all_on = ROWS["ablation-all-on"]["value"]
     for name in ABLATION:
         what = BENCH[name].what.partition(": ")[2]
         rate, gap = predicted(name)
         value = ROWS[name]["value"]
         measured_gap = ROWS[name]["between_tokens_p99_ms"]
-        lines.append(f"| {what} | {rate:,.0f} | {gap:.2f} ms | {value:,.0f} | {value / all_on:.0%} | "
-                     f"{measured_gap:.2f} ms |")
-    return "\n".join([*lines, ""])
+        rows.append([what, f"{rate:,.0f}", f"{gap:.2f} ms", f"{value:,.0f}", f"{value / all_on:.0%}",
+                     f"{measured_gap:.2f} ms"])
+    return table("| row | predicted tokens/s | p99 between two tokens | measured tokens/s | of all on | "
+                 "p99 between two tokens |", "| --- | ---: | ---: | ---: | ---: | ---: |", rows)
 
 
 # ======================================================================================================
@@ -402,7 +402,7 @@ def demonstration():
     with contextlib.redirect_stderr(io.StringIO()):
         llm = tinyvllm.open_llm(tinyvllm.EngineArgs.from_namespace(args))
         params = SamplingParams(max_tokens=None)
-        outputs = [llm.add_request(tinyvllm.prompt_ids(llm, text, args), params) for text in args.prompts]
+        outputs = [llm.submit([tinyvllm.prompt_ids(llm, text, args)], params)[0] for text in args.prompts]
         with views.looking_inside(llm, args) as recorder:
             watch = views.Watch(recorder)
             watch.history.append((0, 0, 0, 0))
