@@ -858,14 +858,17 @@ def main(argv=None):
             print("tiny-vLLM: anyone who reaches this machine may use the server: consider --api-key",
                   file=sys.stderr)
         hosts = ("localhost", "127.0.0.1", "[::1]", args.host.lower()) if is_loopback else ()
-        with worker_process(EngineArgs.from_namespace(args)) as (inputs, device_name, pipe):
+        with worker_process(EngineArgs.from_namespace(args)) as (inputs, device_name, num_blocks, pipe):
             names = args.served_model_name or [public_name(args, inputs)]
             app = build_app(inputs, names, args.api_key, args.max_waiting, args.max_body, args.allow_origin,
                             hosts, pipe)
             server = Server(app, args.shutdown_timeout)
             listener.listen()               # whoever follows the greeting waits a moment, and is not refused
+            num_tokens = num_blocks * args.block_size
             print(greeting(args, address, names[0], inputs.tokenizer.has_chat_template, device_name),
-                  file=sys.stderr, flush=True)
+                  f"KV cache: {num_blocks:,} pages of {args.block_size} tokens, {num_tokens:,} in all, room "
+                  f"for {num_tokens // inputs.max_model_len:,} requests of {inputs.max_model_len:,} tokens",
+                  sep="\n", file=sys.stderr, flush=True)
             server.run([listener])
     return 1 if server.service.error else server.exit_code
 
