@@ -865,9 +865,9 @@ def main(argv=None):
             server = Server(app, args.shutdown_timeout)
             listener.listen()               # whoever follows the greeting waits a moment, and is not refused
             num_tokens = num_blocks * args.block_size
-            print(greeting(args, address, names[0], inputs.tokenizer.has_chat_template, device_name),
-                  f"KV cache: {num_blocks:,} pages of {args.block_size} tokens, {num_tokens:,} in all, room "
+            print(f"KV cache: {num_blocks:,} pages of {args.block_size} tokens, {num_tokens:,} in all, room "
                   f"for {num_tokens // inputs.max_model_len:,} requests of {inputs.max_model_len:,} tokens",
+                  greeting(args, address, names[0], inputs.tokenizer.has_chat_template, device_name),
                   sep="\n", file=sys.stderr, flush=True)
             server.run([listener])
     return 1 if server.service.error else server.exit_code

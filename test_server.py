@@ -1486,7 +1486,7 @@ def test_sigterm_lets_streams_end():
     assert chunks[-1].choices[0].finish_reason == "stop"
     code, rest = it.end()
     assert code == 0 and "Traceback" not in rest and "Try:" in "".join(it.lines)
-    assert "600 pages of 16 tokens, 9,600 in all, room for 2 requests of 4,096 tokens" in rest
+    assert "600 pages of 16 tokens, 9,600 in all, room for 2 requests of 4,096 tokens" in "".join(it.lines)
 
 
 def test_sigterm_with_a_timeout():
