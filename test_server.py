@@ -297,7 +297,7 @@ def test_readme(parrot, capsys):
     answer = json.loads(subprocess.check_output(command, shell=True, stderr=subprocess.DEVNULL))
     assert answer["choices"][0]["message"]["content"] == ANSWER
     [code] = re.findall(r"^```python\n(from openai .*?)```", readme, re.S | re.M)
-    exec(code.replace('"parrot"', '"model"'), {})
+    exec(code, {})
     assert capsys.readouterr().out == ANSWER
     names = {program: subprocess.check_output([sys.executable, program, "--help"], cwd=ROOT, text=True)
              for program in ("server.py", "tinyvllm.py")}
