@@ -770,7 +770,8 @@ def main(argv=None):
     results = measure_rows(rows, engine_args, card, sizes)
     if args.json:
         figures = {name: result for name, result in results.items() if "error" not in result}
-        text = json.dumps({"card": card, "model": args.model, "rows": figures}, indent=2)
+        date = time.strftime("%Y-%m-%d")
+        text = json.dumps({"card": card, "model": args.model, "date": date, "rows": figures}, indent=2)
         Path(args.json).write_text(text, "utf-8")
     return int(any(result.get("error", "").startswith("FAILED") for result in results.values()))
 

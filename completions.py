@@ -108,8 +108,7 @@ NEUTRAL_VALUES = {
 # The same for fields that would change the token ids of a chat.
 NEUTRAL_CHAT_VALUES = {
     "add_special_tokens": (None, False), "add_generation_prompt": (None, True),
-    "continue_final_message": (None, False), "chat_template": (None,), "chat_template_kwargs": (None, {}),
-    "documents": (None, [])}
+    "continue_final_message": (None, False), "chat_template": (None,), "documents": (None, [])}
 
 
 def is_stop(value):
@@ -217,13 +216,16 @@ def encode_chat(llm, body, tools):
     messages = want("messages", body.get("messages"), lambda m: isinstance(m, list) and m,
                     "a list of one message or more")
     definitions = tools.definitions if tools else None
+    variables = want("chat_template_kwargs", body.get("chat_template_kwargs"),
+                     lambda kwargs: kwargs is None or isinstance(kwargs, dict), "an object")
     try:
         messages = with_arguments(messages)
     except (TypeError, ValueError, LookupError, AttributeError):
         raise RequestError('messages: expected tool_calls as a list of {"function": {"name": word, '
                            '"arguments": text of an object}}', param="messages") from None
-    text = "".join(texts_of(messages)) + JSON.encode(definitions)
-    return encoded(llm, text, lambda _: llm.tokenizer.chat(messages, tools=definitions), "messages")
+    text = "".join(texts_of(messages)) + JSON.encode([definitions, variables])
+    return encoded(llm, text, lambda _: llm.tokenizer.chat(
+        messages, tools=definitions, variables=variables), "messages")
 
 
 def encode_text(llm, prompt, add_bos):
@@ -279,9 +281,10 @@ class Call:
                                           f"a whole number from 1 to {MAX_CHOICES}")
         self.prompts = self.read_prompts()
         self.num_choices = len(self.prompts) * self.n
-        if self.num_choices > MAX_CHOICES:
-            raise RequestError(f"n: expected {MAX_CHOICES} or less answers of one request, got "
-                               f"{len(self.prompts)} prompts * {self.n}", param="n")
+        most = min(MAX_CHOICES, service.max_waiting)        # more would never find room in the queue
+        if self.num_choices > most:
+            raise RequestError(f"n: expected {most} or less answers of one request, by this server's "
+                               f"limits, got {len(self.prompts)} prompts * {self.n}", param="n")
         self.params = self.read_params()
         self.event_head = JSON.encode(self.head(self.chunk_kind)).removesuffix("}")
         self.choices = []
@@ -289,9 +292,9 @@ class Call:
         self.is_short = False           # the prompts are encoded in the event loop
         self.is_gone = False            # the client has left
         self.num_sends = 0              # of chunks
-        self.num_sends_seen = 0         # by look_for_silence
+        self.num_sends_seen = 0         # by ping
         self.is_quiet = False           # a stream that must show that it is alive
-        self.timer = None               # of the next look_for_silence
+        self.timer = None               # of the next ping
 
     def read_params(self):
         """SamplingParams of the request. What the request leaves out is as generation_config.json says."""
@@ -388,7 +391,7 @@ class Call:
     async def __call__(self, scope, receive, send):
         """The response, as an ASGI app. It watches for the client to go away all the while."""
         watching = asyncio.create_task(self.watch(receive, asyncio.current_task()))
-        self.timer = self.service.loop.call_later(PING_SECONDS, self.look_for_silence)
+        self.timer = self.service.loop.call_later(PING_SECONDS, self.ping)
         try:
             await self.respond(scope, receive, send)
         finally:
@@ -444,13 +447,13 @@ class Call:
                 data = text.encode("utf-8", "replace")      # arguments of a call may hold half a surrogate
                 await send({"type": "http.response.body", "body": data, "more_body": not is_over})
 
-    def look_for_silence(self):
+    def ping(self):
         """Called every PING_SECONDS: wakes a stream that has sent nothing since the last call."""
         self.is_quiet = self.num_sends == self.num_sends_seen
         self.num_sends_seen = self.num_sends
         if self.is_quiet:
             self.news.set()
-        self.timer = self.service.loop.call_later(PING_SECONDS, self.look_for_silence)
+        self.timer = self.service.loop.call_later(PING_SECONDS, self.ping)
 
     @property
     def usage(self):

@@ -603,7 +603,7 @@ struct Producer : Role {
     }
     __device__ void run() {
         forward(*this);
-        // Consumers and reducers look for their next unit: one more ticket each, past the end, ends the search.
+        // Consumers and reducers look for their next unit: a ticket past the end, for each reducer, ends that.
         for (int i = 0; i < REDUCERS; ++i) announce();
         if (lane < 2) mbarrier_arrive(&shared.full[filled % STAGES][lane]);
     }

@@ -5,12 +5,13 @@
 
 The life of a request:
   1. The event loop reads the request and checks its fields: class Call, in completions.py.
-  2. The event loop encodes a short prompt. A long prompt takes a third of a second, and all streams would
-     stand still: a helper thread encodes the long prompt.
+  2. The event loop encodes a short prompt. Some hundred thousand characters take a third of a second, and all
+     streams would stand still: a helper thread encodes the long prompt.
   3. The worker, a process of its own, queues the sequences and steps the engine: worker.py. After each step
      the worker sends the news of all sequences in one message: Service.deliver takes the message.
   4. The event loop sends the client all that is new since the last chunk. There is no queue of tokens: a
-     client that reads slowly gets fewer and larger chunks, and costs no memory.
+     client that reads slowly gets fewer and larger chunks, and costs no memory. (A client that reads nothing
+     for WRITE_SECONDS is cut off.)
 A client may leave at any point. Then the worker gives the sequences up, and the next step frees the pages.
 
 Sections: Service, Metrics, Page, App, Process.
@@ -70,8 +71,8 @@ REQUEST_SECONDS = 10            # for a whole request to come in, and a second m
 WRITE_SECONDS = 60              # for a client to read anything at all
 STUCK_SECONDS = 60              # a worker that says nothing for so long has failed
 CHUNK_SECONDS = 0.0002          # between two chunks of a stream, for each unfinished sequence
-# Connections taken in at a turn of the event loop. The requests of a turn go through all stages in step: of
-# 256 in one turn, none would reach the worker before all are read.
+# Connections taken in at a turn of the event loop. All requests of a turn are read before the first of them
+# goes on to the worker: of 256 in one turn, none would reach the worker before all 256 are read.
 MAX_ACCEPTS = 8
 UPGRADE = re.compile(rb"(?im)^upgrade:.*\r\n")
 LOGGER = logging.getLogger("tinyvllm.server")
@@ -200,8 +201,8 @@ class Service:
             del self.choices[choice.key]
 
     def wake(self):
-        """Tells calls of their news. The pause between two wakings grows with the number of streams: a chunk
-        of ten tokens costs as much as a chunk of one, and all chunks together have to fit."""
+        """Tells calls of their news. The pause between two wakings grows with the number of unfinished
+        sequences: a chunk of ten tokens costs as much as a chunk of one, and all chunks have to fit."""
         self.is_waking = False
         self.last_waking = self.loop.time()
         for call in self.with_news:
@@ -858,14 +859,17 @@ def main(argv=None):
             print("tiny-vLLM: anyone who reaches this machine may use the server: consider --api-key",
                   file=sys.stderr)
         hosts = ("localhost", "127.0.0.1", "[::1]", args.host.lower()) if is_loopback else ()
-        with worker_process(EngineArgs.from_namespace(args)) as (inputs, device_name, pipe):
+        with worker_process(EngineArgs.from_namespace(args)) as (inputs, device_name, num_blocks, pipe):
             names = args.served_model_name or [public_name(args, inputs)]
             app = build_app(inputs, names, args.api_key, args.max_waiting, args.max_body, args.allow_origin,
                             hosts, pipe)
             server = Server(app, args.shutdown_timeout)
             listener.listen()               # whoever follows the greeting waits a moment, and is not refused
-            print(greeting(args, address, names[0], inputs.tokenizer.has_chat_template, device_name),
-                  file=sys.stderr, flush=True)
+            num_tokens = num_blocks * args.block_size
+            print(f"KV cache: {num_blocks:,} pages of {args.block_size} tokens, {num_tokens:,} in all, room "
+                  f"for {num_tokens // inputs.max_model_len:,} requests of {inputs.max_model_len:,} tokens",
+                  greeting(args, address, names[0], inputs.tokenizer.has_chat_template, device_name),
+                  sep="\n", file=sys.stderr, flush=True)
             server.run([listener])
     return 1 if server.service.error else server.exit_code
 

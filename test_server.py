@@ -297,13 +297,28 @@ def test_readme(parrot, capsys):
     answer = json.loads(subprocess.check_output(command, shell=True, stderr=subprocess.DEVNULL))
     assert answer["choices"][0]["message"]["content"] == ANSWER
     [code] = re.findall(r"^```python\n(from openai .*?)```", readme, re.S | re.M)
-    exec(code.replace('"parrot"', '"model"'), {})
+    exec(code, {})
     assert capsys.readouterr().out == ANSWER
     names = {program: subprocess.check_output([sys.executable, program, "--help"], cwd=ROOT, text=True)
              for program in ("server.py", "tinyvllm.py")}
     options = {program: set(re.findall(r"^  (--[\w-]+)", text, re.M)) for program, text in names.items()}
     table = readme[readme.index("| server option |"):].split("\n\n")[0]
     assert set(re.findall(r"`(--[\w-]+)`", table)) == options["server.py"] - options["tinyvllm.py"]
+
+
+def test_variables_of_the_chat_template(parrot, monkeypatch):
+    """As clients of Qwen3 turn thinking off. The server's own variables stay."""
+    templates = parrot.llm.tokenizer._templates
+    monkeypatch.setitem(templates, "default", templates["default"] + "{{ '' if thinks is false else ' Hm' }}")
+    for body, end in [({}, " Hm"), ({"chat_template_kwargs": {"thinks": False}}, "")]:
+        body = body | {"messages": user("Hi"), "max_tokens": 1}
+        status, _, data = parrot.post("/v1/chat/completions", body)
+        prompt = TOKENIZER.chat(user("Hi")) + TOKENIZER.encode(end, add_bos=False)
+        assert status == 200 and json.loads(data)["usage"]["prompt_tokens"] == len(prompt)
+        _, _, data = parrot.post("/tokenize", body)
+        assert json.loads(data)["tokens"] == prompt
+    for variables in [1], {"messages": []}, {"bos_token": "x"}:
+        refusal(parrot, "/v1/chat/completions", {"messages": user("Hi"), "chat_template_kwargs": variables})
 
 
 def test_models(parrot):
@@ -342,7 +357,7 @@ def test_tokenize(parrot):
         assert json.loads(data)["tokens"] == TOKENIZER.chat(user("Hi"))
     for name, value in [("add_special_tokens", True), ("add_generation_prompt", False),
                         ("continue_final_message", True), ("chat_template", "{{ messages }}"),
-                        ("chat_template_kwargs", {"a": 1}), ("documents", [{"text": "a"}])]:
+                        ("chat_template_kwargs", [1]), ("documents", [{"text": "a"}])]:
         assert refusal(parrot, "/tokenize", body | {name: value})["param"] == name
 
 
@@ -984,7 +999,7 @@ def test_every_field_with_every_value():
     values = [None, "", "1", -1, 0, 2**70, 1e308, [], {}, [None], {"a": {}}, deep, "x" * 5000, True]
     fields = [*completions.SAMPLING_FIELDS, *completions.NEUTRAL_VALUES, *completions.NEUTRAL_CHAT_VALUES,
               "model", "n", "stream", "stream_options", "max_tokens", "max_completion_tokens", "logprobs",
-              "top_logprobs", "echo", "user", "prompt", "messages", "response_format"]
+              "top_logprobs", "echo", "user", "prompt", "messages", "response_format", "chat_template_kwargs"]
     statuses = set()
     with running(stub_llm(num_blocks=8)) as it:         # answers are short
         connection = http.client.HTTPConnection("127.0.0.1", it.port, timeout=30)
@@ -1331,7 +1346,8 @@ def test_a_full_queue():
         second.join()
         it.complete(prompt=[1], max_tokens=1)
         it.complete(prompt=[1], max_tokens=1, n=4)
-        refusal(it, "/v1/completions", {"prompt": [1], "n": 5}, 503)
+        error = refusal(it, "/v1/completions", {"prompt": [1], "n": 5})         # no later time would help
+        assert error["param"] == "n" and "expected 4 or less answers" in error["message"]
 
 
 def test_health(stub):
@@ -1455,7 +1471,7 @@ def text_of(chunk):
 
 
 def test_sigterm_lets_streams_end():
-    it = Process()
+    it = Process("--num-blocks", "600")
     stream = it.poem()
     text = text_of(next(stream))
     os.kill(worker_of(it.process), signal.SIGTERM)          # some send the signal to all processes
@@ -1470,6 +1486,7 @@ def test_sigterm_lets_streams_end():
     assert chunks[-1].choices[0].finish_reason == "stop"
     code, rest = it.end()
     assert code == 0 and "Traceback" not in rest and "Try:" in "".join(it.lines)
+    assert "600 pages of 16 tokens, 9,600 in all, room for 2 requests of 4,096 tokens" in "".join(it.lines)
 
 
 def test_sigterm_with_a_timeout():

@@ -641,6 +641,14 @@ def test_thoughts_of_past_turns(models_of):
     assert not {model.ours.token_id("<think>"), model.ours.token_id("</think>")} & set(ids)
 
 
+def test_variables_of_a_template(build):
+    model = build(chatml(), "<|im_start|>{{ level }}{% if thinks is false %}-{% endif %}")
+    assert model.ours.chat(HI) == ids_of_text(model, "<|im_start|>")
+    assert model.ours.chat(HI, variables={"thinks": False}) == ids_of_text(model, "<|im_start|>-")
+    ids = model.ours.chat(HI, variables={"level": "<|im_end|>"})                    # text of a user
+    assert show(model, ids) == "<|im_start|><|im_end|>" and model.ours.token_id("<|im_end|>") not in ids
+
+
 def test_tools(build, models_of):
     model = models_of["qwen3"]
     tool = {"name": "weather", "about": "<b>'é'</b> & 1 > 0"}

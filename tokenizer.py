@@ -213,9 +213,11 @@ class Tokenizer:
     #      the text, with °<|eot_id|> as the name of the token. It takes <|eot_id|> for plain text.
     # The ids are those of Transformers, except where a message holds a mark.
     # ----------------------------------------------------------------------------------------------
-    def chat(self, messages: list[dict], today: date | None = None, tools: list | None = None) -> list[int]:
+    def chat(self, messages: list[dict], today: date | None = None, tools: list | None = None,
+             variables: dict | None = None) -> list[int]:
         """The ids of the prompt for [{"role": "user", "content": "Hi"}, ...], up to the answer.
-        today: the date, for a template that asks for one. tools: definitions of functions, as JSON."""
+        today: the date, for a template that asks for one. tools: definitions of functions, as JSON.
+        variables: more variables of the template, such as {"enable_thinking": False} for Qwen3."""
         if not self.has_chat_template:
             raise TokenizerError("expected a model with a chat template, got none: send raw text")
         messages = list(map(plain_message, messages if isinstance(messages, Iterable) else []))
@@ -223,8 +225,8 @@ class Tokenizer:
             raise TokenizerError("expected at least one message, got none")
         name = "tool_use" if tools and "tool_use" in self._templates else "default"
         try:
-            data = json.dumps([messages, tools or None], ensure_ascii=False)
-            messages, tools = json.loads(data.encode())  # a template gets no objects with methods
+            data = json.dumps([messages, tools or None, variables or {}], ensure_ascii=False)
+            messages, tools, variables = json.loads(data.encode())  # a template gets no objects with methods
             guard = next(char for char in GUARDS if char not in data)
             # A template may search past answers for marks: Qwen3's drops all text up to </think>.
             messages = [self._hide(message, guard, self._sought if message["role"] == "assistant" else ())
@@ -232,7 +234,7 @@ class Tokenizer:
             text = compiled(self._templates[name]).render(
                 messages=messages, tools=self._hide(tools, guard, ()), documents=None,
                 add_generation_prompt=True, strftime_now=partial(strftime, today or datetime.now()),
-                **self._special_tokens)
+                **self._special_tokens, **self._hide(variables, guard, ()))
         except UnicodeEncodeError as error:  # half of a surrogate pair
             raise TokenizerError("expected messages of Unicode, got half of a surrogate pair") from error
         except Exception as error:  # a program can fail in any way

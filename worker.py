@@ -198,14 +198,14 @@ class Worker:
 
 @contextlib.contextmanager
 def worker_process(args):
-    """A worker in a process of its own. Yields (an InputProcessor, the device's name, a socket for messages)
-    when the model of EngineArgs is loaded. Raises TinyVLLMError if the model cannot be loaded."""
+    """A worker in a process of its own. Yields (an InputProcessor, the device's name, the number of pages, a
+    socket for messages) when the model is loaded. Raises TinyVLLMError if the model cannot be loaded."""
     process, ours = start_process([sys.executable, __file__])      # Ctrl-C: the server lets answers end
     with ours:
         try:
             with Connection(os.dup(ours.fileno())) as connection:
-                inputs, device_name = greet(connection, args)
-            yield inputs, device_name, ours
+                inputs, device_name, num_blocks = greet(connection, args)
+            yield inputs, device_name, num_blocks, ours
             ours.close()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(STOP_SECONDS)
@@ -218,19 +218,20 @@ def greet(connection, args):
     """Sends a new worker its EngineArgs, and takes its answer. Raises TinyVLLMError if it has no LLM."""
     try:
         connection.send(args)
-        inputs, device_name, refusal = connection.recv()
+        inputs, device_name, num_blocks, refusal = connection.recv()
     except (EOFError, ConnectionError):
         raise TinyVLLMError("the worker process has ended before the model was loaded") from None
     if refusal:
         raise TinyVLLMError(refusal)
-    return inputs, device_name
+    return inputs, device_name, num_blocks
 
 
 def main(connection):
     """The worker process. Returns the exit code."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)       # some send it to all processes: the server decides
     llm = open_llm(connection.recv())
-    connection.send((llm, llm.device.name, ""))         # of an LLM, pickle takes the InputProcessor
+    num_blocks = llm.engine.scheduler.allocator.num_blocks
+    connection.send((llm, llm.device.name, num_blocks, ""))     # of an LLM, pickle takes the InputProcessor
     Worker(llm, connection).run()
     return 0
 
@@ -240,5 +241,5 @@ if __name__ == "__main__":
     pipe = Connection(int(sys.argv[1]))
     exit_code, line = outcome(main, pipe)
     if line:
-        pipe.send((None, None, line.removeprefix("tinyvllm: ")))
+        pipe.send((None, None, None, line.removeprefix("tinyvllm: ")))
     sys.exit(exit_code)

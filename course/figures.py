@@ -112,20 +112,18 @@ def kept(name):
 
 def readme_table():
     """The cards, and the rows of README.md: of a small model, and of a large one."""
-    names = ["start", "decode-1-128", "decode-1-640", "decode-4-128", "decode-64-4000", "decode-256-1000",
-             "batch-32", "batch-256", "prefill-1-2048", "prefill-1-16384", "mix", "mix-sampled",
-             "shared-prefix"]
-    card = f"Some rows of an {CARD['name']} (reads {reads()}, multiplies {multiplies()} in bf16):"
-    return f"\n{card}\n{bench_table(*names)}{large_table('h100-8b.json')}"
+    names = ["start", "decode-1-128", "decode-64-4000", "decode-256-1000", "batch-32", "batch-256",
+             "prefill-1-2048", "prefill-1-16384", "mix"]
+    head = (f"Some rows of {MEASURED['model']} on an {CARD['name']} (reads {reads()}, multiplies "
+            f"{multiplies()} in bf16; {MEASURED['date']}):")
+    return f"\n{head}\n{bench_table(*names)}{large_table('h100-8b.json')}"
 
 
 def large_table(name):
     """The rows of a file, under a line on card, model and date."""
     large = kept(name)
     card = large["card"]
-    names = [name for name in ("decode-1-128", "decode-1-16384", "decode-4-128", "decode-64-4000",
-                               "decode-256-1000", "batch-32", "batch-256", "prefill-1-2048",
-                               "prefill-16-1024", "mix") if name in large["rows"]]
+    names = ["decode-1-128", "decode-64-4000", "decode-256-1000", "batch-256", "prefill-1-2048", "mix"]
     head = (f"And of {large['model']} on an {card['name']} (reads {reads(card)}, multiplies "
             f"{multiplies(card)} in bf16; {large['date']}):")
     return f"\n{head}\n{bench_table(*names, rows=large['rows'])}"
@@ -133,11 +131,13 @@ def large_table(name):
 
 def times_as_fast(unit, before, after):
     """How many times as fast a figure is as another: a rate in tokens/s, or a time."""
-    return f"{after / before if unit == 'tokens/s' else before / after:.2f}"
+    ratio = after / before if unit == "tokens/s" else before / after
+    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
 
 
 def peers_table(ours_name, peers_name, *names):
-    """Two engines on rows that both files have, of one card and one model. No names: all such rows."""
+    """Two engines on rows that both files have, of one card and one model. No names: all such rows. In
+    brackets: the ratio on another card, where the second file has rates of both engines there."""
     ours = kept(ours_name)
     peers = kept(peers_name)
     assert (ours["card"]["name"], ours["model"]) == (peers["card"]["name"], peers["model"]), "two cards"
@@ -148,42 +148,47 @@ def peers_table(ours_name, peers_name, *names):
         their = peers["rows"][name]
         assert our["unit"] == their["unit"], name
         ratio = times_as_fast(our["unit"], their["value"], our["value"])
+        if "elsewhere" in their:
+            ratio += f" ({times_as_fast(our['unit'], *their['elsewhere'])})"
         rows.append([f"`{name}`", BENCH[name].what, shown(our), shown(their), ratio])
     return table(f"| row | | tiny-vLLM | {peers['engine']} {peers['version']} | times as fast |",
                  "| --- | --- | ---: | ---: | ---: |", rows, head)
 
 
-def server_table(name):
-    """The rows of a file on the server: the lowest and the highest rate of some runs each."""
+def server_table(name, *chosen):
+    """Rows of a file on the server: the lowest and the highest rate of some runs each. chosen: their
+    numbers."""
     found = kept(name)
     head = f"{found['model']} on an {found['card']['name']}, {found['date']}. {found['note']}"
     rows = []
-    for row in found["rows"]:
+    for row in [found["rows"][i] for i in chosen]:
         rates = sorted({row["lowest"], row["highest"]})
         rows.append([row["what"], " to ".join(f"{rate:,}" for rate in rates)])
     return table("| where the engine steps | tokens/s |", "| --- | ---: |", rows, head)
 
 
-def ranks_table(name):
-    """The rows of a file on one GPU and on two, with the second figure's gain."""
+def ranks_table(name, *chosen):
+    """Rows of a file on one GPU and on two, with the second figure's gain. chosen: their numbers; none: all
+    rows."""
     found = kept(name)
     head = f"{found['model']} on {found['card']['name']} cards, {found['date']}. {found['note']}"
     rows = []
-    for row in found["rows"]:
+    for row in [found["rows"][i] for i in chosen] or found["rows"]:
         cells = [shown({"value": value, "unit": row["unit"]}) for value in row["values"]]
         rows.append([row["what"], *cells, times_as_fast(row["unit"], *row["values"])])
     return table("| | 1 GPU | 2 GPUs | times as fast |", "| --- | ---: | ---: | ---: |", rows, head)
 
 
-def fp8_table(name, *models):
-    """The rows of a file on FP8: in bfloat16, with FP8 weights, and with an FP8 cache besides. A table for
-    each model; no models: all of the file. A dash: not measured."""
+def fp8_table(name, *models, chosen=()):
+    """Rows of a file on FP8: in bfloat16, with FP8 weights, and with an FP8 cache besides. A table for
+    each model; no models: all of the file. chosen: numbers of rows; none: all rows. A dash: not measured."""
     found = kept(name)
     tables = ""
     for model in models or found["models"]:
         head = f"{model} on an {found['card']['name']}, {found['date']}. {found['note']}"
         rows = []
-        for row in found["models"][model]:
+        every = found["models"][model]
+        for row in [every[i] for i in chosen] or every:
             cells = ["-" if value is None else shown({"value": value, "unit": row["unit"]})
                      for value in row["values"]]
             rows.append([row["what"], *cells])
