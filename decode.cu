@@ -144,6 +144,7 @@ __device__ constexpr int shift_of(int columns) {
     return shift;
 }
 
+// half_down comes twice: on side 0 with the left half of down's columns, on side 1 with the right half.
 enum Product { QKV_PRODUCT, O_PRODUCT, GATE_UP_PRODUCT, DOWN_PRODUCT, HEAD_PRODUCT, HALF_DOWN_PRODUCT };
 
 // apart: rows from a row to the partner; 0: the partners follow right behind piece 0.
@@ -247,21 +248,21 @@ constexpr bool FITS =
     STAGE_KEYS <= 32 * BLOCK_SIZE &&               // each page of a stage has a lane of the producer
     4 * NUM_LAYERS < DECODE_THREADS &&             // a thread for each matrix copies the address
     sizeof(Shared) <= decode_shared_bytes;         // if only with LEAST_STAGES
-// Consumers hold h of all sequences in registers, so a wider h leaves room for fewer sequences, or for half
-// of h. (FITS: a wide FFN is a multiple of 2,048. So the consumers can share half an h, too.) With several
-// ranks, h stays whole, and a wide x leaves room for fewer sequences, while consumers add up the words.
+// Consumers hold h of all sequences in registers. A wide h of more than FEW_SEQUENCES has no room: there
+// down becomes two products, each with half of h. (A wide FFN that FITS is a multiple of 2,048, so all
+// consumers own equally many columns of half an h, too.) With several ranks, h stays whole, and consumers
+// add x up from the words of all ranks: a wide h or a wide x has room for FEW_SEQUENCES only.
 constexpr int FEW_SEQUENCES = MOST_SEQUENCES / 2;
 constexpr bool IS_NARROW = FFN <= 8192 && HIDDEN <= 4096;
 constexpr int SEQUENCES = RANKS == 1 || IS_NARROW ? MOST_SEQUENCES : FEW_SEQUENCES;
-constexpr bool SPLITS_DOWN = RANKS == 1 && FFN > 8192;    // for more than FEW_SEQUENCES
+constexpr bool SPLITS_DOWN = RANKS == 1 && FFN > 8192;
 EXPORT(DECODE_BATCH, FITS ? SEQUENCES : 0);        // the most sequences; 0: the kernel is empty
 
 // ---- The arguments, and the words between thread blocks -----------------------------------------
 constexpr int PARTIAL = HEAD_DIM / 2 + 4;    // words: a head's output of one split, and 4 times the logsumexp
 EXPORT(DECODE_TICKET_WORDS, 4);              // the counter, and a gap: Vectors must be 16-byte aligned
-constexpr int Z = SPLITS_DOWN ? HIDDEN : 0;  // columns of z
-// Of a sequence and layer:
-EXPORT(DECODE_VECTOR_WORDS, (2 * RANKS * HIDDEN + QKV + HEADS + Z + FFN) / 2);
+constexpr int Z = SPLITS_DOWN ? HIDDEN : 0;  // numbers of Vectors' z
+EXPORT(DECODE_VECTOR_WORDS, (2 * RANKS * HIDDEN + QKV + HEADS + Z + FFN) / 2);    // of a sequence and layer
 EXPORT(DECODE_PARTIAL_WORDS, NUM_HEADS * PARTIAL);    // of a sequence, layer and split
 EXPORT(DECODE_SPLITS, 32);                   // of all contexts together, at most; merge() takes 32 of one
 // Of several ranks: see set_of.
@@ -302,7 +303,7 @@ struct Vectors {    // what thread blocks hand to each other in a layer
     bf16* qkv;            // [S, (H + 2K) h]
     bf16* attention;      // [S, H h]
     bf16* y;              // [ranks, S, D], the residual after attention
-    bf16* z;              // [S, D], if SPLITS_DOWN: y and a half of the product down
+    bf16* z;              // [S, D], if SPLITS_DOWN: the residual between two half_down
     bf16* h;              // [S, F]
     unsigned* partial;    // [S, H, splits, PARTIAL]
     __device__ Vectors(const Step& step, int layer) {
@@ -444,7 +445,8 @@ template <class AnyRole> __device__ void forward(AnyRole&& role) {
         // next x = y + (silu(norm(y) @ gate) * (norm(y) @ up)) @ down
         role.template product<GATE_UP_PRODUCT>(layer);
         if constexpr (SPLITS_DOWN) {
-            if (role.splits_down()) {    // z = y + left half of h @ left half of down, next x = z + right ...
+            if (role.splits_down()) {
+                // z = y + left half of h @ left half of down, next x = z + the same of the right halves
                 for (int side = 0; side < 2; ++side) role.template product<HALF_DOWN_PRODUCT>(layer, side);
                 continue;
             }
@@ -603,7 +605,8 @@ struct Producer : Role {
     }
     __device__ void run() {
         forward(*this);
-        // Consumers and reducers look for their next unit: a ticket past the end, for each reducer, ends that.
+        // Consumers and reducers look for their next unit until a ticket past the end comes: one to each
+        // reducer, and the first to the consumers.
         for (int i = 0; i < REDUCERS; ++i) announce();
         if (lane < 2) mbarrier_arrive(&shared.full[filled % STAGES][lane]);
     }
@@ -736,7 +739,7 @@ template <int MOST> struct Consumer : Role {    // for up to MOST sequences
     int t = lane % 4;
     int r = g % 2 * 4 + g / 2;    // of eight rows of x, the row that is row g of A: see read_input
     template <Product P> static constexpr int ROW_TILES = ((MOST << Shape<P>::SHIFT) + 7) / 8;    // of 8 rows
-    // As in Role, but a constant: no code for a whole h of more sequences, which would need more registers.
+    // As in Role, but a constant: else the code for a whole wide h of all sequences would be compiled, too.
     __device__ static constexpr bool splits_down() { return MOST > FEW_SEQUENCES; }
 
     __device__ void wait_for_stage() {
@@ -1098,8 +1101,8 @@ struct Reducer : Role {
         return *reinterpret_cast<const volatile unsigned*>(p + rank * step.sequences * HIDDEN);
     }
     __device__ Pair with_residual(Pair x, unsigned (&old)[RANKS], const bf16* old_word) {
-        // The residual may still be on its way. (z comes from a unit of a smaller ticket. x and y have been
-        // published, since the sum depends on them.)
+        // The residual may still be on its way: x and y have been published, since the sum depends on them;
+        // z comes from a unit with a smaller ticket.
         auto wait = this->patience();
         for (int rank = 0; rank < RANKS; ++rank)
             while (old[rank] == 0 && !wait.has_stopped) {

@@ -442,7 +442,8 @@ inline unsigned pack_f16x2(float low, float high) { return pack_f16(low) | pack_
 inline unsigned e4m3x2_to_f16x2(unsigned short x) {
     static const auto f16s = [] {    // of all codes, for speed
         std::array<unsigned, 256> f16s;
-        for (int code = 0; code < 256; code++) f16s[code] = pack_f16(code % 128 == 127 ? NAN : unpack_e4m3(code));
+        for (int code = 0; code < 256; code++)
+            f16s[code] = pack_f16(code % 128 == 127 ? NAN : unpack_e4m3(code));
         return f16s;
     }();
     return f16s[x % 256] | f16s[x / 256] << 16;

@@ -1334,8 +1334,8 @@ def test_sample_large_vocabulary():
 
 # decode: a whole step of a few sequences, against forward(), which calls the kernels above
 DECODE_SHAPES = list(itertools.product((8, 16, 32, 64, 128), (64, 128), (512, 1024, 1536, 2048, 3072, 4096)))
-# Every ninth: a minute on two cores. With TINYVLLM_TEST_ALL=1: all.
-CHOSEN_SHAPES = range(0, len(DECODE_SHAPES), 1 if TEST_ALL else 9)
+# Every ninth: a minute on two cores. Number 12 has a wide F. With TINYVLLM_TEST_ALL=1: all.
+CHOSEN_SHAPES = range(len(DECODE_SHAPES)) if TEST_ALL else range(3, len(DECODE_SHAPES), 9)
 
 
 def decode_config(number):
@@ -1401,7 +1401,7 @@ def check_decode(number):
         for want, got in zip(*results):
             error = np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)
             assert error.max() < 0.03, (DECODE_SHAPES[number], contexts, error)
-        if number == 0 and len(contexts) == 3:          # a key of NaN spoils its own sequence, and no other
+        if number == CHOSEN_SHAPES[0] and len(contexts) == 3:     # a key of NaN spoils its own sequence alone
             old[0, 0, batch.block_tables[batch.cu_blocks[1]], :, 0] = NAN
             model.kv_cache[...] = device.to_device(old)
             spoilt = device.fetch(model.decode(model.buffer.device_batch(batch)))()
@@ -1430,12 +1430,12 @@ def test_decode_takes_every_shape(monkeypatch):
 # decode with codes, against a twin: B, h, D, F, H, K, and whether the cache has codes, too. The comments
 # say how the matrices are cut, see decode.cu.
 FP8_SHAPES = [
-    (16, 64, 1024, 5120, 8, 2, True),       # two tiles a piece; F: half rows
-    (8, 64, 512, 10240, 8, 1, True),        # F: quarters of rows; of more than four sequences, two products
+    (16, 64, 512, 10240, 8, 2, True),       # two tiles a piece; F: quarters of rows; 5 sequences: half an h
+    (8, 64, 1024, 5120, 8, 1, True),        # F: half rows
     (32, 128, 3072, 1536, 12, 4, True),     # whole rows, one tile; h of 128
     (64, 128, 5120, 512, 4, 4, False),      # D: half rows
 ]
-CHOSEN_FP8_SHAPES = range(len(FP8_SHAPES)) if TEST_ALL or ON_GPU else [0, 1]   # half a minute each
+CHOSEN_FP8_SHAPES = range(len(FP8_SHAPES)) if TEST_ALL or ON_GPU else [0]      # half a minute each
 
 
 def random_codes(rng, rows, columns):

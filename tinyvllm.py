@@ -535,8 +535,8 @@ class Scheduler:
 # If every sequence decodes, the step runs as a CUDA graph: the CPU would take longer to start the
 # kernels than the GPU to run them. A few batch sizes have a graph each; a batch is padded to the
 # next size with unread sequences (vLLM: cudagraph_capture_sizes; enforce_eager: no graphs). On an
-# H100 or a newer card, the graphs of up to eight sequences (four of a wide model) hold a single kernel
-# for the whole step, decode.cu (decode()): the only second path of this engine, tested against forward().
+# H100 or a newer card, the graphs of up to eight sequences (on several GPUs four of a wide model) hold
+# a single kernel for the whole step, decode.cu (decode()): the only second path, tested against forward().
 #
 # All kernels are compiled for the sizes of one model, before the first request. A graph is recorded
 # at the first batch of its size.
