@@ -1051,6 +1051,7 @@ EXPORT(SAMPLE_THREADS, 1024);
 constexpr int BINS = 256;     // of a histogram over 8 bits
 constexpr int COPIES = 16;    // of a histogram: logits crowd in few bins, and atomics on one address queue up
 constexpr u64 GOLDEN = 0x9e3779b97f4a7c15;    // 2^64 / golden ratio: multiples of it keep far from each other
+constexpr float BELOW_1 = 0x1.fffffep-1f;     // the greatest float below 1
 
 // Maps floats to integers in the same order: bits grow with a positive float, and fall with a
 // negative float; -0 equals +0.
@@ -1081,10 +1082,11 @@ __device__ inline u64 scramble(u64 z) {
 // log E of a token, with E an exponential random number.
 // Hazard: an E near 0 wins the race, so E must be fine-grained there. -log(u) is not: of the floats
 // u, one in 2^24 is 1, E is 0, and any token wins, however improbable. -log(1 - u) is: u has 64
-// bits, and 0 is avoided.
+// bits, and 0 is avoided. So is 1, to which the greatest u would be rounded: with an infinite E no
+// token could win against a token with a logit of -inf.
 __device__ inline float log_exponential(u64 stream, int token) {
     const float u = (scramble(stream + token * GOLDEN) | 1) * 0x1p-64f;
-    return logf(-log1pf(-u));
+    return logf(-log1pf(-min(u, BELOW_1)));
 }
 
 // Calls body(token, logit) for every logit of the row, spread over the thread block.
@@ -1327,7 +1329,7 @@ extern "C" __global__ __launch_bounds__(SAMPLE_THREADS, 2) void sample(
             scratch, row, changed.highest, changed.greatest, tau, min_p + s, top_k + s, top_p + s);
         // 4. The race. The noise depends on the request's seed, the position and the token alone.
         const u64 stream = scramble(scramble(seed[s] + GOLDEN) + position[s]);
-        u64 best = candidate(-INF, chosen);    // stays only if nothing else is finite
+        u64 best = candidate(-INF, chosen);    // a start: the greatest logit's score is finite, so it wins here
         for_each_logit(scratch, row, [&](int t, float logit) {
             if (ordered(logit) < lowest) return;
             best = max(best, candidate((logit - changed.greatest) / tau - log_exponential(stream, t), t));

@@ -1163,6 +1163,18 @@ def test_sample_with_bans(V, temperature, k, p):
     sample(finite, temperature, k, p, range(S), entries=[[(0, -1, -np.inf)]] * S)
 
 
+@pytest.mark.parametrize("position, left", [(7710, 940), (341137, 478)])
+def test_sample_never_draws_a_banned_token(position, left):
+    """Of the noise of the only token that is left, 1 - u is so near to 0 that as a float32 u would be 1."""
+    assert noise_twin(0, position, np.array([left])) < np.log(1 / -np.log(2.0 ** -25))
+    logits = np.zeros((3, 1001))
+    logits[0, np.arange(1001) != left] = -np.inf
+    masks = [None, np.arange(1001) == left, None]
+    biases = [(t, -1, -np.inf) for t in range(1001) if t != left]
+    token, _ = sample(logits, 1.0, seed=0, position=position, allowed=masks, entries=[[], [], biases])
+    assert token.tolist() == [left] * 3
+
+
 def test_sample_with_extreme_repetition_penalties():
     """x / 1e-40 would be inf, and inf - inf NaN: such tokens are equal, and the only ones to be drawn."""
     logits = np.full((30, 1001), 3.0)
