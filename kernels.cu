@@ -216,6 +216,7 @@ __device__ inline float row_scale(float greatest, float* scales, int row) {
 //   k_cache, v_cache [N, K, B, h]: in a page, one head's keys are consecutive: so attention reads.
 //     Codes stand in the order 0, h/2, 1, h/2 + 1, ..., in the pairs that turn together. A word of codes
 //     then becomes two words of fragments, and no byte changes places (see mma_shared_e4m3). A number
+//     is rounded to bf16 and then to a code, as in decode.cu, where the bf16 alone reach the cache. A number
 //     beyond 448 becomes 448. Hazard: attention reads the code of NaN as 480. NaN comes from broken
 //     weights alone, but then an answer can be wrong without an error; with bf16 the request would fail.
 //   query_scale: multiplies every query (see paged_attention).
@@ -297,9 +298,12 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
             const long long offset = slot % BLOCK_SIZE;
             cache += ((page * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + offset) * HEAD_DIM;
             if constexpr (FP8_CACHE) {
+                const auto codes_of = [&](int j) {
+                    const unsigned pair = pack_bf16x2(a.v[j], b.v[j]);
+                    return pack_e4m3x2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000));
+                };
                 Words4 codes;
-                for (int j = 0; j < 8; j += 2)
-                    codes.w[j / 2] = pack_e4m3x2(a.v[j], b.v[j]) | pack_e4m3x2(a.v[j + 1], b.v[j + 1]) << 16;
+                for (int j = 0; j < 4; ++j) codes.w[j] = codes_of(2 * j) | codes_of(2 * j + 1) << 16;
                 *reinterpret_cast<Words4*>(cache + 2 * i) = codes;
                 continue;
             }

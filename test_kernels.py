@@ -446,8 +446,10 @@ def test_two_reductions_in_a_row():
 
 # rope_and_cache
 def to_codes(x):
-    """[..., h] as the E4M3 codes of a cache: in the order 0, h/2, 1, h/2 + 1, ..., at most +-448."""
-    codes = np.clip(np.float32(x), -448, 448).astype(float8_e4m3fn).view(np.uint8)
+    """[..., h], rounded to bfloat16, as the E4M3 codes of a cache: in the order 0, h/2, 1, h/2 + 1, ...,
+    at most +-448."""
+    rounded = np.float32(np.asarray(x, bfloat16))
+    codes = np.clip(rounded, -448, 448).astype(float8_e4m3fn).view(np.uint8)
     return np.stack(np.split(codes, 2, -1), -1).reshape(codes.shape)
 
 
@@ -547,7 +549,7 @@ def test_rope_and_cache_with_bias_and_head_norm(model):
 
 @pytest.mark.parametrize("model", [CODES, CODE_MODELS[2] | {"QK_NORM": 1}], ids=["64", "48, norm"])
 def test_rope_and_cache_writes_codes(model):
-    """Keys and values are rounded to the nearest code, and beyond 448 to 448."""
+    """Keys and values are rounded to bfloat16, then to the nearest code, and beyond 448 to 448."""
     rng = RNG(3)
     H, K, h, B = attention_sizes(model)
     T = 19
