@@ -399,6 +399,7 @@ constexpr bool WGMMA = HAS_WGMMA && (HEAD_DIM == 64 || HEAD_DIM == 128);
 constexpr int PREFILL_TILE = WGMMA ? 64 : SMALL_TILE;     // keys
 constexpr int PREFILL_BYTES = PREFILL_TILE > SMALL_TILE ? 80 << 10 : SMALL_BYTES;
 EXPORT(paged_attention_shared_bytes, PREFILL_BYTES);
+EXPORT(decode_attention_shared_bytes, SMALL_BYTES);
 constexpr int MIN_SPLIT = 256;                            // keys of a split, at least: merging costs time
 constexpr float MOST_SUM = 0x1p32f;                       // of a lane and row in a tile: beyond, m is raised
 constexpr int MOST_COUNTERS = 1024;                       // A * K, if there are splits
@@ -419,15 +420,24 @@ template <int ROWS, int PARTS> struct TileLayout {
 
 __device__ unsigned arrived[MOST_COUNTERS];    // splits that have ended, of a kv head and row tile; then 0
 
-struct AttentionWork {         // of one thread block: some rows of one sequence
+struct AttentionWork {    // the kernel's arguments, and the thread block's part of the work
     bf16* out;
     const bf16* qkv;
-    const kv *k_cache, *v_cache;
+    const kv* k_cache;
+    const kv* v_cache;
+    const int* block_tables;
+    const int* cu_blocks;
+    const int* cu_seqlens;
+    const int* context_lens;
+    const int* tiles;
     float* partial;
-    const int* block_table;    // the sequence's pages
-    unsigned first_token;      // the sequence's first in the batch
-    int first_seen;            // keys that the query of first_token sees
-    unsigned first_row, rows;  // the thread block's, of the sequence's rows
+    int sequence = tiles[2 * blockIdx.y];
+    unsigned first_row = tiles[2 * blockIdx.y + 1];           // of the sequence's rows
+    unsigned first_token = cu_seqlens[sequence];
+    int queries = cu_seqlens[sequence + 1] - cu_seqlens[sequence];
+    unsigned rows = min(queries * GROUP - int(first_row), ATTENTION_ROWS);
+    int first_seen = context_lens[sequence] - queries + 1;    // keys that the query of first_token sees
+    const int* block_table = block_tables + cu_blocks[sequence];
 };
 
 template <bool FEW>            // whether the rows are 16 at most
@@ -790,19 +800,10 @@ struct AttentionBlock : AttentionWork {
 };
 
 template <bool DECODE>    // whether no tile has more than 16 rows
-__device__ inline void attend(
-        Bf16x8* memory, bf16* out, const bf16* qkv, const kv* k_cache, const kv* v_cache,
-        const int* block_tables, const int* cu_blocks, const int* cu_seqlens, const int* context_lens,
-        const int* tiles, float* partial) {
-    const int sequence = tiles[2 * blockIdx.y];
-    const int first_row = tiles[2 * blockIdx.y + 1];
-    const int first_token = cu_seqlens[sequence];
-    const int queries = cu_seqlens[sequence + 1] - first_token;
-    const int first_seen = context_lens[sequence] - queries + 1;
-    const int rows = min(queries * GROUP - first_row, ATTENTION_ROWS);
-    const AttentionWork work = {out, qkv, k_cache, v_cache, partial, block_tables + cu_blocks[sequence],
-                                unsigned(first_token), first_seen, unsigned(first_row), unsigned(rows)};
-    if (rows <= 16) AttentionBlock<true>{work, memory}.run();
+__device__ inline void attend(const AttentionWork& work) {
+    DYNAMIC_SHARED(DECODE ? SMALL_BYTES : PREFILL_BYTES);
+    Bf16x8* memory = reinterpret_cast<Bf16x8*>(dynamic_shared);
+    if (work.rows <= 16) AttentionBlock<true>{work, memory}.run();
     else if constexpr (!DECODE) AttentionBlock<false>{work, memory}.run();
 }
 
@@ -813,10 +814,8 @@ void paged_attention(
         bf16* out, const bf16* qkv, const kv* k_cache, const kv* v_cache, const int* block_tables,
         const int* cu_blocks, const int* cu_seqlens, const int* context_lens, const int* tiles,
         float* partial) {
-    DYNAMIC_SHARED(PREFILL_BYTES);
-    Bf16x8* memory = reinterpret_cast<Bf16x8*>(dynamic_shared);
-    attend<false>(memory, out, qkv, k_cache, v_cache, block_tables, cu_blocks, cu_seqlens, context_lens,
-                  tiles, partial);
+    attend<false>({out, qkv, k_cache, v_cache, block_tables, cu_blocks, cu_seqlens, context_lens, tiles,
+                   partial});
 }
 
 // For a batch of single queries. With fewer registers than paged_attention, more thread blocks
@@ -825,9 +824,8 @@ extern "C" __global__ __launch_bounds__(ATTENTION_THREADS, HEAD_DIM <= 128 ? 4 :
         bf16* out, const bf16* qkv, const kv* k_cache, const kv* v_cache, const int* block_tables,
         const int* cu_blocks, const int* cu_seqlens, const int* context_lens, const int* tiles,
         float* partial) {
-    __shared__ Bf16x8 memory[SMALL_BYTES / 16];
-    attend<true>(memory, out, qkv, k_cache, v_cache, block_tables, cu_blocks, cu_seqlens, context_lens,
-                 tiles, partial);
+    attend<true>({out, qkv, k_cache, v_cache, block_tables, cu_blocks, cu_seqlens, context_lens, tiles,
+                  partial});
 }
 
 // -------------------------------------------------------------------------------------------------
