@@ -459,7 +459,8 @@ struct AttentionBlock : AttentionWork {
     static constexpr unsigned STAGE = KEY_TILE * Tile::PADDED;          // parts
     static constexpr unsigned FITTING = (BYTES / 16 - Q_ROWS * Queries::PADDED) / STAGE;
     static constexpr unsigned STAGES = FITTING < 5 ? FITTING : 5;       // of the ring
-    static constexpr int PAIRS = HEAD_DIM / 2 + 1;    // that a split leaves of a row: acc, then m and l
+    static constexpr int PAIRS = HEAD_DIM / 2 + 1;                      // of a record, see merge()
+    static_assert(!FEW || 8 * Q_ROWS * KEY_WARPS * PAIRS <= BYTES, "the warps' records must fit");
     // To copy K and V, LANES threads share a key, so the thread block copies STEP keys at once. All
     // of these numbers, B included, are powers of 2.
     static constexpr unsigned LANES = KV_PARTS <= 4 ? 4 : KV_PARTS <= 8 ? 8 : 16;
@@ -507,8 +508,11 @@ struct AttentionBlock : AttentionWork {
         for (float& x : l) x = quad_sum(x);
         cp_async_wait<0>();
         __syncthreads();    // no copy is under way, and no warp still reads the ring: its memory is free
-        if (KEY_WARPS > 1) merge_warps(m, l, acc);
         write(m, l, acc);
+        if (FEW) {
+            __syncthreads();    // all warps' records are written before any thread reads them
+            merge(KEY_WARPS, [&](unsigned row) { return warp_record(row, 0); }, used_splits == 1);
+        }
         if (used_splits > 1) merge_splits();
     }
 
@@ -714,54 +718,66 @@ struct AttentionBlock : AttentionWork {
     }
 
     // ---- Results ----
-    // Adds the sums of the warps that shared each tile's keys to warp 0's. All warps have the same
-    // rows, so lane i of warp 0 wants the numbers of lane i of the others.
-    __device__ void merge_warps(RowSums& m, RowSums& l, Acc& acc) const {
-        const auto left_by = [=](int warp, int value) -> float& {
-            return reinterpret_cast<float*>(memory)[(warp * (4 * PARTS + 4) + value) * 32 + lane];
-        };
-        if (warp < KEY_WARPS) {
-            #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                left_by(warp, i) = m[i];
-                left_by(warp, 2 + i) = l[i];
-                for (int d = 0; d < 2 * PARTS; ++d)
-                    left_by(warp, 4 + 2 * PARTS * i + d) = acc[0][d / 2][2 * i + d % 2];
-            }
-        }
-        __syncthreads();    // all warps' sums are written before warp 0 reads them
-        for (int w = 1; w < KEY_WARPS && warp == 0; ++w) {
-            #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const float highest = max(m[i], left_by(w, i));
-                const float mine = exp2_approx(m[i] - highest);
-                const float theirs = exp2_approx(left_by(w, i) - highest);
-                m[i] = highest;
-                l[i] = l[i] * mine + left_by(w, 2 + i) * theirs;
-                for (int d = 0; d < 2 * PARTS; ++d) {
-                    float& x = acc[0][d / 2][2 * i + d % 2];
-                    x = x * mine + left_by(w, 4 + 2 * PARTS * i + d) * theirs;
-                }
-            }
-        }
+    // A record has PAIRS pairs of numbers, of a row and some of its keys: acc, then m and l. A row's records
+    // are neighbours.
+    __device__ Float2* partial_record(unsigned row, unsigned of_split) const {
+        return reinterpret_cast<Float2*>(partial) + (token_head(row) * splits + of_split) * PAIRS;
     }
+    __device__ Float2* warp_record(unsigned row, unsigned of_warp) const {    // where q and the ring were
+        return reinterpret_cast<Float2*>(memory) + (row * KEY_WARPS + of_warp) * PAIRS;
+    }
+    __device__ unsigned* out_pairs(unsigned row) const {
+        return reinterpret_cast<unsigned*>(out + token_head(row) * HEAD_DIM);
+    }
+    // out = acc / l. A query at p < 0 has seen no key: 0, not 0 / 0.
+    __device__ static float inverse(float l) { return l > 0 ? 1 / l : 0; }
 
+    // Of the rows whose numbers this lane has. The warps of few rows leave records, for merge().
     __device__ void write(const RowSums& m, const RowSums& l, const Acc& acc) const {
+        const bool is_final = !FEW && used_splits == 1;
         #pragma unroll
         for (int i = 0; i < LANE_ROWS; ++i) {
             const unsigned row = row_of(i);
-            if (row >= rows || (FEW && warp > 0)) continue;
-            const float down = l[i] > 0 ? 1 / l[i] : 0;    // a query at p < 0 has seen no key: 0, not 0 / 0
-            unsigned* bf16s = reinterpret_cast<unsigned*>(out + token_head(row) * HEAD_DIM) + lane % 4;
-            Float2* floats = reinterpret_cast<Float2*>(partial);
-            floats += (token_head(row) * splits + split) * PAIRS;
-            for (int d = 0; d < PARTS; ++d) {
-                const float x = acc[i / 2][d][i % 2 * 2];
-                const float y = acc[i / 2][d][i % 2 * 2 + 1];
-                if (used_splits == 1) bf16s[4 * d] = pack_bf16x2(x * down, y * down);
-                else floats[4 * d + lane % 4] = {x, y};
+            if (row >= rows || (FEW && warp >= KEY_WARPS)) continue;
+            const float down = inverse(l[i]);
+            unsigned* pairs = out_pairs(row);
+            Float2* record = FEW ? warp_record(row, warp) : partial_record(row, split);
+            for (int n = 0; n < PARTS; ++n) {
+                const float x = acc[i / 2][n][i % 2 * 2];
+                const float y = acc[i / 2][n][i % 2 * 2 + 1];
+                if (is_final) pairs[4 * n + lane % 4] = pack_bf16x2(x * down, y * down);
+                else record[4 * n + lane % 4] = {x, y};
             }
-            if (used_splits > 1) floats[HEAD_DIM / 2] = {m[i], l[i]};
+            if (!is_final) record[HEAD_DIM / 2] = {m[i], l[i]};
+        }
+    }
+
+    // Adds up each row's records: `count`, from first_of(row) on. The sum is final, or this split's record.
+    template <class FirstOf> __device__ void merge(unsigned count, FirstOf first_of, bool is_final) const {
+        for (unsigned item = threadIdx.x; item < rows * HEAD_DIM / 2; item += ATTENTION_THREADS) {
+            const unsigned row = item / (HEAD_DIM / 2);
+            const unsigned d = item % (HEAD_DIM / 2);
+            const Float2* first = first_of(row);
+            float m = LOWEST;
+            #pragma unroll 8
+            for (unsigned i = 0; i < count; ++i) m = max(m, first[i * PAIRS + HEAD_DIM / 2].v[0]);
+            float l = 0;
+            float x = 0;
+            float y = 0;
+            #pragma unroll 8
+            for (unsigned i = 0; i < count; ++i) {
+                const Float2* record = first + i * PAIRS;
+                const float weight = exp2_approx(record[HEAD_DIM / 2].v[0] - m);
+                l += weight * record[HEAD_DIM / 2].v[1];
+                x += weight * record[d].v[0];
+                y += weight * record[d].v[1];
+            }
+            if (is_final) {
+                out_pairs(row)[d] = pack_bf16x2(x * inverse(l), y * inverse(l));
+            } else {
+                partial_record(row, split)[d] = {x, y};
+                if (d == 0) partial_record(row, split)[HEAD_DIM / 2] = {m, l};
+            }
         }
     }
 
@@ -770,32 +786,11 @@ struct AttentionBlock : AttentionWork {
     __device__ void merge_splits() const {
         unsigned* before = reinterpret_cast<unsigned*>(memory);
         unsigned* counter = &arrived[blockIdx.y * NUM_KV_HEADS + kv_head];
-        __syncthreads();    // all results are written before thread 0 says so, and warp 0 has read all sums
+        __syncthreads();    // all records are written before thread 0 says so, and no warp reads `memory` now
         if (threadIdx.x == 0) *before = atomic_inc_acq_rel(counter, used_splits - 1);
-        __syncthreads();    // all know who is last, and see all splits' results, before anyone reads them
+        __syncthreads();    // all know who is last, and see all splits' records, before anyone reads them
         if (*before < used_splits - 1) return;
-        for (unsigned item = threadIdx.x; item < rows * HEAD_DIM / 2; item += ATTENTION_THREADS) {
-            const size_t row = token_head(item / (HEAD_DIM / 2));
-            const size_t d = item % (HEAD_DIM / 2);
-            const Float2* found = reinterpret_cast<const Float2*>(partial) + row * splits * PAIRS;
-            float highest = LOWEST;
-            #pragma unroll 8
-            for (int i = 0; i < used_splits; ++i)
-                highest = max(highest, found[i * PAIRS + HEAD_DIM / 2].v[0]);
-            float sum = 0;
-            float x = 0;
-            float y = 0;
-            #pragma unroll 8
-            for (int i = 0; i < used_splits; ++i) {
-                const float weight = exp2_approx(found[HEAD_DIM / 2].v[0] - highest);
-                sum += weight * found[HEAD_DIM / 2].v[1];
-                x += weight * found[d].v[0];
-                y += weight * found[d].v[1];
-                found += PAIRS;
-            }
-            const float down = sum > 0 ? 1 / sum : 0;
-            reinterpret_cast<unsigned*>(out)[row * (HEAD_DIM / 2) + d] = pack_bf16x2(x * down, y * down);
-        }
+        merge(used_splits, [&](unsigned row) { return partial_record(row, 0); }, true);
     }
 };
 
