@@ -32,8 +32,14 @@
 // data. Only attention divides its work in two ways, by the number of a thread block's rows.
 //
 // Numbers are stored as bfloat16 (the upper half of a float32) and computed in float32. This file
-// is compiled for one model: sizes are -D macros, so loops have constant bounds. compile_kernels()
-// in device.py puts ptx.h in front for a GPU, simulator.h for a CPU, and reads this text too:
+// is compiled for one model, so loops have constant bounds. The macros (H, K and F are a GPU's, of several):
+//     HIDDEN, FFN, VOCAB, BLOCK_SIZE     D, F, V, B          QKV_BIAS      1: q, k and v get a bias
+//     NUM_HEADS, NUM_KV_HEADS            H, K                QK_NORM       1: q's and k's heads are normed
+//     HEAD_DIM                           h                   FP8_WEIGHTS   1: weights are E4M3 codes
+//     RMS_EPS                            of the norms        FP8_CACHE     1: so are keys and values
+//     NUM_LAYERS, O_BIAS, RANKS          for decode.cu alone
+// Read ptx.h first: how a warp holds a matrix, and E4M3. compile_kernels() in device.py puts ptx.h in front
+// for a GPU, simulator.h for a CPU, and reads this text too:
 //   extern "C" __global__ __launch_bounds__(THREADS) void name(parameters)
 //     declares a kernel. THREADS is a number or an exported constant (a second bound may follow);
 //     a parameter is a bf16, float, int, long long, u8, u64 or kv, or a pointer to such numbers.
@@ -49,6 +55,7 @@ constexpr float LOG2_E = 1.44269504f;     // exp(x) = 2^(x log2(e)): GPUs have a
 static_assert(HIDDEN % 8 == 0 && FFN % 8 == 0, "hidden and ffn sizes must be multiples of 8 (16 bytes)");
 static_assert(HEAD_DIM % 16 == 0 && HEAD_DIM >= 32 && HEAD_DIM <= 256,
               "head_dim must be 32, 48, 64, ... or 256");
+static_assert((BLOCK_SIZE & (BLOCK_SIZE - 1)) == 0, "a page must have 8, 16, 32, ... tokens");
 static_assert(NUM_HEADS % NUM_KV_HEADS == 0 && GROUP <= 16, "1 to 16 query heads must share each kv head");
 
 // A GPU moves memory best in 16 bytes a thread: eight bf16, one load instruction. The address must
@@ -117,7 +124,7 @@ __device__ inline T warp_reduce(T x, Op op) {
 }
 
 template <class T>
-__device__ inline T quad_sum(T x) {    // over lanes 4g .. 4g + 3, which share a row of an mma's result
+__device__ inline T quad_sum(T x) {    // over lanes 4g .. 4g + 3, whose numbers are of one row: see ptx.h
     x += __shfl_xor_sync(0xffffffff, x, 1);
     return x + __shfl_xor_sync(0xffffffff, x, 2);
 }
@@ -372,7 +379,7 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
 //         l += sum of p
 //         wait for V; start the next copy
 //         acc += p @ V
-//     merge the warps, if they shared each tile's keys
+//     with few rows: leave acc, m and l of each warp in shared memory, and merge the warps
 //     out = acc / l; or, with splits: leave acc, m and l, and the last of the splits merges
 //
 // Who owns what. Of each 16 rows of scores and acc, lane i of a warp has rows i / 4 and i / 4 + 8,
@@ -380,8 +387,9 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
 // (see ptx.h), and so the next mma wants its left factor, the probabilities.
 // - Many rows (prefill): each warp owns 16 of every 64 rows.
 // - Few rows (16 at most, as in decode: a token has G rows): all warps have the same rows, and each
-//   warp has 16 keys of every tile of its own. (Where a large head_dim makes tiles smaller, the
-//   warps beyond repeat the work of others.) At the end warp 0 adds up the warps' sums.
+//   warp has keys of its own in every tile: 16, or 32 if the tile has 128 keys. (Where a large head_dim
+//   makes tiles smaller, the warps beyond repeat the work of others.) At the end the sums of the warps
+//   are added up.
 // Shared memory: q of the thread block's rows, then a ring of STAGES tiles, K, V, K, V, ...: while
 // one stage is multiplied, copies fill the others.
 //
@@ -459,6 +467,7 @@ struct AttentionBlock : AttentionWork {
     static constexpr unsigned STAGE = KEY_TILE * Tile::PADDED;          // parts
     static constexpr unsigned FITTING = (BYTES / 16 - Q_ROWS * Queries::PADDED) / STAGE;
     static constexpr unsigned STAGES = FITTING < 5 ? FITTING : 5;       // of the ring
+    static_assert(STAGES >= 2, "while one stage is multiplied, another is filled");
     static constexpr int PAIRS = HEAD_DIM / 2 + 1;                      // of a record, see merge()
     static_assert(!FEW || 8 * Q_ROWS * KEY_WARPS * PAIRS <= BYTES, "the warps' records must fit");
     // To copy K and V, LANES threads share a key, so the thread block copies STEP keys at once. All
@@ -483,7 +492,7 @@ struct AttentionBlock : AttentionWork {
     unsigned warp_key = warp % KEY_WARPS * KEYS;         // and first key of each tile
     unsigned me = threadIdx.x % ATTENTION_THREADS;       // %: tells the compiler how many threads there are
     unsigned my_key = me / LANES;                        // the first that this thread copies, of each tile,
-    unsigned my_part = me % LANES;                       // and which part (two parts, if head_dim > 128)
+    unsigned my_part = me % LANES;                       // and which part: of 32 parts, also part + 16
     // A split's keys are whole tiles: only the last tile of all can be partial. There may be no
     // tile.
     unsigned end = max(visible(rows - 1), 0);            // keys that the last row sees
@@ -605,15 +614,15 @@ struct AttentionBlock : AttentionWork {
             }
     }
 
-    // Waits for the next item in turn. Returns whether any thread's x is true. again: whether the thread
-    // block has waited for this item before.
-    __device__ bool wait(unsigned item, bool x, bool again) const {
+    // Waits for the next item in turn. The barrier also carries a vote: returns whether any thread's vote is
+    // true. again: whether the thread block has waited for this item before.
+    __device__ bool wait(unsigned item, bool vote, bool again) const {
         cp_async_wait<STAGES - 2>();
         if constexpr (EXPANDS)
             if (!again) expand(item);
         if constexpr (TOGETHER) fence_async_proxy();    // each thread its own copies, before the barrier
         // All threads' copies have come, and no warp still reads the stage that is filled next.
-        return __syncthreads_or(x);
+        return __syncthreads_or(vote);
     }
 
     // After the wait for an item: starts to copy a later item, returns the warp's keys of this
@@ -637,7 +646,9 @@ struct AttentionBlock : AttentionWork {
             mask(s, tile * KEY_TILE + warp_key);
             if (raise) raise_maximum(s, m, l, acc);
             const float largest = exponentiate(s, m, p, sum);
-            raise = wait(2 * tile + 1, largest > MOST_SUM, again);    // for V: too early, if repeated
+            // The barrier for V also carries the vote. If the tile is repeated, V has come already, and
+            // wait() must not expand it twice.
+            raise = wait(2 * tile + 1, largest > MOST_SUM, again);
             again = true;
         } while (raise);
         for (int i = 0; i < LANE_ROWS; ++i) l[i] += sum[i];
@@ -1395,7 +1406,7 @@ extern "C" __global__ __launch_bounds__(SAMPLE_THREADS) void best_logprobs(
 // Two buffers, used in turn, are enough. In call e of a piece, a rank writes where the words of call
 // e - 2 were. The rank's call e - 1 has ended, so every other rank had begun call e - 1, and had
 // ended call e - 2 and its reading. Hazard: no launch may begin before the kernel in front of it has
-// ended.
+// ended, so programmatic dependent launch must stay off for these kernels.
 //
 // A rank that has died sends nothing. The others stop waiting when their own CPU says so in the word
 // `stop`: their results are then wrong, and their host raises an error instead of using the results
