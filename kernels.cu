@@ -241,7 +241,6 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
         bf16* qkv, const bf16* x, const float* cos_sin, const int* positions, const long long* slot_mapping,
         kv* k_cache, kv* v_cache, float query_scale, const bf16* bias, const bf16* qk_norm,
         const float* row_scales) {
-    constexpr bool IS_PLAIN = !QKV_BIAS && !QK_NORM;
     constexpr int HALF = HEAD_DIM / 2;
     constexpr int EIGHTS = HALF / 8;
     const int token = blockIdx.x;
@@ -250,12 +249,12 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
     const float* sin = cos + HALF;
     const float factor = FP8_WEIGHTS ? normed_scale() : inverse_rms(x + (size_t)token * HIDDEN);
     const bf16* row = qkv + (size_t)token * QKV;
-    const auto load = [&](const bf16* p) {    // eight numbers of the row. Unless IS_PLAIN: factor, then bias
+    const auto load = [&](const bf16* p) {    // eight numbers of the row, with factor and bias
         Float8 y = to_float(vec8(p));
         if constexpr (FP8_WEIGHTS) y = multiplied(y, row_scales + (p - row));
         Float8 more = {};
         if constexpr (QKV_BIAS) more = to_float(vec8(bias + (p - row)));
-        for (int j = 0; j < 8 && !IS_PLAIN; ++j) y.v[j] = y.v[j] * factor + more.v[j];
+        for (int j = 0; j < 8; ++j) y.v[j] = y.v[j] * factor + more.v[j];
         return y;
     };
     __shared__ float squares[QK_NORM ? QKV / 16 : 1];    // of eight pairs, the sum of their squares
@@ -271,6 +270,7 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
         __syncthreads();    // squares are written before they are read, and q is read before q is replaced
     }
 
+    if (slot < 0) return;    // here, so that x and qkv are on their way before `slot` has come
     for (int item = threadIdx.x; item < QKV / 16; item += ROPE_THREADS) {
         const int head = item / EIGHTS;    // first the H heads of queries, then K of keys, then K of values
         const int i = 8 * (item % EIGHTS);
@@ -278,8 +278,7 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
         Float8 a = load(target);
         Float8 b = load(target + HALF);
         const bool turns = head < NUM_HEADS + NUM_KV_HEADS;    // values do not turn
-        float times = IS_PLAIN ? factor : 1;
-        if (head < NUM_HEADS) times *= query_scale;
+        float times = head < NUM_HEADS ? query_scale : 1;
         if (QK_NORM && turns) {
             float sum = 0;
             for (int e = 0; e < EIGHTS; ++e) sum += squares[head * EIGHTS + e];
@@ -296,7 +295,6 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
             a.v[j] = a0 * c - b0 * s;
             b.v[j] = b0 * c + a0 * s;
         }
-        if (slot < 0) break;
         if (head >= NUM_HEADS) {
             kv* cache = head < NUM_HEADS + NUM_KV_HEADS ? k_cache : v_cache;
             const int kv_head = (head - NUM_HEADS) % NUM_KV_HEADS;
