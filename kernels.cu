@@ -1257,8 +1257,7 @@ __device__ inline unsigned lowest_kept(
 
 // The softmax of a row: exp(logit - greatest) / denominator.
 struct Softmax {
-    float highest;        // the greatest logit that this thread has seen, and its token;
-    int at;               // -inf, and any token, if none is above -inf
+    float highest;        // the greatest logit that this thread has seen; -inf if none is above -inf
     u64 best;             // the greatest logit of the row, as a candidate
     float greatest;       // ... as a number: the zero point of all exponents, so that none overflows
     float denominator;    // NaN for a row with no softmax: with a NaN, a +inf, or nothing above -inf
@@ -1285,12 +1284,12 @@ __device__ inline Softmax softmax_of(const bf16* row) {
     const float greatest = __bfloat162float(row[token_of(best)]);
     // inf - inf: with a single +inf, or -inf alone, NaN gets into the sum here.
     const float share = sum * exp2_approx(LOG2_E * (highest - greatest));
-    return {highest, at, best, greatest, block_reduce(share, Sum())};
+    return {highest, best, greatest, block_reduce(share, Sum())};
 }
 
 // The same of the changed logits, without a denominator. Entries come in any order, so the first of a
 // thread's equal logits need not be the lowest token's: all are compared as candidates.
-__device__ inline Softmax greatest_of(const Scratch& shared, const bf16* row) {
+__device__ inline Softmax best_changed(const Scratch& shared, const bf16* row) {
     Softmax changed = {-INF};
     for_each_logit(shared, row, [&](int t, float logit) {
         changed.highest = max(changed.highest, logit);
@@ -1324,7 +1323,7 @@ extern "C" __global__ __launch_bounds__(SAMPLE_THREADS, 2) void sample(
     Softmax changed = softmax;
     if (scratch.num_entries > 0)
         change(scratch, row, newest[s] < 0 ? -1 : token_ids[newest[s]], penalties + 3 * s);
-    if (scratch.num_entries > 0 || scratch.mask) changed = greatest_of(scratch, row);
+    if (scratch.num_entries > 0 || scratch.mask) changed = best_changed(scratch, row);
     const bool is_given = given[s] >= 0;
     const float tau = temperature[s];
     int chosen = is_given ? given[s] : token_of(changed.best);
