@@ -102,25 +102,21 @@ __device__ inline void mma_m16n8k16_f16(
 // matrix m lies. r[m]: of matrix m, row g and columns 2t, 2t + 1 (TRANSPOSED: column g and rows).
 template <bool TRANSPOSED>
 __device__ inline void ldmatrix_x4(unsigned (&r)[4], const void* row) {
-    const unsigned address = shared_address(row);
-    if (TRANSPOSED)
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
-    else
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+#define LDMATRIX_X4(trans)                                                                                   \
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4" trans ".shared.b16 {%0, %1, %2, %3}, [%4];"                 \
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory")
+    if (TRANSPOSED) LDMATRIX_X4(".trans");
+    else LDMATRIX_X4("");
 }
 
 // The same for two matrices: lanes 0 to 15 say where their rows lie.
 template <bool TRANSPOSED>
 __device__ inline void ldmatrix_x2(unsigned (&r)[2], const void* row) {
-    const unsigned address = shared_address(row);
-    if (TRANSPOSED)
-        asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-                     : "=r"(r[0]), "=r"(r[1]) : "r"(address) : "memory");
-    else
-        asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-                     : "=r"(r[0]), "=r"(r[1]) : "r"(address) : "memory");
+#define LDMATRIX_X2(trans)                                                                                   \
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2" trans ".shared.b16 {%0, %1}, [%2];"                         \
+                 : "=r"(r[0]), "=r"(r[1]) : "r"(shared_address(row)) : "memory")
+    if (TRANSPOSED) LDMATRIX_X2(".trans");
+    else LDMATRIX_X2("");
 }
 
 // A warp. The fragment of A [16, 16] in shared memory. at(row, part): where the eight numbers
