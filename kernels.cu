@@ -99,8 +99,8 @@ __device__ inline Bf16x8 to_bf16(const Float8& x) {
 //   Hazard: thread 0 replaces a number that other threads may not have read. No barrier is needed: each
 //     thread reads the number once, and finds the same row by ~i and by the token.
 // -------------------------------------------------------------------------------------------------
-EXPORT(GATHER_THREADS, 128);
-extern "C" __global__ __launch_bounds__(GATHER_THREADS) void gather_rows(
+EXPORT(ROW_THREADS, 256);    // of most kernels: a thread block has one row, or a part of a row
+extern "C" __global__ __launch_bounds__(ROW_THREADS) void gather_rows(
         bf16* out, const bf16* table, int* rows, const int* sampled) {
     const int id = rows[blockIdx.x];
     const int row = id < 0 ? sampled[~id] : id;
@@ -108,7 +108,7 @@ extern "C" __global__ __launch_bounds__(GATHER_THREADS) void gather_rows(
     // 64 bits: 256,000 rows of 16,384 numbers are more numbers than an int can count.
     const bf16* source = table + (size_t)row * HIDDEN;
     bf16* target = out + (size_t)blockIdx.x * HIDDEN;
-    for (int i = 8 * threadIdx.x; i < HIDDEN; i += 8 * GATHER_THREADS) vec8(target + i) = vec8(source + i);
+    for (int i = 8 * threadIdx.x; i < HIDDEN; i += 8 * ROW_THREADS) vec8(target + i) = vec8(source + i);
 }
 
 // ---- Sums and maxima over a warp or a thread block ----------------------------------------------
@@ -171,7 +171,7 @@ struct alignas(8) Codes8 { unsigned short v[4]; };    // eight codes, in pairs
 struct alignas(16) Scales8 { float v[8]; };
 
 // Threads for a row: one for eight columns, in whole warps, but `most` at most.
-__device__ constexpr int row_threads(int columns, int most) {
+__device__ constexpr int threads_for(int columns, int most) {
     const int threads = (columns + 255) / 256 * 32;
     return threads < most ? threads : most;
 }
@@ -236,8 +236,7 @@ __device__ inline float row_scale(float greatest, float* scales, int row) {
 //     must be a multiple of 16), and reads both halves of the pairs before it writes either: no
 //     barrier is needed in between. Shared memory: block_reduce's, and `squares`.
 // -------------------------------------------------------------------------------------------------
-EXPORT(ROPE_THREADS, 256);
-extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
+extern "C" __global__ __launch_bounds__(ROW_THREADS) void rope_and_cache(
         bf16* qkv, const bf16* x, const float* cos_sin, const int* positions, const long long* slot_mapping,
         kv* k_cache, kv* v_cache, float query_scale, const bf16* bias, const bf16* qk_norm,
         const float* row_scales) {
@@ -259,7 +258,7 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
     };
     __shared__ float squares[QK_NORM ? QKV / 16 : 1];    // of eight pairs, the sum of their squares
     if constexpr (QK_NORM) {
-        for (int item = threadIdx.x; item < QKV / 16; item += ROPE_THREADS) {
+        for (int item = threadIdx.x; item < QKV / 16; item += ROW_THREADS) {
             const bf16* pairs = row + item / EIGHTS * HEAD_DIM + 8 * (item % EIGHTS);
             const Float8 a = load(pairs);
             const Float8 b = load(pairs + HALF);
@@ -271,7 +270,7 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
     }
 
     if (slot < 0) return;    // here, so that x and qkv are on their way before `slot` has come
-    for (int item = threadIdx.x; item < QKV / 16; item += ROPE_THREADS) {
+    for (int item = threadIdx.x; item < QKV / 16; item += ROW_THREADS) {
         const int head = item / EIGHTS;    // first the H heads of queries, then K of keys, then K of values
         const int i = 8 * (item % EIGHTS);
         bf16* target = qkv + (size_t)token * QKV + head * HEAD_DIM + i;
@@ -844,7 +843,7 @@ extern "C" __global__ __launch_bounds__(ATTENTION_THREADS, HEAD_DIM <= 128 ? 4 :
 //     weights a thread block owns a token, since it must find the token's greatest number.) Shared memory:
 //     block_reduce's.
 // -------------------------------------------------------------------------------------------------
-EXPORT(SILU_THREADS, FP8_WEIGHTS ? row_threads(FFN, 512) : 256);
+EXPORT(SILU_THREADS, FP8_WEIGHTS ? threads_for(FFN, 512) : ROW_THREADS);
 constexpr int SILU_GROUPS = FP8_WEIGHTS ? (FFN + 8 * SILU_THREADS - 1) / (8 * SILU_THREADS) : 2;
 EXPORT(SILU_COLUMNS, 8 * SILU_THREADS * SILU_GROUPS);    // of a thread block; a group is eight columns
 
@@ -901,16 +900,15 @@ extern "C" __global__ __launch_bounds__(SILU_THREADS) void silu_mul(
 //   codes [R, columns], scales [R], x [R, columns]. columns: a multiple of 8.
 //   Grid (R): a thread block owns one row. Shared memory: block_reduce's.
 // -------------------------------------------------------------------------------------------------
-EXPORT(QUANTIZE_THREADS, 256);
-extern "C" __global__ __launch_bounds__(QUANTIZE_THREADS) void quantize(
+extern "C" __global__ __launch_bounds__(ROW_THREADS) void quantize(
         u8* codes, float* scales, const bf16* x, int columns) {
     if constexpr (FP8_WEIGHTS) {
         const bf16* row = x + (size_t)blockIdx.x * columns;
         float greatest = 0;
-        for (int i = 8 * threadIdx.x; i < columns; i += 8 * QUANTIZE_THREADS)
+        for (int i = 8 * threadIdx.x; i < columns; i += 8 * ROW_THREADS)
             greatest = greatest_of(greatest, to_float(vec8(row + i)));
         const float scale = row_scale(greatest, scales, blockIdx.x);
-        for (int i = 8 * threadIdx.x; i < columns; i += 8 * QUANTIZE_THREADS)
+        for (int i = 8 * threadIdx.x; i < columns; i += 8 * ROW_THREADS)
             store_codes(codes + (size_t)blockIdx.x * columns + i, to_float(vec8(row + i)), 1 / scale);
     }
 }
@@ -924,7 +922,7 @@ extern "C" __global__ __launch_bounds__(QUANTIZE_THREADS) void quantize(
 //   Grid (T): a thread block owns one token, a thread ADD_GROUPS groups of eight columns. Shared memory:
 //     block_reduce's.
 // -------------------------------------------------------------------------------------------------
-EXPORT(ADD_THREADS, row_threads(HIDDEN, 512));
+EXPORT(ADD_THREADS, threads_for(HIDDEN, 512));
 constexpr int ADD_GROUPS = (HIDDEN + 8 * ADD_THREADS - 1) / (8 * ADD_THREADS);    // a thread's
 extern "C" __global__ __launch_bounds__(ADD_THREADS) void add_residual(
         u8* codes, bf16* out, const bf16* residual, const bf16* product, const float* row_scales,
@@ -967,9 +965,8 @@ extern "C" __global__ __launch_bounds__(ADD_THREADS) void add_residual(
 //   logits [R, columns], row_scales [columns], token_scales [R]. columns: a multiple of 8.
 //   Grid (ceil(columns / SCALE_COLUMNS), R): a thread owns eight columns of one row.
 // -------------------------------------------------------------------------------------------------
-EXPORT(SCALE_THREADS, 256);
-EXPORT(SCALE_COLUMNS, 8 * SCALE_THREADS);
-extern "C" __global__ __launch_bounds__(SCALE_THREADS) void scale_logits(
+EXPORT(SCALE_COLUMNS, 8 * ROW_THREADS);
+extern "C" __global__ __launch_bounds__(ROW_THREADS) void scale_logits(
         bf16* logits, const float* row_scales, const float* token_scales, int columns) {
     const int i = SCALE_COLUMNS * blockIdx.x + 8 * threadIdx.x;
     if (i >= columns) return;
@@ -987,13 +984,12 @@ extern "C" __global__ __launch_bounds__(SCALE_THREADS) void scale_logits(
 //   Grid (R): a thread block owns one row, a thread every 256th group of eight columns. Shared
 //     memory: block_reduce's.
 // -------------------------------------------------------------------------------------------------
-EXPORT(NORM_THREADS, 256);
-extern "C" __global__ __launch_bounds__(NORM_THREADS) void rms_norm(
+extern "C" __global__ __launch_bounds__(ROW_THREADS) void rms_norm(
         bf16* out, const bf16* residual, const int* rows, const bf16* weight) {
     const bf16* x = residual + (size_t)rows[blockIdx.x] * HIDDEN;
     bf16* target = out + (size_t)blockIdx.x * HIDDEN;
     const float factor = inverse_rms(x);
-    for (int i = 8 * threadIdx.x; i < HIDDEN; i += 8 * NORM_THREADS) {
+    for (int i = 8 * threadIdx.x; i < HIDDEN; i += 8 * ROW_THREADS) {
         Float8 mine = to_float(vec8(x + i));
         const Float8 w = to_float(vec8(weight + i));
         for (int j = 0; j < 8; ++j) mine.v[j] *= factor * w.v[j];

@@ -124,7 +124,7 @@ def test_exported_constants(model, rows):
     kernels.constants((1,), out)
     assert [getattr(kernels, name) for name in names] == DEVICE.fetch(out)().tolist()
     assert kernels.ATTENTION_ROWS == rows
-    assert kernels.rms_norm.block == (kernels.NORM_THREADS, 1, 1)
+    assert kernels.rms_norm.block == (kernels.ROW_THREADS, 1, 1)
     assert kernels.paged_attention.shared_bytes == kernels.paged_attention_shared_bytes > 0
 
 
