@@ -1330,7 +1330,7 @@ extern "C" __global__ __launch_bounds__(SAMPLE_THREADS, 2) void sample(
             scratch, row, changed.highest, changed.greatest, tau, min_p + s, top_k + s, top_p + s);
         // 4. The race. The noise depends on the request's seed, the position and the token alone.
         const u64 stream = scramble(scramble(seed[s] + GOLDEN) + position[s]);
-        u64 best = candidate(-INF, chosen);    // a start: the greatest logit's score is finite, so it wins here
+        u64 best = candidate(-INF, chosen);    // a start: the greatest logit's score is finite, and above
         for_each_logit(scratch, row, [&](int t, float logit) {
             if (ordered(logit) < lowest) return;
             best = max(best, candidate((logit - changed.greatest) / tau - log_exponential(stream, t), t));
