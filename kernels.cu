@@ -404,7 +404,6 @@ constexpr bool WGMMA = HAS_WGMMA && (HEAD_DIM == 64 || HEAD_DIM == 128);
 constexpr int PREFILL_TILE = WGMMA ? 64 : SMALL_TILE;     // keys
 constexpr int PREFILL_BYTES = PREFILL_TILE > SMALL_TILE ? 80 << 10 : SMALL_BYTES;
 EXPORT(paged_attention_shared_bytes, PREFILL_BYTES);
-EXPORT(decode_attention_shared_bytes, SMALL_BYTES);
 constexpr int MIN_SPLIT = 256;                            // keys of a split, at least: merging costs time
 constexpr float MOST_SUM = 0x1p32f;                       // of a lane and row in a tile: beyond, m is raised
 constexpr int MOST_COUNTERS = 1024;                       // A * K, if there are splits
@@ -803,9 +802,7 @@ struct AttentionBlock : AttentionWork {
 };
 
 template <bool DECODE>    // whether no tile has more than 16 rows
-__device__ inline void attend(const AttentionWork& work) {
-    DYNAMIC_SHARED(DECODE ? SMALL_BYTES : PREFILL_BYTES);
-    Bf16x8* memory = reinterpret_cast<Bf16x8*>(dynamic_shared);
+__device__ inline void attend(const AttentionWork& work, Bf16x8* memory) {
     if (work.rows <= 16) AttentionBlock<true>{work, memory}.run();
     else if constexpr (!DECODE) AttentionBlock<false>{work, memory}.run();
 }
@@ -817,8 +814,9 @@ void paged_attention(
         bf16* out, const bf16* qkv, const kv* k_cache, const kv* v_cache, const int* block_tables,
         const int* cu_blocks, const int* cu_seqlens, const int* context_lens, const int* tiles,
         float* partial) {
+    DYNAMIC_SHARED(PREFILL_BYTES);
     attend<false>({out, qkv, k_cache, v_cache, block_tables, cu_blocks, cu_seqlens, context_lens, tiles,
-                   partial});
+                   partial}, reinterpret_cast<Bf16x8*>(dynamic_shared));
 }
 
 // For a batch of single queries. With fewer registers than paged_attention, more thread blocks
@@ -827,8 +825,9 @@ extern "C" __global__ __launch_bounds__(ATTENTION_THREADS, HEAD_DIM <= 128 ? 4 :
         bf16* out, const bf16* qkv, const kv* k_cache, const kv* v_cache, const int* block_tables,
         const int* cu_blocks, const int* cu_seqlens, const int* context_lens, const int* tiles,
         float* partial) {
+    __shared__ Bf16x8 memory[SMALL_BYTES / 16];    // (dynamic, it would cost a register)
     attend<true>({out, qkv, k_cache, v_cache, block_tables, cu_blocks, cu_seqlens, context_lens, tiles,
-                  partial});
+                  partial}, memory);
 }
 
 // -------------------------------------------------------------------------------------------------
