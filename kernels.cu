@@ -32,8 +32,14 @@
 // data. Only attention divides its work in two ways, by the number of a thread block's rows.
 //
 // Numbers are stored as bfloat16 (the upper half of a float32) and computed in float32. This file
-// is compiled for one model: sizes are -D macros, so loops have constant bounds. compile_kernels()
-// in device.py puts ptx.h in front for a GPU, simulator.h for a CPU, and reads this text too:
+// is compiled for one model, so loops have constant bounds. The macros (H, K and F are a GPU's, of several):
+//     HIDDEN, FFN, VOCAB, BLOCK_SIZE     D, F, V, B          QKV_BIAS      1: q, k and v get a bias
+//     NUM_HEADS, NUM_KV_HEADS            H, K                QK_NORM       1: q's and k's heads are normed
+//     HEAD_DIM                           h                   FP8_WEIGHTS   1: weights are E4M3 codes
+//     RMS_EPS                            of the norms        FP8_CACHE     1: so are keys and values
+//     NUM_LAYERS, O_BIAS, RANKS          for decode.cu alone
+// Read ptx.h first: how a warp holds a matrix, and E4M3. compile_kernels() in device.py puts ptx.h in front
+// for a GPU, simulator.h for a CPU, and reads this text too:
 //   extern "C" __global__ __launch_bounds__(THREADS) void name(parameters)
 //     declares a kernel. THREADS is a number or an exported constant (a second bound may follow);
 //     a parameter is a bf16, float, int, long long, u8, u64 or kv, or a pointer to such numbers.
@@ -49,6 +55,7 @@ constexpr float LOG2_E = 1.44269504f;     // exp(x) = 2^(x log2(e)): GPUs have a
 static_assert(HIDDEN % 8 == 0 && FFN % 8 == 0, "hidden and ffn sizes must be multiples of 8 (16 bytes)");
 static_assert(HEAD_DIM % 16 == 0 && HEAD_DIM >= 32 && HEAD_DIM <= 256,
               "head_dim must be 32, 48, 64, ... or 256");
+static_assert((BLOCK_SIZE & (BLOCK_SIZE - 1)) == 0, "a page must have 8, 16, 32, ... tokens");
 static_assert(NUM_HEADS % NUM_KV_HEADS == 0 && GROUP <= 16, "1 to 16 query heads must share each kv head");
 
 // A GPU moves memory best in 16 bytes a thread: eight bf16, one load instruction. The address must
@@ -92,8 +99,8 @@ __device__ inline Bf16x8 to_bf16(const Float8& x) {
 //   Hazard: thread 0 replaces a number that other threads may not have read. No barrier is needed: each
 //     thread reads the number once, and finds the same row by ~i and by the token.
 // -------------------------------------------------------------------------------------------------
-EXPORT(GATHER_THREADS, 128);
-extern "C" __global__ __launch_bounds__(GATHER_THREADS) void gather_rows(
+EXPORT(ROW_THREADS, 256);    // of most kernels: a thread block has one row, or a part of a row
+extern "C" __global__ __launch_bounds__(ROW_THREADS) void gather_rows(
         bf16* out, const bf16* table, int* rows, const int* sampled) {
     const int id = rows[blockIdx.x];
     const int row = id < 0 ? sampled[~id] : id;
@@ -101,7 +108,7 @@ extern "C" __global__ __launch_bounds__(GATHER_THREADS) void gather_rows(
     // 64 bits: 256,000 rows of 16,384 numbers are more numbers than an int can count.
     const bf16* source = table + (size_t)row * HIDDEN;
     bf16* target = out + (size_t)blockIdx.x * HIDDEN;
-    for (int i = 8 * threadIdx.x; i < HIDDEN; i += 8 * GATHER_THREADS) vec8(target + i) = vec8(source + i);
+    for (int i = 8 * threadIdx.x; i < HIDDEN; i += 8 * ROW_THREADS) vec8(target + i) = vec8(source + i);
 }
 
 // ---- Sums and maxima over a warp or a thread block ----------------------------------------------
@@ -117,7 +124,7 @@ __device__ inline T warp_reduce(T x, Op op) {
 }
 
 template <class T>
-__device__ inline T quad_sum(T x) {    // over lanes 4g .. 4g + 3, which share a row of an mma's result
+__device__ inline T quad_sum(T x) {    // over lanes 4g .. 4g + 3, whose numbers are of one row: see ptx.h
     x += __shfl_xor_sync(0xffffffff, x, 1);
     return x + __shfl_xor_sync(0xffffffff, x, 2);
 }
@@ -164,7 +171,7 @@ struct alignas(8) Codes8 { unsigned short v[4]; };    // eight codes, in pairs
 struct alignas(16) Scales8 { float v[8]; };
 
 // Threads for a row: one for eight columns, in whole warps, but `most` at most.
-__device__ constexpr int row_threads(int columns, int most) {
+__device__ constexpr int threads_for(int columns, int most) {
     const int threads = (columns + 255) / 256 * 32;
     return threads < most ? threads : most;
 }
@@ -216,6 +223,7 @@ __device__ inline float row_scale(float greatest, float* scales, int row) {
 //   k_cache, v_cache [N, K, B, h]: in a page, one head's keys are consecutive: so attention reads.
 //     Codes stand in the order 0, h/2, 1, h/2 + 1, ..., in the pairs that turn together. A word of codes
 //     then becomes two words of fragments, and no byte changes places (see mma_shared_e4m3). A number
+//     is rounded to bf16 and then to a code, as in decode.cu, where the bf16 alone reach the cache. A number
 //     beyond 448 becomes 448. Hazard: attention reads the code of NaN as 480. NaN comes from broken
 //     weights alone, but then an answer can be wrong without an error; with bf16 the request would fail.
 //   query_scale: multiplies every query (see paged_attention).
@@ -228,12 +236,10 @@ __device__ inline float row_scale(float greatest, float* scales, int row) {
 //     must be a multiple of 16), and reads both halves of the pairs before it writes either: no
 //     barrier is needed in between. Shared memory: block_reduce's, and `squares`.
 // -------------------------------------------------------------------------------------------------
-EXPORT(ROPE_THREADS, 256);
-extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
+extern "C" __global__ __launch_bounds__(ROW_THREADS) void rope_and_cache(
         bf16* qkv, const bf16* x, const float* cos_sin, const int* positions, const long long* slot_mapping,
         kv* k_cache, kv* v_cache, float query_scale, const bf16* bias, const bf16* qk_norm,
         const float* row_scales) {
-    constexpr bool IS_PLAIN = !QKV_BIAS && !QK_NORM;
     constexpr int HALF = HEAD_DIM / 2;
     constexpr int EIGHTS = HALF / 8;
     const int token = blockIdx.x;
@@ -242,17 +248,17 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
     const float* sin = cos + HALF;
     const float factor = FP8_WEIGHTS ? normed_scale() : inverse_rms(x + (size_t)token * HIDDEN);
     const bf16* row = qkv + (size_t)token * QKV;
-    const auto load = [&](const bf16* p) {    // eight numbers of the row. Unless IS_PLAIN: factor, then bias
+    const auto load = [&](const bf16* p) {    // eight numbers of the row, with factor and bias
         Float8 y = to_float(vec8(p));
         if constexpr (FP8_WEIGHTS) y = multiplied(y, row_scales + (p - row));
         Float8 more = {};
         if constexpr (QKV_BIAS) more = to_float(vec8(bias + (p - row)));
-        for (int j = 0; j < 8 && !IS_PLAIN; ++j) y.v[j] = y.v[j] * factor + more.v[j];
+        for (int j = 0; j < 8; ++j) y.v[j] = y.v[j] * factor + more.v[j];
         return y;
     };
     __shared__ float squares[QK_NORM ? QKV / 16 : 1];    // of eight pairs, the sum of their squares
     if constexpr (QK_NORM) {
-        for (int item = threadIdx.x; item < QKV / 16; item += ROPE_THREADS) {
+        for (int item = threadIdx.x; item < QKV / 16; item += ROW_THREADS) {
             const bf16* pairs = row + item / EIGHTS * HEAD_DIM + 8 * (item % EIGHTS);
             const Float8 a = load(pairs);
             const Float8 b = load(pairs + HALF);
@@ -263,15 +269,15 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
         __syncthreads();    // squares are written before they are read, and q is read before q is replaced
     }
 
-    for (int item = threadIdx.x; item < QKV / 16; item += ROPE_THREADS) {
+    if (slot < 0) return;    // here, so that x and qkv are on their way before `slot` has come
+    for (int item = threadIdx.x; item < QKV / 16; item += ROW_THREADS) {
         const int head = item / EIGHTS;    // first the H heads of queries, then K of keys, then K of values
         const int i = 8 * (item % EIGHTS);
         bf16* target = qkv + (size_t)token * QKV + head * HEAD_DIM + i;
         Float8 a = load(target);
         Float8 b = load(target + HALF);
         const bool turns = head < NUM_HEADS + NUM_KV_HEADS;    // values do not turn
-        float times = IS_PLAIN ? factor : 1;
-        if (head < NUM_HEADS) times *= query_scale;
+        float times = head < NUM_HEADS ? query_scale : 1;
         if (QK_NORM && turns) {
             float sum = 0;
             for (int e = 0; e < EIGHTS; ++e) sum += squares[head * EIGHTS + e];
@@ -288,7 +294,6 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
             a.v[j] = a0 * c - b0 * s;
             b.v[j] = b0 * c + a0 * s;
         }
-        if (slot < 0) break;
         if (head >= NUM_HEADS) {
             kv* cache = head < NUM_HEADS + NUM_KV_HEADS ? k_cache : v_cache;
             const int kv_head = (head - NUM_HEADS) % NUM_KV_HEADS;
@@ -297,9 +302,12 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
             const long long offset = slot % BLOCK_SIZE;
             cache += ((page * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + offset) * HEAD_DIM;
             if constexpr (FP8_CACHE) {
+                const auto codes_of = [&](int j) {
+                    const unsigned pair = pack_bf16x2(a.v[j], b.v[j]);
+                    return pack_e4m3x2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000));
+                };
                 Words4 codes;
-                for (int j = 0; j < 8; j += 2)
-                    codes.w[j / 2] = pack_e4m3x2(a.v[j], b.v[j]) | pack_e4m3x2(a.v[j + 1], b.v[j + 1]) << 16;
+                for (int j = 0; j < 4; ++j) codes.w[j] = codes_of(2 * j) | codes_of(2 * j + 1) << 16;
                 *reinterpret_cast<Words4*>(cache + 2 * i) = codes;
                 continue;
             }
@@ -368,7 +376,7 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
 //         l += sum of p
 //         wait for V; start the next copy
 //         acc += p @ V
-//     merge the warps, if they shared each tile's keys
+//     with few rows: leave acc, m and l of each warp in shared memory, and merge the warps
 //     out = acc / l; or, with splits: leave acc, m and l, and the last of the splits merges
 //
 // Who owns what. Of each 16 rows of scores and acc, lane i of a warp has rows i / 4 and i / 4 + 8,
@@ -376,8 +384,9 @@ extern "C" __global__ __launch_bounds__(ROPE_THREADS) void rope_and_cache(
 // (see ptx.h), and so the next mma wants its left factor, the probabilities.
 // - Many rows (prefill): each warp owns 16 of every 64 rows.
 // - Few rows (16 at most, as in decode: a token has G rows): all warps have the same rows, and each
-//   warp has 16 keys of every tile of its own. (Where a large head_dim makes tiles smaller, the
-//   warps beyond repeat the work of others.) At the end warp 0 adds up the warps' sums.
+//   warp has keys of its own in every tile: 16, or 32 if the tile has 128 keys. (Where a large head_dim
+//   makes tiles smaller, the warps beyond repeat the work of others.) At the end the sums of the warps
+//   are added up.
 // Shared memory: q of the thread block's rows, then a ring of STAGES tiles, K, V, K, V, ...: while
 // one stage is multiplied, copies fill the others.
 //
@@ -415,15 +424,24 @@ template <int ROWS, int PARTS> struct TileLayout {
 
 __device__ unsigned arrived[MOST_COUNTERS];    // splits that have ended, of a kv head and row tile; then 0
 
-struct AttentionWork {         // of one thread block: some rows of one sequence
+struct AttentionWork {    // the kernel's arguments, and the thread block's part of the work
     bf16* out;
     const bf16* qkv;
-    const kv *k_cache, *v_cache;
+    const kv* k_cache;
+    const kv* v_cache;
+    const int* block_tables;
+    const int* cu_blocks;
+    const int* cu_seqlens;
+    const int* context_lens;
+    const int* tiles;
     float* partial;
-    const int* block_table;    // the sequence's pages
-    unsigned first_token;      // the sequence's first in the batch
-    int first_seen;            // keys that the query of first_token sees
-    unsigned first_row, rows;  // the thread block's, of the sequence's rows
+    int sequence = tiles[2 * blockIdx.y];
+    unsigned first_row = tiles[2 * blockIdx.y + 1];           // of the sequence's rows
+    unsigned first_token = cu_seqlens[sequence];
+    int queries = cu_seqlens[sequence + 1] - cu_seqlens[sequence];
+    unsigned rows = min(queries * GROUP - int(first_row), ATTENTION_ROWS);
+    int first_seen = context_lens[sequence] - queries + 1;    // keys that the query of first_token sees
+    const int* block_table = block_tables + cu_blocks[sequence];
 };
 
 template <bool FEW>            // whether the rows are 16 at most
@@ -445,7 +463,9 @@ struct AttentionBlock : AttentionWork {
     static constexpr unsigned STAGE = KEY_TILE * Tile::PADDED;          // parts
     static constexpr unsigned FITTING = (BYTES / 16 - Q_ROWS * Queries::PADDED) / STAGE;
     static constexpr unsigned STAGES = FITTING < 5 ? FITTING : 5;       // of the ring
-    static constexpr int PAIRS = HEAD_DIM / 2 + 1;    // that a split leaves of a row: acc, then m and l
+    static_assert(STAGES >= 2, "while one stage is multiplied, another is filled");
+    static constexpr int PAIRS = HEAD_DIM / 2 + 1;                      // of a record, see merge()
+    static_assert(!FEW || 8 * Q_ROWS * KEY_WARPS * PAIRS <= BYTES, "the warps' records must fit");
     // To copy K and V, LANES threads share a key, so the thread block copies STEP keys at once. All
     // of these numbers, B included, are powers of 2.
     static constexpr unsigned LANES = KV_PARTS <= 4 ? 4 : KV_PARTS <= 8 ? 8 : 16;
@@ -468,7 +488,7 @@ struct AttentionBlock : AttentionWork {
     unsigned warp_key = warp % KEY_WARPS * KEYS;         // and first key of each tile
     unsigned me = threadIdx.x % ATTENTION_THREADS;       // %: tells the compiler how many threads there are
     unsigned my_key = me / LANES;                        // the first that this thread copies, of each tile,
-    unsigned my_part = me % LANES;                       // and which part (two parts, if head_dim > 128)
+    unsigned my_part = me % LANES;                       // and which part: of 32 parts, also part + 16
     // A split's keys are whole tiles: only the last tile of all can be partial. There may be no
     // tile.
     unsigned end = max(visible(rows - 1), 0);            // keys that the last row sees
@@ -493,8 +513,11 @@ struct AttentionBlock : AttentionWork {
         for (float& x : l) x = quad_sum(x);
         cp_async_wait<0>();
         __syncthreads();    // no copy is under way, and no warp still reads the ring: its memory is free
-        if (KEY_WARPS > 1) merge_warps(m, l, acc);
         write(m, l, acc);
+        if (FEW) {
+            __syncthreads();    // all warps' records are written before any thread reads them
+            merge(KEY_WARPS, [&](unsigned row) { return warp_record(row, 0); }, used_splits == 1);
+        }
         if (used_splits > 1) merge_splits();
     }
 
@@ -587,15 +610,15 @@ struct AttentionBlock : AttentionWork {
             }
     }
 
-    // Waits for the next item in turn. Returns whether any thread's x is true. again: whether the thread
-    // block has waited for this item before.
-    __device__ bool wait(unsigned item, bool x, bool again) const {
+    // Waits for the next item in turn. The barrier also carries a vote: returns whether any thread's vote is
+    // true. again: whether the thread block has waited for this item before.
+    __device__ bool wait(unsigned item, bool vote, bool again) const {
         cp_async_wait<STAGES - 2>();
         if constexpr (EXPANDS)
             if (!again) expand(item);
         if constexpr (TOGETHER) fence_async_proxy();    // each thread its own copies, before the barrier
         // All threads' copies have come, and no warp still reads the stage that is filled next.
-        return __syncthreads_or(x);
+        return __syncthreads_or(vote);
     }
 
     // After the wait for an item: starts to copy a later item, returns the warp's keys of this
@@ -619,7 +642,9 @@ struct AttentionBlock : AttentionWork {
             mask(s, tile * KEY_TILE + warp_key);
             if (raise) raise_maximum(s, m, l, acc);
             const float largest = exponentiate(s, m, p, sum);
-            raise = wait(2 * tile + 1, largest > MOST_SUM, again);    // for V: too early, if repeated
+            // The barrier for V also carries the vote. If the tile is repeated, V has come already, and
+            // wait() must not expand it twice.
+            raise = wait(2 * tile + 1, largest > MOST_SUM, again);
             again = true;
         } while (raise);
         for (int i = 0; i < LANE_ROWS; ++i) l[i] += sum[i];
@@ -700,54 +725,66 @@ struct AttentionBlock : AttentionWork {
     }
 
     // ---- Results ----
-    // Adds the sums of the warps that shared each tile's keys to warp 0's. All warps have the same
-    // rows, so lane i of warp 0 wants the numbers of lane i of the others.
-    __device__ void merge_warps(RowSums& m, RowSums& l, Acc& acc) const {
-        const auto left_by = [=](int warp, int value) -> float& {
-            return reinterpret_cast<float*>(memory)[(warp * (4 * PARTS + 4) + value) * 32 + lane];
-        };
-        if (warp < KEY_WARPS) {
-            #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                left_by(warp, i) = m[i];
-                left_by(warp, 2 + i) = l[i];
-                for (int d = 0; d < 2 * PARTS; ++d)
-                    left_by(warp, 4 + 2 * PARTS * i + d) = acc[0][d / 2][2 * i + d % 2];
-            }
-        }
-        __syncthreads();    // all warps' sums are written before warp 0 reads them
-        for (int w = 1; w < KEY_WARPS && warp == 0; ++w) {
-            #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const float highest = max(m[i], left_by(w, i));
-                const float mine = exp2_approx(m[i] - highest);
-                const float theirs = exp2_approx(left_by(w, i) - highest);
-                m[i] = highest;
-                l[i] = l[i] * mine + left_by(w, 2 + i) * theirs;
-                for (int d = 0; d < 2 * PARTS; ++d) {
-                    float& x = acc[0][d / 2][2 * i + d % 2];
-                    x = x * mine + left_by(w, 4 + 2 * PARTS * i + d) * theirs;
-                }
-            }
-        }
+    // A record has PAIRS pairs of numbers, of a row and some of its keys: acc, then m and l. A row's records
+    // are neighbours.
+    __device__ Float2* partial_record(unsigned row, unsigned of_split) const {
+        return reinterpret_cast<Float2*>(partial) + (token_head(row) * splits + of_split) * PAIRS;
     }
+    __device__ Float2* warp_record(unsigned row, unsigned of_warp) const {    // where q and the ring were
+        return reinterpret_cast<Float2*>(memory) + (row * KEY_WARPS + of_warp) * PAIRS;
+    }
+    __device__ unsigned* out_pairs(unsigned row) const {
+        return reinterpret_cast<unsigned*>(out + token_head(row) * HEAD_DIM);
+    }
+    // out = acc / l. A query at p < 0 has seen no key: 0, not 0 / 0.
+    __device__ static float inverse(float l) { return l > 0 ? 1 / l : 0; }
 
+    // Of the rows whose numbers this lane has. The warps of few rows leave records, for merge().
     __device__ void write(const RowSums& m, const RowSums& l, const Acc& acc) const {
+        const bool is_final = !FEW && used_splits == 1;
         #pragma unroll
         for (int i = 0; i < LANE_ROWS; ++i) {
             const unsigned row = row_of(i);
-            if (row >= rows || (FEW && warp > 0)) continue;
-            const float down = l[i] > 0 ? 1 / l[i] : 0;    // a query at p < 0 has seen no key: 0, not 0 / 0
-            unsigned* bf16s = reinterpret_cast<unsigned*>(out + token_head(row) * HEAD_DIM) + lane % 4;
-            Float2* floats = reinterpret_cast<Float2*>(partial);
-            floats += (token_head(row) * splits + split) * PAIRS;
-            for (int d = 0; d < PARTS; ++d) {
-                const float x = acc[i / 2][d][i % 2 * 2];
-                const float y = acc[i / 2][d][i % 2 * 2 + 1];
-                if (used_splits == 1) bf16s[4 * d] = pack_bf16x2(x * down, y * down);
-                else floats[4 * d + lane % 4] = {x, y};
+            if (row >= rows || (FEW && warp >= KEY_WARPS)) continue;
+            const float down = inverse(l[i]);
+            unsigned* pairs = out_pairs(row);
+            Float2* record = FEW ? warp_record(row, warp) : partial_record(row, split);
+            for (int n = 0; n < PARTS; ++n) {
+                const float x = acc[i / 2][n][i % 2 * 2];
+                const float y = acc[i / 2][n][i % 2 * 2 + 1];
+                if (is_final) pairs[4 * n + lane % 4] = pack_bf16x2(x * down, y * down);
+                else record[4 * n + lane % 4] = {x, y};
             }
-            if (used_splits > 1) floats[HEAD_DIM / 2] = {m[i], l[i]};
+            if (!is_final) record[HEAD_DIM / 2] = {m[i], l[i]};
+        }
+    }
+
+    // Adds up each row's records: `count`, from first_of(row) on. The sum is final, or this split's record.
+    template <class FirstOf> __device__ void merge(unsigned count, FirstOf first_of, bool is_final) const {
+        for (unsigned item = threadIdx.x; item < rows * HEAD_DIM / 2; item += ATTENTION_THREADS) {
+            const unsigned row = item / (HEAD_DIM / 2);
+            const unsigned d = item % (HEAD_DIM / 2);
+            const Float2* first = first_of(row);
+            float m = LOWEST;
+            #pragma unroll 8
+            for (unsigned i = 0; i < count; ++i) m = max(m, first[i * PAIRS + HEAD_DIM / 2].v[0]);
+            float l = 0;
+            float x = 0;
+            float y = 0;
+            #pragma unroll 8
+            for (unsigned i = 0; i < count; ++i) {
+                const Float2* record = first + i * PAIRS;
+                const float weight = exp2_approx(record[HEAD_DIM / 2].v[0] - m);
+                l += weight * record[HEAD_DIM / 2].v[1];
+                x += weight * record[d].v[0];
+                y += weight * record[d].v[1];
+            }
+            if (is_final) {
+                out_pairs(row)[d] = pack_bf16x2(x * inverse(l), y * inverse(l));
+            } else {
+                partial_record(row, split)[d] = {x, y};
+                if (d == 0) partial_record(row, split)[HEAD_DIM / 2] = {m, l};
+            }
         }
     }
 
@@ -756,49 +793,17 @@ struct AttentionBlock : AttentionWork {
     __device__ void merge_splits() const {
         unsigned* before = reinterpret_cast<unsigned*>(memory);
         unsigned* counter = &arrived[blockIdx.y * NUM_KV_HEADS + kv_head];
-        __syncthreads();    // all results are written before thread 0 says so, and warp 0 has read all sums
+        __syncthreads();    // all records are written before thread 0 says so, and no warp reads `memory` now
         if (threadIdx.x == 0) *before = atomic_inc_acq_rel(counter, used_splits - 1);
-        __syncthreads();    // all know who is last, and see all splits' results, before anyone reads them
+        __syncthreads();    // all know who is last, and see all splits' records, before anyone reads them
         if (*before < used_splits - 1) return;
-        for (unsigned item = threadIdx.x; item < rows * HEAD_DIM / 2; item += ATTENTION_THREADS) {
-            const size_t row = token_head(item / (HEAD_DIM / 2));
-            const size_t d = item % (HEAD_DIM / 2);
-            const Float2* found = reinterpret_cast<const Float2*>(partial) + row * splits * PAIRS;
-            float highest = LOWEST;
-            #pragma unroll 8
-            for (int i = 0; i < used_splits; ++i)
-                highest = max(highest, found[i * PAIRS + HEAD_DIM / 2].v[0]);
-            float sum = 0;
-            float x = 0;
-            float y = 0;
-            #pragma unroll 8
-            for (int i = 0; i < used_splits; ++i) {
-                const float weight = exp2_approx(found[HEAD_DIM / 2].v[0] - highest);
-                sum += weight * found[HEAD_DIM / 2].v[1];
-                x += weight * found[d].v[0];
-                y += weight * found[d].v[1];
-                found += PAIRS;
-            }
-            const float down = sum > 0 ? 1 / sum : 0;
-            reinterpret_cast<unsigned*>(out)[row * (HEAD_DIM / 2) + d] = pack_bf16x2(x * down, y * down);
-        }
+        merge(used_splits, [&](unsigned row) { return partial_record(row, 0); }, true);
     }
 };
 
 template <bool DECODE>    // whether no tile has more than 16 rows
-__device__ inline void attend(
-        Bf16x8* memory, bf16* out, const bf16* qkv, const kv* k_cache, const kv* v_cache,
-        const int* block_tables, const int* cu_blocks, const int* cu_seqlens, const int* context_lens,
-        const int* tiles, float* partial) {
-    const int sequence = tiles[2 * blockIdx.y];
-    const int first_row = tiles[2 * blockIdx.y + 1];
-    const int first_token = cu_seqlens[sequence];
-    const int queries = cu_seqlens[sequence + 1] - first_token;
-    const int first_seen = context_lens[sequence] - queries + 1;
-    const int rows = min(queries * GROUP - first_row, ATTENTION_ROWS);
-    const AttentionWork work = {out, qkv, k_cache, v_cache, partial, block_tables + cu_blocks[sequence],
-                                unsigned(first_token), first_seen, unsigned(first_row), unsigned(rows)};
-    if (rows <= 16) AttentionBlock<true>{work, memory}.run();
+__device__ inline void attend(const AttentionWork& work, Bf16x8* memory) {
+    if (work.rows <= 16) AttentionBlock<true>{work, memory}.run();
     else if constexpr (!DECODE) AttentionBlock<false>{work, memory}.run();
 }
 
@@ -810,9 +815,8 @@ void paged_attention(
         const int* cu_blocks, const int* cu_seqlens, const int* context_lens, const int* tiles,
         float* partial) {
     DYNAMIC_SHARED(PREFILL_BYTES);
-    Bf16x8* memory = reinterpret_cast<Bf16x8*>(dynamic_shared);
-    attend<false>(memory, out, qkv, k_cache, v_cache, block_tables, cu_blocks, cu_seqlens, context_lens,
-                  tiles, partial);
+    attend<false>({out, qkv, k_cache, v_cache, block_tables, cu_blocks, cu_seqlens, context_lens, tiles,
+                   partial}, reinterpret_cast<Bf16x8*>(dynamic_shared));
 }
 
 // For a batch of single queries. With fewer registers than paged_attention, more thread blocks
@@ -821,9 +825,9 @@ extern "C" __global__ __launch_bounds__(ATTENTION_THREADS, HEAD_DIM <= 128 ? 4 :
         bf16* out, const bf16* qkv, const kv* k_cache, const kv* v_cache, const int* block_tables,
         const int* cu_blocks, const int* cu_seqlens, const int* context_lens, const int* tiles,
         float* partial) {
-    __shared__ Bf16x8 memory[SMALL_BYTES / 16];
-    attend<true>(memory, out, qkv, k_cache, v_cache, block_tables, cu_blocks, cu_seqlens, context_lens,
-                 tiles, partial);
+    __shared__ Bf16x8 memory[SMALL_BYTES / 16];    // (dynamic, it would cost a register)
+    attend<true>({out, qkv, k_cache, v_cache, block_tables, cu_blocks, cu_seqlens, context_lens, tiles,
+                  partial}, memory);
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -838,7 +842,7 @@ extern "C" __global__ __launch_bounds__(ATTENTION_THREADS, HEAD_DIM <= 128 ? 4 :
 //     weights a thread block owns a token, since it must find the token's greatest number.) Shared memory:
 //     block_reduce's.
 // -------------------------------------------------------------------------------------------------
-EXPORT(SILU_THREADS, FP8_WEIGHTS ? row_threads(FFN, 512) : 256);
+EXPORT(SILU_THREADS, FP8_WEIGHTS ? threads_for(FFN, 512) : ROW_THREADS);
 constexpr int SILU_GROUPS = FP8_WEIGHTS ? (FFN + 8 * SILU_THREADS - 1) / (8 * SILU_THREADS) : 2;
 EXPORT(SILU_COLUMNS, 8 * SILU_THREADS * SILU_GROUPS);    // of a thread block; a group is eight columns
 
@@ -895,16 +899,15 @@ extern "C" __global__ __launch_bounds__(SILU_THREADS) void silu_mul(
 //   codes [R, columns], scales [R], x [R, columns]. columns: a multiple of 8.
 //   Grid (R): a thread block owns one row. Shared memory: block_reduce's.
 // -------------------------------------------------------------------------------------------------
-EXPORT(QUANTIZE_THREADS, 256);
-extern "C" __global__ __launch_bounds__(QUANTIZE_THREADS) void quantize(
+extern "C" __global__ __launch_bounds__(ROW_THREADS) void quantize(
         u8* codes, float* scales, const bf16* x, int columns) {
     if constexpr (FP8_WEIGHTS) {
         const bf16* row = x + (size_t)blockIdx.x * columns;
         float greatest = 0;
-        for (int i = 8 * threadIdx.x; i < columns; i += 8 * QUANTIZE_THREADS)
+        for (int i = 8 * threadIdx.x; i < columns; i += 8 * ROW_THREADS)
             greatest = greatest_of(greatest, to_float(vec8(row + i)));
         const float scale = row_scale(greatest, scales, blockIdx.x);
-        for (int i = 8 * threadIdx.x; i < columns; i += 8 * QUANTIZE_THREADS)
+        for (int i = 8 * threadIdx.x; i < columns; i += 8 * ROW_THREADS)
             store_codes(codes + (size_t)blockIdx.x * columns + i, to_float(vec8(row + i)), 1 / scale);
     }
 }
@@ -918,7 +921,7 @@ extern "C" __global__ __launch_bounds__(QUANTIZE_THREADS) void quantize(
 //   Grid (T): a thread block owns one token, a thread ADD_GROUPS groups of eight columns. Shared memory:
 //     block_reduce's.
 // -------------------------------------------------------------------------------------------------
-EXPORT(ADD_THREADS, row_threads(HIDDEN, 512));
+EXPORT(ADD_THREADS, threads_for(HIDDEN, 512));
 constexpr int ADD_GROUPS = (HIDDEN + 8 * ADD_THREADS - 1) / (8 * ADD_THREADS);    // a thread's
 extern "C" __global__ __launch_bounds__(ADD_THREADS) void add_residual(
         u8* codes, bf16* out, const bf16* residual, const bf16* product, const float* row_scales,
@@ -961,9 +964,8 @@ extern "C" __global__ __launch_bounds__(ADD_THREADS) void add_residual(
 //   logits [R, columns], row_scales [columns], token_scales [R]. columns: a multiple of 8.
 //   Grid (ceil(columns / SCALE_COLUMNS), R): a thread owns eight columns of one row.
 // -------------------------------------------------------------------------------------------------
-EXPORT(SCALE_THREADS, 256);
-EXPORT(SCALE_COLUMNS, 8 * SCALE_THREADS);
-extern "C" __global__ __launch_bounds__(SCALE_THREADS) void scale_logits(
+EXPORT(SCALE_COLUMNS, 8 * ROW_THREADS);
+extern "C" __global__ __launch_bounds__(ROW_THREADS) void scale_logits(
         bf16* logits, const float* row_scales, const float* token_scales, int columns) {
     const int i = SCALE_COLUMNS * blockIdx.x + 8 * threadIdx.x;
     if (i >= columns) return;
@@ -981,13 +983,12 @@ extern "C" __global__ __launch_bounds__(SCALE_THREADS) void scale_logits(
 //   Grid (R): a thread block owns one row, a thread every 256th group of eight columns. Shared
 //     memory: block_reduce's.
 // -------------------------------------------------------------------------------------------------
-EXPORT(NORM_THREADS, 256);
-extern "C" __global__ __launch_bounds__(NORM_THREADS) void rms_norm(
+extern "C" __global__ __launch_bounds__(ROW_THREADS) void rms_norm(
         bf16* out, const bf16* residual, const int* rows, const bf16* weight) {
     const bf16* x = residual + (size_t)rows[blockIdx.x] * HIDDEN;
     bf16* target = out + (size_t)blockIdx.x * HIDDEN;
     const float factor = inverse_rms(x);
-    for (int i = 8 * threadIdx.x; i < HIDDEN; i += 8 * NORM_THREADS) {
+    for (int i = 8 * threadIdx.x; i < HIDDEN; i += 8 * ROW_THREADS) {
         Float8 mine = to_float(vec8(x + i));
         const Float8 w = to_float(vec8(weight + i));
         for (int j = 0; j < 8; ++j) mine.v[j] *= factor * w.v[j];
@@ -1051,6 +1052,7 @@ EXPORT(SAMPLE_THREADS, 1024);
 constexpr int BINS = 256;     // of a histogram over 8 bits
 constexpr int COPIES = 16;    // of a histogram: logits crowd in few bins, and atomics on one address queue up
 constexpr u64 GOLDEN = 0x9e3779b97f4a7c15;    // 2^64 / golden ratio: multiples of it keep far from each other
+constexpr float BELOW_1 = 0x1.fffffep-1f;     // the greatest float below 1
 
 // Maps floats to integers in the same order: bits grow with a positive float, and fall with a
 // negative float; -0 equals +0.
@@ -1081,10 +1083,11 @@ __device__ inline u64 scramble(u64 z) {
 // log E of a token, with E an exponential random number.
 // Hazard: an E near 0 wins the race, so E must be fine-grained there. -log(u) is not: of the floats
 // u, one in 2^24 is 1, E is 0, and any token wins, however improbable. -log(1 - u) is: u has 64
-// bits, and 0 is avoided.
+// bits, and 0 is avoided. So is 1, to which the greatest u would be rounded: with an infinite E no
+// token could win against a token with a logit of -inf.
 __device__ inline float log_exponential(u64 stream, int token) {
     const float u = (scramble(stream + token * GOLDEN) | 1) * 0x1p-64f;
-    return logf(-log1pf(-u));
+    return logf(-log1pf(-min(u, BELOW_1)));
 }
 
 // Calls body(token, logit) for every logit of the row, spread over the thread block.
@@ -1249,8 +1252,7 @@ __device__ inline unsigned lowest_kept(
 
 // The softmax of a row: exp(logit - greatest) / denominator.
 struct Softmax {
-    float highest;        // the greatest logit that this thread has seen, and its token;
-    int at;               // -inf, and any token, if none is above -inf
+    float highest;        // the greatest logit that this thread has seen; -inf if none is above -inf
     u64 best;             // the greatest logit of the row, as a candidate
     float greatest;       // ... as a number: the zero point of all exponents, so that none overflows
     float denominator;    // NaN for a row with no softmax: with a NaN, a +inf, or nothing above -inf
@@ -1277,12 +1279,12 @@ __device__ inline Softmax softmax_of(const bf16* row) {
     const float greatest = __bfloat162float(row[token_of(best)]);
     // inf - inf: with a single +inf, or -inf alone, NaN gets into the sum here.
     const float share = sum * exp2_approx(LOG2_E * (highest - greatest));
-    return {highest, at, best, greatest, block_reduce(share, Sum())};
+    return {highest, best, greatest, block_reduce(share, Sum())};
 }
 
 // The same of the changed logits, without a denominator. Entries come in any order, so the first of a
 // thread's equal logits need not be the lowest token's: all are compared as candidates.
-__device__ inline Softmax greatest_of(const Scratch& shared, const bf16* row) {
+__device__ inline Softmax best_changed(const Scratch& shared, const bf16* row) {
     Softmax changed = {-INF};
     for_each_logit(shared, row, [&](int t, float logit) {
         changed.highest = max(changed.highest, logit);
@@ -1316,7 +1318,7 @@ extern "C" __global__ __launch_bounds__(SAMPLE_THREADS, 2) void sample(
     Softmax changed = softmax;
     if (scratch.num_entries > 0)
         change(scratch, row, newest[s] < 0 ? -1 : token_ids[newest[s]], penalties + 3 * s);
-    if (scratch.num_entries > 0 || scratch.mask) changed = greatest_of(scratch, row);
+    if (scratch.num_entries > 0 || scratch.mask) changed = best_changed(scratch, row);
     const bool is_given = given[s] >= 0;
     const float tau = temperature[s];
     int chosen = is_given ? given[s] : token_of(changed.best);
@@ -1327,7 +1329,7 @@ extern "C" __global__ __launch_bounds__(SAMPLE_THREADS, 2) void sample(
             scratch, row, changed.highest, changed.greatest, tau, min_p + s, top_k + s, top_p + s);
         // 4. The race. The noise depends on the request's seed, the position and the token alone.
         const u64 stream = scramble(scramble(seed[s] + GOLDEN) + position[s]);
-        u64 best = candidate(-INF, chosen);    // stays only if nothing else is finite
+        u64 best = candidate(-INF, chosen);    // a start: the greatest logit's score is finite, and above
         for_each_logit(scratch, row, [&](int t, float logit) {
             if (ordered(logit) < lowest) return;
             best = max(best, candidate((logit - changed.greatest) / tau - log_exponential(stream, t), t));
@@ -1396,7 +1398,7 @@ extern "C" __global__ __launch_bounds__(SAMPLE_THREADS) void best_logprobs(
 // Two buffers, used in turn, are enough. In call e of a piece, a rank writes where the words of call
 // e - 2 were. The rank's call e - 1 has ended, so every other rank had begun call e - 1, and had
 // ended call e - 2 and its reading. Hazard: no launch may begin before the kernel in front of it has
-// ended.
+// ended, so programmatic dependent launch must stay off for these kernels.
 //
 // A rank that has died sends nothing. The others stop waiting when their own CPU says so in the word
 // `stop`: their results are then wrong, and their host raises an error instead of using the results

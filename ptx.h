@@ -102,25 +102,21 @@ __device__ inline void mma_m16n8k16_f16(
 // matrix m lies. r[m]: of matrix m, row g and columns 2t, 2t + 1 (TRANSPOSED: column g and rows).
 template <bool TRANSPOSED>
 __device__ inline void ldmatrix_x4(unsigned (&r)[4], const void* row) {
-    const unsigned address = shared_address(row);
-    if (TRANSPOSED)
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
-    else
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+#define LDMATRIX_X4(trans)                                                                                   \
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4" trans ".shared.b16 {%0, %1, %2, %3}, [%4];"                 \
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory")
+    if (TRANSPOSED) LDMATRIX_X4(".trans");
+    else LDMATRIX_X4("");
 }
 
 // The same for two matrices: lanes 0 to 15 say where their rows lie.
 template <bool TRANSPOSED>
 __device__ inline void ldmatrix_x2(unsigned (&r)[2], const void* row) {
-    const unsigned address = shared_address(row);
-    if (TRANSPOSED)
-        asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-                     : "=r"(r[0]), "=r"(r[1]) : "r"(address) : "memory");
-    else
-        asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-                     : "=r"(r[0]), "=r"(r[1]) : "r"(address) : "memory");
+#define LDMATRIX_X2(trans)                                                                                   \
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2" trans ".shared.b16 {%0, %1}, [%2];"                         \
+                 : "=r"(r[0]), "=r"(r[1]) : "r"(shared_address(row)) : "memory")
+    if (TRANSPOSED) LDMATRIX_X2(".trans");
+    else LDMATRIX_X2("");
 }
 
 // A warp. The fragment of A [16, 16] in shared memory. at(row, part): where the eight numbers
@@ -218,7 +214,7 @@ __device__ inline unsigned atomic_inc_acq_rel(unsigned* p, unsigned limit) {
 // ---- wgmma: four warps multiply together (compute capability 9.0 alone) -------------------------
 // D [64, 64] += A [64, 16] @ B [16, 64]; each warp has 16 rows of D and A, in fragments as above.
 // (mma reaches two thirds of the speed.) The tensor cores read B from shared memory themselves, and
-// A unless in fragments. place() in kernels.cu puts matrices there as wgmma wants them: in rows of
+// A unless in fragments. TileLayout in kernels.cu puts matrices there as wgmma wants them: in rows of
 // 128 bytes whose 16-byte parts have changed places. The simulator has no wgmma: only tests on such
 // a GPU run this section.
 // Orders the lane's own writes to shared memory before later looks by the copy engine or wgmma.
@@ -242,7 +238,7 @@ constexpr bool HAS_WGMMA = true;
 // where rows go along k. A sum, so that a tile's matrices are one number plus constants.
 template <class At>
 __device__ inline u64 wgmma_matrix(At at, int row, int part) {
-    constexpr u64 SWIZZLE_128_BYTES = (u64)1 << 62;        // the change of places that place() makes
+    constexpr u64 SWIZZLE_128_BYTES = (u64)1 << 62;        // as TileLayout::place changes places
     constexpr u64 EIGHT_ROWS = (u64)(1024 / 16) << 32;     // from row r to row r + 8, in 16 bytes
     constexpr u64 UNUSED = 1 << 16;                        // the distance in the other direction is ignored
     const u64 start = shared_address(at(0, 0)) / 16;

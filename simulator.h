@@ -163,7 +163,8 @@ struct Launch {
 };
 
 struct Block {                      // one for each core, used for one thread block after the other
-    struct Warp { unsigned runnable, at_barrier, at_collective, relaxing; };    // a bit a lane; in none: retu
+    // Lanes, a bit each. A lane that is in none of the four has returned.
+    struct Warp { unsigned runnable, at_barrier, at_collective, relaxing; };
     Launch* launch;
     int current;                    // the running thread
     int barrier_line;               // where threads wait at a barrier; 0: none does

@@ -124,7 +124,7 @@ def test_exported_constants(model, rows):
     kernels.constants((1,), out)
     assert [getattr(kernels, name) for name in names] == DEVICE.fetch(out)().tolist()
     assert kernels.ATTENTION_ROWS == rows
-    assert kernels.rms_norm.block == (kernels.NORM_THREADS, 1, 1)
+    assert kernels.rms_norm.block == (kernels.ROW_THREADS, 1, 1)
     assert kernels.paged_attention.shared_bytes == kernels.paged_attention_shared_bytes > 0
 
 
@@ -446,8 +446,10 @@ def test_two_reductions_in_a_row():
 
 # rope_and_cache
 def to_codes(x):
-    """[..., h] as the E4M3 codes of a cache: in the order 0, h/2, 1, h/2 + 1, ..., at most +-448."""
-    codes = np.clip(np.float32(x), -448, 448).astype(float8_e4m3fn).view(np.uint8)
+    """[..., h], rounded to bfloat16, as the E4M3 codes of a cache: in the order 0, h/2, 1, h/2 + 1, ...,
+    at most +-448."""
+    rounded = np.float32(np.asarray(x, bfloat16))
+    codes = np.clip(rounded, -448, 448).astype(float8_e4m3fn).view(np.uint8)
     return np.stack(np.split(codes, 2, -1), -1).reshape(codes.shape)
 
 
@@ -554,7 +556,7 @@ def test_rope_and_cache_with_bias_and_head_norm(model):
 
 @pytest.mark.parametrize("model", [CODES, CODE_MODELS[2] | {"QK_NORM": 1}], ids=["64", "48, norm"])
 def test_rope_and_cache_writes_codes(model):
-    """Keys and values are rounded to the nearest code, and beyond 448 to 448."""
+    """Keys and values are rounded to bfloat16, then to the nearest code, and beyond 448 to 448."""
     rng = RNG(3)
     H, K, h, B = attention_sizes(model)
     T = 19
@@ -1164,6 +1166,18 @@ def test_sample_with_bans(V, temperature, k, p):
     finite = logits.copy()
     finite[:, 1:] = -np.inf                 # the only token of the model is banned
     sample(finite, temperature, k, p, range(S), entries=[[(0, -1, -np.inf)]] * S)
+
+
+@pytest.mark.parametrize("position, left", [(7710, 940), (341137, 478)])
+def test_sample_never_draws_a_banned_token(position, left):
+    """Of the noise of the only token that is left, 1 - u is so near to 0 that as a float32 u would be 1."""
+    assert noise_twin(0, position, np.array([left])) < np.log(1 / -np.log(2.0 ** -25))
+    logits = np.zeros((3, 1001))
+    logits[0, np.arange(1001) != left] = -np.inf
+    masks = [None, np.arange(1001) == left, None]
+    biases = [(t, -1, -np.inf) for t in range(1001) if t != left]
+    token, _ = sample(logits, 1.0, seed=0, position=position, allowed=masks, entries=[[], [], biases])
+    assert token.tolist() == [left] * 3
 
 
 def test_sample_with_extreme_repetition_penalties():

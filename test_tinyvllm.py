@@ -1803,7 +1803,7 @@ MAY_IMPORT = {"tokenizer": set(), "views": set(), "simulator": set(), "load": se
               "worker": {"communicator", "device", "program", "tinyvllm", "views"}}
 MAY_COME_LATE = {"cupy", "huggingface_hub", "llguidance"}      # in a function: not every run has or needs it
 MOST_LINES = {"tinyvllm.py": 1825, "program.py": 275, "sampling.py": 180, "weights.py": 565, "device.py": 465,
-              "communicator.py": 445, "kernels.cu": 1565, "ptx.h": 365, "decode.cu": 1345, "simulator.h": 630,
+              "communicator.py": 445, "kernels.cu": 1525, "ptx.h": 365, "decode.cu": 1345, "simulator.h": 630,
               "simulator.py": 160, "tokenizer.py": 360, "views.py": 820, "bench.py": 810, "load.py": 630,
               "reference.py": 280, "chat.py": 180, "grammar.py": 115, "tools.py": 130, "server.py": 880,
               "completions.py": 755, "worker.py": 245, "fp8.py": 240}
@@ -1884,8 +1884,8 @@ def test_a_wide_line_and_a_large_file_are_noticed():
     good = f"```\n{wide}\n```\n| {wide} |\n<!--= {wide} -->\nhttps://{wide}\n"
     assert wide_lines({"a.md": good, "a.py": "x" * 110}) == []
     assert len(wide_lines({"a.md": good + wide, "a.py": wide})) == 2
-    assert large_files({"ptx.h": "\n" * 345, "new.py": "\n" * 9999}) == []
-    assert large_files({"ptx.h": "\n" * 346}) == ["ptx.h: 346 lines"]
+    assert large_files({"ptx.h": "\n" * 360, "new.py": "\n" * 9999}) == []
+    assert large_files({"ptx.h": "\n" * 361}) == ["ptx.h: 361 lines"]
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no git checkout")
