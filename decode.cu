@@ -22,10 +22,11 @@
 //     partner r+1 | segment 2                 | segment 3                 |
 //                 +---------------------------+---------------------------+
 //
-//     segment   a row of W, or a half or a quarter of a long row (the drawing shows halves)
+//     segment   a row of W, or a half or a quarter of a long row (the drawing shows halves). Of half_down,
+//               W is the left or the right half of down's columns.
 //     part      the number of a segment within its row, and the columns of all segments of this number
-//     piece     four consecutive segments: one copy from global to shared memory. (With FP8 weights,
-//               eight segments of 2,048 columns or fewer: two *tiles* of four.)
+//     piece     four consecutive segments: one copy from global to shared memory (of half_down, a copy for
+//               each row). With FP8 weights, eight segments of 2,048 columns or fewer: two *tiles* of four.
 //     partner   the row APART rows after a row of piece 0, whose product must meet the product of that
 //               row in one lane: the up row of a gate row, the other row of a RoPE pair
 //     unit      a piece and the piece of the partners: the work that a thread block takes at a time.
@@ -76,7 +77,8 @@
 // Thread blocks never wait for each other in a circle: tickets are drawn in order, and a unit depends
 // only on units with smaller tickets. (With several ranks, also on units of operations before, on other
 // GPUs. All ranks launch the same kernels in the same order, so every rank's decode begins, if none has
-// died.) No sum depends on who draws a unit or on who comes first: the same input gives the same bits.
+// died.) No sum depends on who draws a unit or on who comes first: the same input gives the same bits, in a
+// batch of the same size.
 //
 //   logits [S, V / ranks].   embed [V, D].   norm [D]: the weight of the last norm; the matrices contain
 //   the weights of all other norms, see rms_norm.   token_ids [S]: see rows of gather_rows.
@@ -133,6 +135,8 @@ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }    // ma
 // ---- How the matrices are cut -------------------------------------------------------------------
 constexpr int WARP_COLUMNS = 64;    // consecutive columns of a consumer: 128 bytes, a line of the L2 cache
 constexpr int WEIGHT_BYTES = FP8_WEIGHTS ? 1 : 2;
+// With FP8 weights, of x in products: a number beyond 65504 * 8, larger than models have, becomes infinite.
+constexpr float F16_SCALE = 8;
 
 // A row has 1 << shift segments. Segments of some 4 KB are long enough for the copies, and short enough
 // for a ring of several stages and for the registers of the consumers. Longer segments are taken where
@@ -168,15 +172,15 @@ template <Product P> struct Shape {
     // Tiles of a piece, so that a piece has some 16 KB. (2 only where SHIFT is 0: tile 1 is 4 rows later.)
     static constexpr int TILES = FP8_WEIGHTS && SEGMENT <= 2048 ? 2 : 1;
     static constexpr int PIECE_BYTES = TILES * SEGMENTS * SEGMENT * WEIGHT_BYTES;
-    static constexpr int HALF = TILES * SEGMENTS >> SHIFT;    // rows of a piece
-    static constexpr int APART = MATRIX.apart ? MATRIX.apart : HALF;
-    static constexpr int UNITS = MATRIX.rows / (2 * HALF);
+    static constexpr int PIECE_ROWS = TILES * SEGMENTS >> SHIFT;
+    static constexpr int APART = MATRIX.apart ? MATRIX.apart : PIECE_ROWS;
+    static constexpr int UNITS = MATRIX.rows / (2 * PIECE_ROWS);
     static constexpr bool NORMED = MATRIX.normed;
     // Words in a lane of a consumer: of x, as long as a segment; of the segment itself.
     static constexpr int N = SEGMENT / 32 / CONSUMERS;
     static constexpr int W = N * WEIGHT_BYTES / 2;
     __device__ static int row(int unit) {                 // the first of a unit
-        const int rows_before = unit * HALF;              // in the pieces 0 of other units
+        const int rows_before = unit * PIECE_ROWS;        // in the pieces 0 of other units
         return rows_before / APART * 2 * APART + rows_before % APART;
     }
 };
@@ -205,16 +209,18 @@ template <int COUNT> struct Layout {    // of a thread block's shared memory, wi
     Pair sums[PENDING][CONSUMERS][MOST_TILES * MOST_SEQUENCES * SEGMENTS];
     Float8 heads[CONSUMERS][GROUP][HEAD_DIM / 8];
     // Consumers write squares again without a wait: when they have the x of the next normed product, which
-    // depends, through words, on all that the reducers have computed with the old squares.
+    // depends, through words, on all that the reducers have computed with the old squares. (An x that depends
+    // on no unit belongs to a sequence that only pads the batch, and no batch has such sequences alone.)
     float squares[CONSUMERS][2 * MOST_SEQUENCES];
     // mbarriers. Of a stage: a piece has come; all consumers have read the stage.
     u64 full[COUNT][2];
     u64 empty[COUNT];
-    // Of a unit: all consumers have written their sums; a reducer has read the sums.
+    // Of a unit: all consumers have written their sums; a reducer is done with sums, heads and ticket.
     u64 sums_full[PENDING];
     u64 sums_empty[PENDING];
-    // The latest of this thread block, in increasing order. racecheck reports them, RAW and WAR: the
-    // reducers poll without an mbarrier. A ticket is one word, and says by itself whether it is new.
+    // The latest of this thread block, none less than the one before. racecheck reports them, RAW and WAR:
+    // the reducers poll without an mbarrier. A ticket is one word, and says by itself whether it is new: the
+    // old ticket in its place is less than the last that the reducer has had.
     volatile int tickets[PENDING];
     int keys[MOST_SEQUENCES];           // the sequences' context lengths
     int attention_units;                // of a layer
@@ -231,6 +237,7 @@ template <int COUNT> __device__ constexpr int stages_that_fit() {    // but at l
 }
 constexpr int STAGES = stages_that_fit<MOST_STAGES>();
 using Shared = Layout<STAGES>;
+static_assert(PENDING > STAGES && PENDING > REDUCERS, "see tickets");
 
 // ---- Which models this kernel takes -------------------------------------------------------------
 __device__ constexpr bool is_dealt_out(int columns) {    // whether all consumers own equally many columns
@@ -256,6 +263,9 @@ constexpr int FEW_SEQUENCES = MOST_SEQUENCES / 2;
 constexpr bool IS_NARROW = FFN <= 8192 && HIDDEN <= 4096;
 constexpr int SEQUENCES = RANKS == 1 || IS_NARROW ? MOST_SEQUENCES : FEW_SEQUENCES;
 constexpr bool SPLITS_DOWN = RANKS == 1 && FFN > 8192;
+using HalfDown = Shape<HALF_DOWN_PRODUCT>;
+static_assert(!FITS || !SPLITS_DOWN ||
+              (HalfDown::PIECE_BYTES <= LARGEST_PIECE && HalfDown::TILES <= MOST_TILES));
 EXPORT(DECODE_BATCH, FITS ? SEQUENCES : 0);        // the most sequences; 0: the kernel is empty
 
 // ---- The arguments, and the words between thread blocks -----------------------------------------
@@ -264,7 +274,7 @@ EXPORT(DECODE_TICKET_WORDS, 4);              // the counter, and a gap: Vectors 
 constexpr int Z = SPLITS_DOWN ? HIDDEN : 0;  // numbers of Vectors' z
 EXPORT(DECODE_VECTOR_WORDS, (2 * RANKS * HIDDEN + QKV + HEADS + Z + FFN) / 2);    // of a sequence and layer
 EXPORT(DECODE_PARTIAL_WORDS, NUM_HEADS * PARTIAL);    // of a sequence, layer and split
-EXPORT(DECODE_SPLITS, 32);                   // of all contexts together, at most; merge() takes 32 of one
+EXPORT(DECODE_SPLITS, 32);                   // of all contexts together, at most
 // Of several ranks: see set_of.
 constexpr int SET_WORDS = DECODE_TICKET_WORDS + (NUM_LAYERS + 1) * (
     SEQUENCES * DECODE_VECTOR_WORDS + DECODE_SPLITS * DECODE_PARTIAL_WORDS);
@@ -414,24 +424,25 @@ __device__ inline void take_sums(
 // ---- The forward pass ---------------------------------------------------------------------------
 // Producer, consumers and reducers walk through the same operations: role.product<P>(layer) and
 // role.attention(layer) do the role's share of each unit of the operation that the thread block has
-// drawn, and role.next() goes on to the next unit that the thread block has drawn.
+// drawn, and role.next() goes on to the next of these units (a reducer: to the next but one, its own).
 struct Role {
     Shared& shared;
     const Step& step;
     int lane;
     int ticket = -1;       // of the next unit; from `end` on: the unit belongs to a later operation
-    unsigned units = 0;    // so far. A reducer's next unit
+    unsigned units = 0;    // the number of the next unit, among those of the thread block
     int begin = 0;         // the operation's tickets: begin .. end - 1
     int end = 0;
     __device__ auto patience() {
         if constexpr (RANKS == 1) return Endless{};
         else return Patience{step.addresses + RANKS, shared.has_stopped};
     }
+    __device__ unsigned place() const { return units % PENDING; }
     __device__ void enter(int count) {    // an operation of so many units
         begin = end;
         end += count;
     }
-    __device__ bool splits_down() const { return step.sequences > FEW_SEQUENCES; }
+    __device__ bool has_many() const { return step.sequences > FEW_SEQUENCES; }
 };
 
 template <class AnyRole> __device__ void forward(AnyRole&& role) {
@@ -445,7 +456,7 @@ template <class AnyRole> __device__ void forward(AnyRole&& role) {
         // next x = y + (silu(norm(y) @ gate) * (norm(y) @ up)) @ down
         role.template product<GATE_UP_PRODUCT>(layer);
         if constexpr (SPLITS_DOWN) {
-            if (role.splits_down()) {
+            if (role.has_many()) {
                 // z = y + left half of h @ left half of down, next x = z + the same of the right halves
                 for (int side = 0; side < 2; ++side) role.template product<HALF_DOWN_PRODUCT>(layer, side);
                 continue;
@@ -499,7 +510,7 @@ struct Output {    // of attention over some keys: 8 of a head's numbers, l time
         m = highest;
     }
     // The attention itself. A sequence that only pads the batch has no keys: l is 0, and so are the words.
-    // (A key of NaN makes l NaN, and the words.)
+    // (A key of NaN makes l NaN, and the words. As a code, NaN is 480: see rope_and_cache.)
     __device__ Words words() const {
         Words words;
         for (int i = 0; i < 4; ++i)
@@ -522,10 +533,9 @@ struct Producer : Role {
     }
     // Hands the ticket to consumers and reducers. The unit's first stage is the next stage.
     __device__ void announce() {
-        const unsigned place = units % PENDING;
-        wait(&shared.sums_empty[place], units / PENDING + 1);    // nobody needs the ticket in this place,
-        wait_for_stage();                                        // nor the stage
-        if (lane == 0) shared.tickets[place] = ticket;
+        wait(&shared.sums_empty[place()], units / PENDING + 1);    // nobody needs the ticket in this place,
+        wait_for_stage();                                          // nor the stage
+        if (lane == 0) shared.tickets[place()] = ticket;
         ++units;
     }
     // Until the consumers have given the next stage back. (In the first round of the ring: at once.)
@@ -548,7 +558,7 @@ struct Producer : Role {
     }
     template <Product P> __device__ void product(int layer, int side = 0) {
         using Shape = Shape<P>;
-        constexpr int COPIES = Shape::WHOLE == P ? 1 : Shape::HALF;    // halves of rows do not lie together
+        constexpr int COPIES = Shape::WHOLE == P ? 1 : Shape::PIECE_ROWS;    // half rows do not lie together
         constexpr int BYTES = Shape::PIECE_BYTES / COPIES;
         constexpr int ROW_BYTES = Shape::MATRIX.columns * WEIGHT_BYTES;
         enter(Shape::UNITS);
@@ -740,7 +750,7 @@ template <int MOST> struct Consumer : Role {    // for up to MOST sequences
     int r = g % 2 * 4 + g / 2;    // of eight rows of x, the row that is row g of A: see read_input
     template <Product P> static constexpr int ROW_TILES = ((MOST << Shape<P>::SHIFT) + 7) / 8;    // of 8 rows
     // As in Role, but a constant: else the code for a whole wide h of all sequences would be compiled, too.
-    __device__ static constexpr bool splits_down() { return MOST > FEW_SEQUENCES; }
+    __device__ static constexpr bool has_many() { return MOST > FEW_SEQUENCES; }
 
     __device__ void wait_for_stage() {
         for (u64& full : shared.full[stage]) wait(&full, round);
@@ -756,8 +766,7 @@ template <int MOST> struct Consumer : Role {    // for up to MOST sequences
     }
     __device__ void next() {    // waits for the next unit
         wait_for_stage();
-        ticket = shared.tickets[units % PENDING];
-        ++units;
+        ticket = shared.tickets[place()];
     }
     // racecheck reports sums and squares, written before and read behind this mbarrier (RAW). The reports
     // are wrong: the tool credits an arrival to the lane that arrives, not to the lanes that __syncwarp()
@@ -765,9 +774,10 @@ template <int MOST> struct Consumer : Role {    // for up to MOST sequences
     // lane arrives (compute-sanitizer 2025.3.1).
     __device__ void finish_unit() {
         __syncwarp();    // all lanes have written their sums
-        if (lane == 0) mbarrier_arrive(&shared.sums_full[(units - 1) % PENDING]);
+        if (lane == 0) mbarrier_arrive(&shared.sums_full[place()]);
+        ++units;
     }
-    __device__ Pair* my_sums() { return shared.sums[(units - 1) % PENDING][warp]; }
+    __device__ Pair* my_sums() { return shared.sums[place()][warp]; }
 
     // Where in a segment Words i and i + 1 (i even) of a lane lie: in 64 columns of this consumer.
     template <Product P> __device__ int column(int i) const {
@@ -851,7 +861,8 @@ template <int MOST> struct Consumer : Role {    // for up to MOST sequences
     // Words of x become fragments of A: the first half of the eight columns in row g, the second half in
     // row g + 8. An mma with the first half of the weights computes the product in rows 0 to 7 of the
     // result, an mma with the second half in rows 8 to 15; multiply() ignores the other eight rows.
-    // With codes, x and the weights are f16 in the product: one instruction makes f16 of two codes.
+    // With codes, x and the weights are f16 in the product: one instruction makes f16 of two codes. x has
+    // not been normed, so x is divided by F16_SCALE, lest it exceed the range of f16.
     // Hazard for speed: the compiler does not know that sequences >> 8 is 0. Without the xor it would
     // reorder again for every mma.
     template <int M> __device__ void order_for_mma(Words (&x)[M]) {
@@ -860,7 +871,7 @@ template <int MOST> struct Consumer : Role {    // for up to MOST sequences
         for (Words& v : x) {
             v = {{v.w[0] ^ zero, v.w[2] ^ zero, v.w[1] ^ zero, v.w[3] ^ zero}};
             if constexpr (FP8_WEIGHTS)
-                for (unsigned& w : v.w) w = pack_f16x2(unpack(w).a, unpack(w).b);
+                for (unsigned& w : v.w) w = pack_f16x2(unpack(w).a / F16_SCALE, unpack(w).b / F16_SCALE);
         }
     }
     // sum += the product of x[i / 2] and number i of a column tile's B.
@@ -964,8 +975,9 @@ template <int MOST> struct Consumer : Role {    // for up to MOST sequences
                 attention.add_tile(keys, values, at - first, count, step.query_scale);
             give_back();
         }
-        // `heads` has room for one unit: the reducers must be done with the unit before.
-        wait(&shared.sums_empty[(units - 2) % PENDING], (units - 2) / PENDING);
+        // `heads` has room for one unit: a reducer must be done with the unit before (as it was with the unit
+        // before that, when that unit's heads were written). Unit "-1" passes, see wait().
+        wait(&shared.sums_empty[(units - 1) % PENDING], (units - 1) / PENDING);
         attention.leave(my_sums(), shared.heads[warp]);
         finish_unit();
     }
@@ -974,7 +986,7 @@ template <int MOST> struct Consumer : Role {    // for up to MOST sequences
 // ---- The reducers -------------------------------------------------------------------------------
 // Lane 4s + t has two sums of sequence s: of segment t of piece 0 and of the partner, segment t of piece
 // 1. Where a row has several parts, the lanes of all parts get the row's sum, and the lane of part 0
-// writes. A lane beyond the sequences does the same as a lane of the last sequence, and writes nothing.
+// writes. A lane beyond the sequences adds up whatever there is, and writes nothing.
 struct Reducer : Role {
     int s = min(lane / SEGMENTS, step.sequences - 1);
     int t = lane % SEGMENTS;
@@ -982,20 +994,20 @@ struct Reducer : Role {
     // Waits for the next ticket. Tickets grow: a ticket that is not greater than the last is an old one.
     __device__ void next() {
         const int old = ticket;
-        const volatile int& latest = shared.tickets[units % PENDING];
+        const volatile int& latest = shared.tickets[place()];
         for (ticket = latest; ticket <= old; ticket = latest) relax();
     }
-    __device__ void wait_for_sums() { wait(&shared.sums_full[units % PENDING], units / PENDING); }
+    __device__ void wait_for_sums() { wait(&shared.sums_full[place()], units / PENDING); }
     __device__ void finish_unit() {
         __syncwarp();    // all lanes have read the sums, and have used the numbers
-        if (lane == 0) mbarrier_arrive(&shared.sums_empty[units % PENDING]);
+        if (lane == 0) mbarrier_arrive(&shared.sums_empty[place()]);
         units += REDUCERS;
     }
     // Over the consumers, then over the row's parts.
     template <int SHIFT> __device__ Pair sum(int tile) const {
         Pair sum = {0, 0};
         for (int warp = 0; warp < CONSUMERS; ++warp) {
-            const Pair p = shared.sums[units % PENDING][warp][MOST_SEQUENCES * SEGMENTS * tile + lane];
+            const Pair p = shared.sums[place()][warp][MOST_SEQUENCES * SEGMENTS * tile + lane];
             sum = {sum.a + p.a, sum.b + p.b};
         }
         for (int i = 0; i < SHIFT; ++i) {
@@ -1023,9 +1035,9 @@ struct Reducer : Role {
         enter(Shape::UNITS);
         if (ticket >= end) return;
         const Vectors v(step, layer);
-        const int partial = RANKS == 1 ? s : step.rank * step.sequences + s;    // a row of x or y
-        bf16* const outputs[] = {v.qkv + s * QKV, v.y + partial * HIDDEN, v.h + s * FFN,
-                                 Vectors(step, layer + 1).x + partial * HIDDEN,
+        const int own_row = RANKS == 1 ? s : step.rank * step.sequences + s;    // of x or y
+        bf16* const outputs[] = {v.qkv + s * QKV, v.y + own_row * HIDDEN, v.h + s * FFN,
+                                 Vectors(step, layer + 1).x + own_row * HIDDEN,
                                  step.logits + (size_t)s * (VOCAB / RANKS)};
         bf16* out = P == HALF_DOWN_PRODUCT && side == 0 ? v.z + s * HIDDEN : outputs[Shape::WHOLE];
         // Rank 0 adds the residual to its partial sum, so the sum over the ranks has the residual once.
@@ -1038,7 +1050,7 @@ struct Reducer : Role {
         const int distance = 1 << Shape::SHIFT;    // lanes from row r to row r + 1
         const int r = t / distance;
         const bool is_odd = r % 2;
-        const int place = is_odd ? Shape::APART + r - 1 : r;    // of the word, after the unit's first row
+        const int at = is_odd ? Shape::APART + r - 1 : r;    // of the word, after the unit's first row
         const bool has_word = !(P == GATE_UP_PRODUCT && is_odd);
         const bool writes = lane / SEGMENTS < step.sequences && t % distance == 0 && has_word;
         float norm = 0;
@@ -1051,14 +1063,15 @@ struct Reducer : Role {
             for (int tile = 0; tile < Shape::TILES; ++tile) {
                 auto& [old, angle, bias, scale] = loaded[tile];
                 const int row = first + SEGMENTS * tile;
-                const bf16* old_word = residual + row + place;
+                const bf16* old_word = residual + row + at;
                 for (int rank = 0; rank < RANKS && adds; ++rank) old[rank] = load_partial(old_word, rank);
                 const float* turn = angles + row % HEAD_DIM + r;    // cosine; HEAD_DIM / 2 further: sine
                 if (P == QKV_PRODUCT) angle = {turn[0], turn[HEAD_DIM / 2]};
                 const bf16* two = step.biases + layer * QKV + row + r;
                 if constexpr (QKV_BIAS && P == QKV_PRODUCT)
                     bias = {__bfloat162float(two[0]), __bfloat162float(two[Shape::APART])};
-                if constexpr (FP8_WEIGHTS) scale = {scales[row + r], scales[row + r + Shape::APART]};
+                if constexpr (FP8_WEIGHTS)
+                    scale = {F16_SCALE * scales[row + r], F16_SCALE * scales[row + r + Shape::APART]};
             }
             wait_for_sums();
             if (Shape::NORMED && norm == 0) norm = inverse_rms<Shape::SHIFT>();
@@ -1078,13 +1091,13 @@ struct Reducer : Role {
                 if constexpr (FP8_CACHE)
                     if (is_cached) put_into_cache(pack_bf16x2(x.a, x.b), layer, row + r);
                 x = neighbours<P>(x, is_odd);
-                if (adds) x = with_residual(x, old, residual + row + place);
+                if (adds) x = with_residual(x, old, residual + row + at);
                 const unsigned word = pack_bf16x2(x.a, x.b);
                 if constexpr (ADDS && RANKS > 1) {
-                    if (writes) publish_to_ranks(out + row + place, word);
-                } else if (writes) publish(out + row + place, word);
+                    if (writes) publish_to_ranks(out + row + at, word);
+                } else if (writes) publish(out + row + at, word);
                 if constexpr (!FP8_CACHE)
-                    if (is_cached) put_into_cache(word, layer, row + place);
+                    if (is_cached) put_into_cache(word, layer, row + at);
             }
             finish_unit();
         }
@@ -1150,7 +1163,7 @@ struct Reducer : Role {
         enter(shared.attention_units);
         for (; ticket < end; next()) {
             const Split split = find_split(shared, step, ticket - begin);
-            const auto& sums = shared.sums[units % PENDING];
+            const auto& sums = shared.sums[place()];
             wait_for_sums();
             for (int i = lane; i < GROUP * HEAD_DIM / 8; i += 32) {
                 const int head = i / (HEAD_DIM / 8);
@@ -1205,17 +1218,18 @@ __device__ inline void clear_words(int* set, int thread, int threads) {
 // ---- The merger ---------------------------------------------------------------------------------
 // One warp merges the splits of one head of one sequence: 8 * width numbers of the output, number
 // `slice` of such slices. width lanes have a split, 8 numbers each, so the lanes have 32 / width splits
-// at a time, four times at most.   row: sequence * H + head.
+// at a time.   row: sequence * H + head.
+constexpr int MERGE_ROUNDS = 4;    // at most
 __device__ void merge(
         const Step& step, int splits, int row, int slice, int width, const Vectors& v, int lane) {
     const int first = 8 * (width * slice + lane % width);
     const unsigned* partial = v.partial + row * step.splits * PARTIAL;
     Output out;
-    Words got[8];    // of four splits: 8 numbers, and the logsumexp
+    Words got[2 * MERGE_ROUNDS];    // of a split each: 8 numbers, and the logsumexp
     const auto split = [&](int i) { return (32 * (i / 2) + lane) / width; };
     take(got, [&](int i) { return split(i) < splits; },
          [&](int i) { return partial + split(i) * PARTIAL + (i % 2 ? HEAD_DIM / 2 : first / 2); });
-    for (int i = 0; i < 8; i += 2)
+    for (int i = 0; i < 2 * MERGE_ROUNDS; i += 2)
         if (split(i) < splits)
             out.add(__uint_as_float(got[i + 1].w[0]), 1, to_float(reinterpret_cast<const Bf16x8&>(got[i])));
     for (int distance = width; distance < 32; distance *= 2) {
@@ -1248,7 +1262,8 @@ __device__ void merge_all(Shared& shared, const Step& step, int lane) {
     }
     __syncwarp();
     // As wide as the number of splits allows, lest there be more items than mergers.
-    const int width = min(step.sequences > 3 ? 16 : step.sequences > 1 ? 8 : 4, HEAD_DIM / 8);
+    int width = 32 * MERGE_ROUNDS / DECODE_SPLITS;
+    while (2 * width <= min(32 * MERGE_ROUNDS / step.splits, HEAD_DIM / 8)) width *= 2;
     const int slices = HEAD_DIM / 8 / width;
     for (int layer = 0; layer < step.layers; ++layer)
         for (int item = blockIdx.x; item < step.sequences * NUM_HEADS * slices; item += gridDim.x) {

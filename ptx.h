@@ -74,11 +74,11 @@ __device__ inline unsigned e4m3x2_to_f16x2(unsigned short x) {
     asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(both) : "h"(x));
     return both;
 }
-// Two f16, rounded to nearest, ties to even. f16 has 5 bits of exponent and 10 of mantissa, so 8 bits of a
-// bf16 are kept from 2^-17 on. Beyond 65504, the greatest f16: 65504. (Compute capability 9.0 and newer.)
+// Two f16, rounded to nearest, ties to even. f16 has 5 bits of exponent and 10 of mantissa, so all bits of a
+// bf16 are kept from 2^-17 on. Beyond 65504, the greatest f16: infinity.
 __device__ inline unsigned pack_f16x2(float low, float high) {
     unsigned both;
-    asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
     return both;
 }
 

@@ -430,11 +430,12 @@ inline float unpack_e4m3(u8 code) {
 }
 inline unsigned pack_f16(float x) {
     if (x != x) return 0x7fff;
-    return __float_as_uint(x) >> 31 << 15 | to_bits<10, -14>(x, 65504);
+    return __float_as_uint(x) >> 31 << 15 | to_bits<10, -14>(x, 65536);    // 65536: infinity's bits
 }
 inline float unpack_f16(unsigned bits) {
-    float size = bits % 0x8000 > 0x7c00 ? NAN : from_bits<10, -14>(bits % 0x8000);
-    return bits < 0x8000 ? size : -size;
+    unsigned size = bits % 0x8000;
+    float x = size < 0x7c00 ? from_bits<10, -14>(size) : size == 0x7c00 ? INFINITY : NAN;
+    return bits < 0x8000 ? x : -x;
 }
 inline unsigned short pack_e4m3x2(float low, float high) { return pack_e4m3(low) | pack_e4m3(high) << 8; }
 inline unsigned unpack_e4m3x2(unsigned x) { return pack_bf16x2(unpack_e4m3(x >> 8), unpack_e4m3(x >> 24)); }

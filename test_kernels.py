@@ -245,7 +245,8 @@ def test_f16_conversions_equal_those_of_numpy():
     x = x[len(x) % 2:]
     got = DEVICE.empty(len(x) // 2, np.int32)
     kernels.to_f16((1,), got, DEVICE.to_device(x), len(x))
-    want = np.clip(x, -65504, 65504).astype(np.float16)     # beyond, NumPy rounds to infinity
+    with np.errstate(over="ignore"):
+        want = x.astype(np.float16)
     assert DEVICE.fetch(got)().view(np.uint16).tolist() == want.view(np.uint16).tolist()
 
 
