@@ -312,14 +312,14 @@ def run_with_decode(ranks):
 
 def exit_before_a_step(ranks):
     """A rank that is killed. Rank 0 waits for the rank's words, in the middle of a kernel."""
-    start = tinyvllm.Model.start
+    execute = tinyvllm.Model.execute
 
-    def start_or_exit(model, batch, size):
+    def execute_or_exit(model, batch, size):
         if ranks.num_steps == 5:
             os.kill(os.getpid(), signal.SIGKILL)
-        return start(model, batch, size)
+        return execute(model, batch, size)
 
-    tinyvllm.Model.start = start_or_exit
+    tinyvllm.Model.execute = execute_or_exit
     run_with_decode(ranks)
 
 
@@ -402,14 +402,14 @@ def fail_while_loading(ranks):
 
 
 def fail_in_a_step(ranks):
-    start = tinyvllm.Model.start
+    execute = tinyvllm.Model.execute
 
-    def start_or_fail(model, batch, size):
+    def execute_or_fail(model, batch, size):
         if ranks.num_steps == 5:
             raise ValueError("the sixth step\nis bad")
-        return start(model, batch, size)
+        return execute(model, batch, size)
 
-    tinyvllm.Model.start = start_or_fail
+    tinyvllm.Model.execute = execute_or_fail
     tinyvllm.run_rank(ranks)
 
 
