@@ -259,19 +259,19 @@ def test_aborts_and_interrupts(pair):
     for _ in pair.stream(prompts[1]):
         break                                   # given up after a token
     model = pair.engine.model
-    start = model.start
+    execute = model.execute
     came = []
 
     def interrupted(batch, size):
         os.kill(os.getpid(), signal.SIGINT)     # Python's handler runs between two statements
-        result = start(batch, size)
+        result = execute(batch, size)
         came.append("the whole step")
         return result
 
-    model.start = interrupted
+    model.execute = interrupted
     with pytest.raises(KeyboardInterrupt):
         pair.generate(prompts[2])
-    del model.start
+    del model.execute
     assert came == ["the whole step"]
     assert text + "".join(output.delta for output in stream) == TEXTS[1][1]
     pair.engine.scheduler.check_integrity()

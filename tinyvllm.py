@@ -350,7 +350,7 @@ class Scheduler:
 
         While no sequence decodes, a long step delays nobody's next token, and computes a long prompt faster
         than several short steps. The price: a request that arrives now waits for one or two steps (see
-        Engine). 16,384 tokens take 0.1 s with Llama-3.2-1B on an H100, and 0.5 s with Llama-3.1-8B."""
+        Engine). A prompt of 16,384 tokens takes 0.1 s on an H100 with Llama-3.2-1B, 0.5 s with 3.1-8B."""
         if not decodes and not any(sequence.awaits_token for sequence in self.running):
             return self.max_prefill_tokens
         return max(self.max_num_batched_tokens - len(decodes), self.max_num_batched_tokens // 4)
@@ -725,8 +725,8 @@ def attention_tiles(counts, context_lens, group, tile_rows):
 class StepBuffer:
     """The memory for a step's exchange: the batch goes to the device in one copy, the sampled
     tokens come back in one copy. In a batch of decodes T = S = R, P = 0, and each sequence has one tile.
-    The sizes of block_tables, entries and masks alone do not follow from S, so they come last: a CUDA graph
-    finds block_tables at the address of its recording, the two behind it not."""
+    The sizes of block_tables, entries and masks alone do not follow from S, so the three come last. A CUDA
+    graph finds the arrays up to block_tables at the addresses of its recording, the last two not."""
     # Slot, id, position, and a share of a tile: 8 bytes for 64 query rows or more, which are 4 tokens
     # or more, since a token has 16 query rows at most.
     TOKEN_BYTES = 8 + 4 + 4 + 2
