@@ -246,7 +246,7 @@ class OneRank:
     def connect(self, device, kernels, num_words):
         pass
 
-    def step(self, size, arrays):
+    def announce(self, size, arrays):
         return contextlib.nullcontext()
 
     def keep(self, tokens):
@@ -349,7 +349,7 @@ class Communicator:
 
     # ---- Steps ----
     @contextlib.contextmanager
-    def step(self, size, arrays):
+    def announce(self, size, arrays):
         """In rank 0: sends a step to the other ranks; the block launches the same step. No signal interrupts
         the block. After an error in the block, all ranks end, since the others would wait for kernels that
         rank 0 has not launched. size: of the step's CUDA graph, or None."""

@@ -259,19 +259,19 @@ def test_aborts_and_interrupts(pair):
     for _ in pair.stream(prompts[1]):
         break                                   # given up after a token
     model = pair.engine.model
-    start = model.start
+    execute = model.execute
     came = []
 
     def interrupted(batch, size):
         os.kill(os.getpid(), signal.SIGINT)     # Python's handler runs between two statements
-        result = start(batch, size)
+        result = execute(batch, size)
         came.append("the whole step")
         return result
 
-    model.start = interrupted
+    model.execute = interrupted
     with pytest.raises(KeyboardInterrupt):
         pair.generate(prompts[2])
-    del model.start
+    del model.execute
     assert came == ["the whole step"]
     assert text + "".join(output.delta for output in stream) == TEXTS[1][1]
     pair.engine.scheduler.check_integrity()
@@ -312,14 +312,14 @@ def run_with_decode(ranks):
 
 def exit_before_a_step(ranks):
     """A rank that is killed. Rank 0 waits for the rank's words, in the middle of a kernel."""
-    start = tinyvllm.Model.start
+    execute = tinyvllm.Model.execute
 
-    def start_or_exit(model, batch, size):
+    def execute_or_exit(model, batch, size):
         if ranks.num_steps == 5:
             os.kill(os.getpid(), signal.SIGKILL)
-        return start(model, batch, size)
+        return execute(model, batch, size)
 
-    tinyvllm.Model.start = start_or_exit
+    tinyvllm.Model.execute = execute_or_exit
     run_with_decode(ranks)
 
 
@@ -402,14 +402,14 @@ def fail_while_loading(ranks):
 
 
 def fail_in_a_step(ranks):
-    start = tinyvllm.Model.start
+    execute = tinyvllm.Model.execute
 
-    def start_or_fail(model, batch, size):
+    def execute_or_fail(model, batch, size):
         if ranks.num_steps == 5:
             raise ValueError("the sixth step\nis bad")
-        return start(model, batch, size)
+        return execute(model, batch, size)
 
-    tinyvllm.Model.start = start_or_fail
+    tinyvllm.Model.execute = execute_or_fail
     tinyvllm.run_rank(ranks)
 
 

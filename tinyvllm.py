@@ -24,10 +24,10 @@ The life of a request:
      next sequence joins.
 When the pages run out, the youngest sequence gives its pages back and is computed again later.
 
-Letters for sizes: T tokens of a step, S sequences of a step, R sampled sequences (each gets a token
-in this step), L layers, D hidden size, H query heads, K key/value heads, h head_dim, F ffn size,
-V vocabulary, N pages of the cache, B tokens of a page (block_size). Weights and activations are
-bfloat16. A matrix is stored as [out, in], so a product is x @ w.T.
+Letters for sizes: T tokens and S sequences of a step, R sampled sequences (each gets a token in this
+step), P prompt tokens to score, A tiles of attention, L layers, D hidden size, H query heads, K key/value
+heads, h head_dim, F ffn size, V vocabulary, N pages of the cache, B tokens of a page (block_size). Weights
+and activations are bfloat16. A matrix is stored as [out, in], so a product is x @ w.T.
 
 Sections: Pages, Sequences and scheduler, Forward pass, Memory, Engine, API, Command line.
 weights.py reads a model's files, sampling.py holds what a request asks of the sampler, device.py
@@ -321,7 +321,7 @@ class Scheduler:
         self.running = []
 
     def schedule(self):
-        """[(sequence, number of tokens to compute)]: decodes, then prefill as the budget allows."""
+        """[(sequence, number of tokens to compute)]: decodes, then chunks of prompts."""
         decodes = []
         prefills = []
         # 1. Running sequences, oldest first: one token for each decode. The rest of a prompt waits
@@ -339,7 +339,7 @@ class Scheduler:
         was_idle = not self.running
         while self.waiting and self.has_room(prefills, room, was_idle) and self.admit(prefills):
             prefills.append(self.running[-1])
-        # 3. Prompts, as far as the room goes, and decodes in the rest of the budget.
+        # 3. Prompts, as far as their room goes. Decodes take turns in what the prompts leave of the budget.
         chunks = self.divide(prefills, room)
         budget = self.max_num_batched_tokens - sum(chunk for _, chunk in chunks)
         return [(sequence, 1) for sequence in self.take_turns(decodes, budget)] + chunks
@@ -348,10 +348,9 @@ class Scheduler:
         """The prompt tokens of a step: what the decodes leave of the budget, and at least a quarter of
         the budget. Otherwise many decodes could leave a prompt a single token a step.
 
-        While no sequence decodes, a long step delays nobody's next token, and computes a long prompt
-        faster than several short steps. The price: a request that arrives now waits for the step, or
-        for two (see Engine). 16,384 tokens of one prompt take 0.1 s with Llama-3.2-1B on an H100, and
-        0.5 s with Llama-3.1-8B."""
+        While no sequence decodes, a long step delays nobody's next token, and computes a long prompt faster
+        than several short steps. The price: a request that arrives now waits for one or two steps (see
+        Engine). A prompt of 16,384 tokens takes 0.1 s on an H100 with Llama-3.2-1B, 0.5 s with 3.1-8B."""
         if not decodes and not any(sequence.awaits_token for sequence in self.running):
             return self.max_prefill_tokens
         return max(self.max_num_batched_tokens - len(decodes), self.max_num_batched_tokens // 4)
@@ -401,12 +400,11 @@ class Scheduler:
             return False
         if self.static_batching:
             return was_idle
-        # The prompts too long for this step count as half of the room together: divide() gives the
-        # other half to short prompts.
+        # Beside prompts too long for this step, divide() lets short prompts have half of the room.
         shorts = [prompt.remaining for prompt in prefills
                   if prompt.remaining <= room or not self.chunked_prefill]
-        planned = sum(shorts) + (cdiv(room, 2) if len(shorts) < len(prefills) else 0)
-        return planned < room
+        reserved_for_long = cdiv(room, 2) if len(shorts) < len(prefills) else 0
+        return sum(shorts) + reserved_for_long < room
 
     def admit(self, prefills):
         """Moves the first waiting sequence to running, with pages for all its tokens and the next
@@ -442,8 +440,9 @@ class Scheduler:
         return True
 
     def is_worth_waiting(self, sequence, prefills):
-        """Whether one of these prompts will fill pages with at least half of the tokens that the
-        sequence still needs: once they are filled, the sequence can share them."""
+        """Whether one of these prompts will fill pages with at least half of the tokens that the sequence
+        still needs, to be shared then. All behind the sequence wait, too, in order of arrival: not for long,
+        since a short prompt is computed in this very step, and a long prompt needs the budget meanwhile."""
         # A static batch is admitted whole. Unscored tokens: see admit.
         if not self.allocator.prefix_caching or self.static_batching or sequence.num_unscored:
             return False
@@ -451,11 +450,11 @@ class Scheduler:
         tokens = sequence.token_ids
         for other in prefills:
             start = other.num_registered_blocks * size      # pages up to here can be found already
-            same = start                    # tokens of equal pages, without the page of the last token
-            while same + size < len(tokens) and tokens[same:same + size] == other.token_ids[same:same + size]:
-                same += size
-            is_worth_it = same > start and 2 * (same - start) >= len(tokens) - start
-            if is_worth_it and tokens[:start] == other.token_ids[:start]:       # last: it may be long
+            end = start                     # of the pages with equal tokens; the last token's page stays out
+            while end + size < len(tokens) and tokens[end:end + size] == other.token_ids[end:end + size]:
+                end += size
+            has_half = end > start and 2 * (end - start) >= len(tokens) - start
+            if has_half and tokens[:start] == other.token_ids[:start]:      # the longest comparison is last
                 return True
         return False
 
@@ -554,10 +553,9 @@ def cumulative(counts):
 
 @dataclass
 class Batch:
-    """A step's tokens and everything that the kernels must know about them, in the host's memory.
-    The arrays stand in the order of upload (StepBuffer): entries of 8 bytes first, for alignment,
-    and block_tables and entries last, since T, S and R do not determine their sizes."""
-    sampled: list                       # R Sequences: nothing of them remains after this step
+    """A step's tokens and everything that the kernels must know about them, in the host's memory. The order
+    is that of the upload: numbers of 8 bytes first, for alignment. See StepBuffer for the last three."""
+    sampled: list                       # R Sequences, whose last token is in this step
     scored: list                        # (Sequence, position) of P prompt tokens, to report log-probabilities
     slot_mapping: np.ndarray            # [T] int64: the slot for each token's key and value; -1: none
     seeds: np.ndarray                   # [R + P] uint64
@@ -565,7 +563,7 @@ class Batch:
     positions: np.ndarray               # [T] int32
     cu_seqlens: np.ndarray              # [S + 1] int32
     context_lens: np.ndarray            # [S] int32
-    # The rows of logits: R sampled sequences, then P prompt tokens, whose other values are 0.
+    # The rows of logits: R sampled sequences, then P prompt tokens, whose other values ask for nothing.
     last_tokens: np.ndarray             # [R + P] int32: the row's token, an index in the batch
     lengths: np.ndarray                 # [R + P] int32: tokens of each sequence, the new token's position
     temperatures: np.ndarray            # [R + P] float32
@@ -573,16 +571,15 @@ class Batch:
     top_ps: np.ndarray                  # [R + P] float32
     min_ps: np.ndarray                  # [R + P] float32
     given: np.ndarray                   # [R + P] int32: the token to report; -1: choose one
-    newest: np.ndarray                  # [R + P] int32: index in the batch of a token not in entries, or -1
-    cu_entries: np.ndarray              # [R + P + 1] int32: see entries
+    newest: np.ndarray                  # [R + P] int32: batch index of the uncounted token (see SPARE), or -1
+    cu_entries: np.ndarray              # [R + P + 1] int32: where each row's entries begin
     mask_starts: np.ndarray             # [R + P] int32: where the row's mask begins; -1: no mask
     penalties: np.ndarray               # [R + P, 3] float32: presence, frequency, repetition
     tiles: np.ndarray                   # [2A] int32: the work of attention, see attention_tiles
     cu_blocks: np.ndarray               # [S + 1] int32
     block_tables: np.ndarray            # [pages of all S] int32: sequence s begins at cu_blocks[s]
-    # int32: the changed logits of all rows, see Adjustments. In a graph, arrays behind block_tables have
-    # no fixed address, so cu_entries and mask_starts count from the beginning of block_tables.
-    entries: np.ndarray
+    # cu_entries and mask_starts count int32s from the beginning of block_tables, whose address a graph knows.
+    entries: np.ndarray                 # int32: the rows' changed logits, three numbers each, see sampling.py
     masks: np.ndarray                   # int32: a bit for each token that a grammar allows, see grammar.py
 
     @classmethod
@@ -591,7 +588,7 @@ class Batch:
         sequences = [sequence for sequence, _ in scheduled]
         counts = np.array([count for _, count in scheduled], np.int32)                  # [S]
         starts = np.array([s.num_computed_tokens for s in sequences], np.int32)         # [S]
-        lengths = np.array([len(s.token_ids) for s in sequences], np.int32)             # [S]
+        num_tokens = np.array([len(s.token_ids) for s in sequences], np.int32)          # [S]
         context_lens = starts + counts                                                  # [S]
         cu_seqlens = cumulative(counts)                                                 # [S + 1]
 
@@ -606,7 +603,7 @@ class Batch:
         pages = block_tables[np.repeat(cu_blocks[:-1], counts) + positions // block_size]       # [T]
         slot_mapping = pages.astype(np.int64) * block_size + positions % block_size     # [T]
 
-        chosen = np.flatnonzero(context_lens == lengths)        # [R] indices of the sampled sequences
+        chosen = np.flatnonzero(context_lens == num_tokens)     # [R] indices of the sampled sequences
         return cls(
             slot_mapping=slot_mapping,
             token_ids=token_ids,
@@ -616,12 +613,12 @@ class Batch:
             tiles=attention_tiles(counts, context_lens, group, tile_rows),
             cu_blocks=cu_blocks,
             block_tables=block_tables,
-            **cls.build_rows(scheduled, chosen, lengths, cu_seqlens, len(block_tables)))
+            **cls.build_rows(scheduled, chosen, num_tokens, cu_seqlens, len(block_tables)))
 
     @staticmethod
-    def build_rows(scheduled, chosen, lengths, cu_seqlens, num_blocks):
+    def build_rows(scheduled, chosen, num_tokens, cu_seqlens, num_blocks):
         """The fields of the rows of logits. chosen [R]: the sampled sequences' numbers in scheduled.
-        lengths [S]: tokens of each sequence. num_blocks: entries of block_tables."""
+        num_tokens [S]: of each sequence. num_blocks: entries of block_tables."""
         sampled = [scheduled[s][0] for s in chosen.tolist()]
         scored = []
         scored_tokens = []                                      # index in the batch of each
@@ -635,7 +632,7 @@ class Batch:
         params = [s.params for s in sampled]
         rows = {
             "seeds": np.array([s.seed for s in sampled], np.uint64),
-            "lengths": lengths[chosen],
+            "lengths": num_tokens[chosen],
             "temperatures": np.array([p.temperature for p in params], np.float32),
             "top_ks": np.array([min(p.top_k, 2**31 - 1) for p in params], np.int32),
             "top_ps": np.array([p.top_p for p in params], np.float32),
@@ -727,9 +724,9 @@ def attention_tiles(counts, context_lens, group, tile_rows):
 
 class StepBuffer:
     """The memory for a step's exchange: the batch goes to the device in one copy, the sampled
-    tokens come back in one copy. In a batch of decodes, all sizes but those of the last three arrays
-    follow from S: T = S = R, and each sequence has one tile. A CUDA graph therefore finds all arrays
-    but the last two at the addresses of its recording."""
+    tokens come back in one copy. In a batch of decodes T = S = R, P = 0, and each sequence has one tile.
+    The sizes of block_tables, entries and masks alone do not follow from S, so the three come last. A CUDA
+    graph finds the arrays up to block_tables at the addresses of its recording, the last two not."""
     # Slot, id, position, and a share of a tile: 8 bytes for 64 query rows or more, which are 4 tokens
     # or more, since a token has 16 query rows at most.
     TOKEN_BYTES = 8 + 4 + 4 + 2
@@ -855,7 +852,7 @@ class Model:
         """num_blocks: pages of the KV cache. max_model_len: number of possible positions. buffer: a
         StepBuffer. args: block_size, enforce_eager and fused_decode of EngineArgs. communicator: where
         several ranks share the model; config and weights are then a rank's. kernels: compile_model's, if
-        the loading of the weights has needed them already."""
+        the loading has needed them. Otherwise a faulty checkpoint is refused before kernels are compiled."""
         c = config
         self.config = config
         self.weights = weights
@@ -907,17 +904,17 @@ class Model:
         return next((size for size in self.graph_sizes if size >= num_tokens), None)
 
     def launch(self, batch):
-        """Starts a step and does not wait. Returns the logits [R + P, V], valid until the next step,
-        and get_tokens(), a function that waits and returns the rows' tokens, int32 [R + P], and their
+        """Starts a step in all ranks and does not wait. Returns the logits [R + P, V], valid until the next
+        step, and get_tokens(), a function that waits and returns the rows' tokens, int32 [R + P], and their
         log-probabilities, float32 [R + P]. All three can have more rows, which mean nothing."""
         size = self.graph_size(batch)
         batch = batch if size is None else batch.padded(size)
-        with self.communicator.step(size, [getattr(batch, name) for name in BATCH_ARRAYS]):
-            logits = self.start(batch, size)
+        with self.communicator.announce(size, [getattr(batch, name) for name in BATCH_ARRAYS]):
+            logits = self.execute(batch, size)
         return logits, self.fetch_pair(self.buffer.sampled)
 
-    def start(self, batch, size):
-        """Starts a step, in every rank. size: of the CUDA graph, or None. Returns the logits."""
+    def execute(self, batch, size):
+        """Starts a step in one rank. size: of the CUDA graph, or None. Returns the logits."""
         num_bytes = sum(getattr(batch, name).nbytes for name in BATCH_ARRAYS)
         if num_bytes > len(self.buffer.target):             # changed logits and masks have no limit
             self.buffer.allocate(2 * num_bytes)
@@ -1128,26 +1125,27 @@ def plan_pool(config, device, args, communicator):
 #
 # A model, a scheduler, and the loop between the two. All work of a server happens in step().
 #
-# The GPU takes a millisecond for a step. Python takes half a millisecond to plan the next step and
-# to hand out tokens. Without overlap, the GPU would idle a third of the time. So step n + 1 is
-# launched before the tokens of step n are read (vLLM: async scheduling):
+# The GPU takes a millisecond or more for a step. Python takes half a millisecond to plan the next step
+# and to hand out tokens. The GPU shall not wait so long, so step n + 1 is launched before the tokens of
+# step n are read (vLLM: async scheduling):
 #
 #   CPU   launch 1  launch 2  wait .......... read 1  launch 3  wait ..... read 2  launch 4
 #   GPU             | step 1 ............... | step 2 .................... | step 3 ........
 #
-# To plan step n + 1 the CPU needs the number of step n's new tokens, not the ids. Until an id is
-# known, the sequence holds a placeholder: ~row, a negative number. The row is the sequence's index
-# among the sampled sequences of step n. On the GPU, gather_rows (or decode.cu) reads the id from
-# sampled[0][row]. Only the last two tokens of a sequence can be placeholders.
+# To plan step n + 1 the CPU needs the number of step n's new tokens, not the ids. Until an id is known,
+# the sequence holds a placeholder: ~row, a negative number. The row is the sequence's index among the
+# sampled sequences of step n. On the GPU, gather_rows (or decode.cu) reads the id from sampled[0][row].
+# When a step is planned, a sequence's newest token alone can be a placeholder, from the step just
+# launched. The last two can be placeholders between a launch and the reading of the step before.
 #
 # The CPU notices the end of an answer one step late. Step n + 1 then computes a token too many, and
 # finish() drops the token. Its key and value may go to a page that another sequence has got by
 # then. No harm is done: that sequence's step stands behind this one in the GPU's queue.
 #
-# A step can be interrupted between any two statements: by Ctrl-C, by an error of the device. All
-# state is then in doubt, but for two things: the requests, and the known tokens of each answer. Both
-# change by one call that happens whole or not at all. The next step derives all other state from
-# these two anew (rebuild), and computes the keys and values again.
+# A step can be interrupted between any two statements: by Ctrl-C, or by an error of the device (so it is
+# not enough to hold signals back). All state is then in doubt, but for the requests and the known tokens
+# of each answer. Both change by one call that happens whole or not at all. The next step derives all
+# other state from both anew (rebuild), and computes the keys and values again.
 # ==================================================================================================
 @dataclass
 class Stats:
@@ -1188,7 +1186,7 @@ class Engine:
         self.aborted = deque()              # outputs of abandoned requests, until a step drops them
         self.observers = []                 # objects with told(event, what), such as views.Recorder
         self.lock = threading.RLock()       # held in a step; R: an interrupt may prevent the release
-        self.is_torn = False                # True between steps: the last step did not come to its end
+        self.is_torn = False                # if True when a step begins: the last was cut off
 
     def tell(self, event, what=None):
         """Tells the observers of a beginning or an end. The run goes on without a failing observer."""
@@ -1438,7 +1436,7 @@ def run_rank(communicator):
     model, _ = load_model(folder, config, device, args, communicator)
     while step := communicator.receive_step():
         size, arrays = step
-        model.start(Batch([], [], *arrays), size)
+        model.execute(Batch([], [], *arrays), size)
 
 
 class InputProcessor:
@@ -1724,43 +1722,45 @@ def prompt_ids(llm, text, args):
     return llm.tokenizer.chat([*system, {"role": "user", "content": text}])
 
 
-def answer(llm, texts, args, params):
-    """Runs prompts together and returns their outputs. The answer to a single prompt is streamed.
-    Several answers are printed whole, each under its prompt, in input order, once all earlier
-    answers are printed. A refused prompt is reported in its place, and the rest run."""
-    def submit(text):
-        try:
-            return llm.submit([prompt_ids(llm, text, args)], params)[0]
-        except (TinyVLLMError, TokenizerError) as error:
-            return RequestOutput([], finish_reason="error", error=str(error))
+def submit(llm, text, args, params):
+    """The RequestOutput of a prompt, with an error if the prompt is refused."""
+    try:
+        return llm.submit([prompt_ids(llm, text, args)], params)[0]
+    except (TinyVLLMError, TokenizerError) as error:
+        return RequestOutput([], finish_reason="error", error=str(error))
 
-    outputs = [submit(text) for text in texts]
-    is_alone = len(texts) == 1
-    finished = llm.finished(outputs, bar=not sys.stdout.isatty())
 
+def answer_one(llm, texts, args, params):
+    """Streams the answer to a single prompt. Returns its output, in a list."""
+    output = submit(llm, texts[0], args, params)
+    for _ in llm.run([output]):
+        print(output.delta, end="", flush=True)
+    if output.error:
+        print(f"tinyvllm: {as_flags(output.error)}", file=sys.stderr)
+    else:
+        print(flush=True)
+    return [output]
+
+
+def answer_several(llm, texts, args, params):
+    """Runs prompts together and returns their outputs. Answers are printed whole, each under its prompt, in
+    input order. A refused prompt is reported in its place, and the rest run."""
     def show(text, output):
         if output.error:
-            prompt = "" if is_alone else f"{text[:60]!r}: "
-            print(f"tinyvllm: {prompt}{as_flags(output.error)}", file=sys.stderr)
-        elif is_alone:
-            print(flush=True)
+            print(f"tinyvllm: {text[:60]!r}: {as_flags(output.error)}", file=sys.stderr)
         else:
             print(f"> {text}\n{output.text}\n", flush=True)
 
+    outputs = [submit(llm, text, args, params) for text in texts]
     unshown = deque(zip(texts, outputs))
     try:
-        while unshown:
-            text, output = unshown[0]
-            if is_alone:
-                for _ in llm.run(outputs):
-                    print(output.delta, end="", flush=True)
-            while not output.finish_reason:
-                next(finished)
-            show(text, output)
-            unshown.popleft()
+        for _ in llm.finished(outputs, bar=not sys.stdout.isatty()):
+            while unshown and unshown[0][1].finish_reason:
+                show(*unshown[0])
+                unshown.popleft()
     except BaseException:       # Ctrl-C, an error of the device: no answer that is done gets lost
         for text, output in unshown:
-            if output.finish_reason in ("stop", "length") and not is_alone:
+            if output.finish_reason in ("stop", "length"):
                 show(text, output)
         raise
     return outputs
@@ -1808,6 +1808,7 @@ def main(argv=None):
     params = sampling_params(llm, args)
     has_view = args.watch or args.trace or args.stats
     with views.looking_inside(llm, args) if has_view else contextlib.nullcontext() as recorder:
+        answer = answer_one if len(texts) == 1 else answer_several
         outputs = answer(llm, texts, args, params)
     cut = [output for output in outputs if output.finish_reason == "length"
            and len(output.prompt_token_ids) + len(output.token_ids) == llm.max_model_len

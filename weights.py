@@ -531,7 +531,7 @@ class WeightLoader:
         return self.device.xp.concatenate(scaled)
 
     def take(self, name, *shape, kind="weight", axis=None):
-        """A tensor. axis: see part. Nothing else of a mapped file is read."""
+        """A tensor. axis: see part. Parts by rows read nothing else of a mapped file, parts by columns do."""
         tensor = self.part(self.checkpoint.take(f"{name}.{kind}", *shape), axis)
         if tensor.dtype == E4M3:
             scales = np.broadcast_to(self.checkpoint.take_scales(name, shape[0]), shape)
