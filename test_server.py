@@ -1706,27 +1706,49 @@ def check_replicas(servers, port):
         wait_for(lambda: all(it.is_idle() for it in servers))
     assert sum(it.service.metrics.reasons["abort"] for it in servers) == 2
     before = num_tokens(other)
-    full.service.max_waiting = -1000
+    full.service.num_unfinished += 1024
     check_streams(port)
-    full.service.max_waiting = 1000
+    full.service.num_unfinished -= 1024
     assert num_tokens(other) == before + 32 * 40
+
+
+def nginx(ports, folder):
+    """The chapter's nginx as a router, at the first of the ports."""
+    text = with_ports(file_of_chapter("replicas.conf"), ports)
+    paths = "".join(f"{name}_temp_path {folder}/{name};\n"      # the default ones are root's
+                    for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    text = text.replace("http {\n", f"http {{\naccess_log off;\n{paths}")
+    (folder / "replicas.conf").write_text(text)
+    command = ["nginx", "-p", folder, "-c", "replicas.conf", "-e", "stderr",
+               "-g", f"daemon off; pid {folder}/pid;"]
+    return router(command, ports[0], folder)
 
 
 @pytest.mark.skipif(not shutil.which("nginx"), reason="nginx is not installed")
 def test_behind_nginx(tmp_path):
-    with replicas() as (servers, ports):
-        text = with_ports(file_of_chapter("replicas.conf"), ports)
-        paths = "".join(f"{name}_temp_path {tmp_path}/{name};\n"      # the default ones are root's
-                        for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
-        text = text.replace("http {\n", f"http {{\naccess_log off;\n{paths}")
-        (tmp_path / "replicas.conf").write_text(text)
-        command = ["nginx", "-p", tmp_path, "-c", "replicas.conf", "-e", "stderr",
-                   "-g", f"daemon off; pid {tmp_path}/pid;"]
-        with router(command, ports[0], tmp_path):
-            check_replicas(servers, ports[0])
-            before = num_tokens(servers[0])         # which was full a moment ago
-            check_streams(ports[0])
-            assert num_tokens(servers[0]) > before
+    with replicas() as (servers, ports), nginx(ports, tmp_path):
+        check_replicas(servers, ports[0])
+        before = num_tokens(servers[0])         # which was full a moment ago
+        check_streams(ports[0])
+        assert num_tokens(servers[0]) > before
+
+
+@pytest.mark.skipif(not shutil.which("nginx"), reason="nginx is not installed")
+def test_nginx_with_a_machine_that_is_off(tmp_path):
+    """A replica that never answers a connect: the other replica answers every request."""
+    with running(stub_llm()) as server, socket.socket() as off, contextlib.ExitStack() as stack:
+        off.bind(("127.0.0.1", 0))
+        off.listen(0)
+        for _ in range(4):                      # the queue of connections is full: no more get an answer
+            connection = stack.enter_context(socket.socket())
+            connection.setblocking(False)
+            connection.connect_ex(off.getsockname())
+        ports = [free_port(), server.port, off.getsockname()[1]]
+        with nginx(ports, tmp_path):
+            client = openai.OpenAI(base_url=f"http://127.0.0.1:{ports[0]}/v1", api_key="key", max_retries=0)
+            for _ in range(2):                  # nginx tries the replicas in turn: one of two waits first
+                answer = client.completions.create(model="model", prompt=[1], max_tokens=2)
+                assert answer.usage.completion_tokens == 2
 
 
 @pytest.mark.skipif(not ROUTER.exists(), reason="vllm-router is not installed")
