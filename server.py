@@ -582,7 +582,8 @@ class Guard:
         host = re.sub(r":\d*$", "", headers.get("host", "")).lower()
         if self.hosts and host and host not in self.hosts:
             raise RequestError(f"Host: expected {' or '.join(self.hosts)}, since the server listens on "
-                               f"loopback only, got {shown(host)}: start it with another --host", 403)
+                               f"loopback only, got {shown(host)}: start the server with another --host, or "
+                               "let the proxy set Host: localhost", 403)
         is_open = not self.api_key or path == "/health"
         if not is_open and not hmac.compare_digest(given_key(headers), self.api_key.encode()):
             raise RequestError("Authorization: expected Bearer and the server's API key, or any name and the "
@@ -803,7 +804,7 @@ def parse_arguments(argv):
     add("--allow-origin", nargs="+", default=(), metavar="ORIGIN",
         help="web pages of other origins that may use the server, * for all")
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"),
-        help="info: a line for each answer (default); debug: for each request")
+        help="info: a line for each POST (default); debug: for each request")
     EngineArgs.add_to(parser)
     args = parser.parse_args(argv)
     for name in "max_waiting", "max_body":
@@ -858,7 +859,8 @@ def main(argv=None):
         if not is_loopback and not args.api_key:
             print("tiny-vLLM: anyone who reaches this machine may use the server: consider --api-key",
                   file=sys.stderr)
-        hosts = ("localhost", "127.0.0.1", "[::1]", args.host.lower()) if is_loopback else ()
+        # A dict, for each name once.
+        hosts = dict.fromkeys(("localhost", "127.0.0.1", "[::1]", args.host.lower())) if is_loopback else ()
         with worker_process(EngineArgs.from_namespace(args)) as (inputs, device_name, num_blocks, pipe):
             names = args.served_model_name or [public_name(args, inputs)]
             app = build_app(inputs, names, args.api_key, args.max_waiting, args.max_body, args.allow_origin,
