@@ -755,10 +755,13 @@ template <int MOST> struct Consumer : Role {    // for up to MOST sequences
     __device__ void wait_for_stage() {
         for (u64& full : shared.full[stage]) wait(&full, round);
     }
-    // Gives the stage back to the producer, whose next copy overwrites the stage.
-    __device__ void give_back() {
-        __syncwarp();    // all lanes have read
-        if (lane == 0) mbarrier_arrive(&shared.empty[stage]);
+    // Gives the stage back to the producer, whose next copy overwrites the stage. Hazard: the arrival at the
+    // mbarrier can overtake loads from shared memory. (An arrival behind __syncwarp() alone left NaN in the
+    // logits after some 30 steps: two H200, FP8 weights, eight sequences.) So a vote decides whether lane 0 or
+    // lane 1 arrives, and the vote needs `read` of all lanes, which a lane must compute from everything that
+    // the lane has loaded: no lane can vote before its loads are done.
+    __device__ void give_back(unsigned read) {
+        if (lane == __any_sync(ALL_LANES, read == 1)) mbarrier_arrive(&shared.empty[stage]);
         if (++stage == STAGES) {
             stage = 0;
             ++round;
@@ -792,11 +795,13 @@ template <int MOST> struct Consumer : Role {    // for up to MOST sequences
         constexpr int IN_LANE = WARP_COLUMNS / IN_WORDS / 4;    // Words of 64 columns in a lane
         const Words* piece = reinterpret_cast<const Words*>(shared.ring[stage][g % 2]);
         const Words* mine = piece + g / 2 * (Shape::SEGMENT / IN_WORDS) + 4 * IN_LANE * warp + t;
+        unsigned read = 0;
         for (int i = 0; i < M; ++i) {
             const Words* tile = mine + i / Shape::W * SEGMENTS * (Shape::SEGMENT / IN_WORDS);
             w[i] = tile[4 * IN_LANE * CONSUMERS * (i % Shape::W / IN_LANE) + 4 * (i % IN_LANE)];
+            read ^= w[i].w[0];
         }
-        give_back();
+        give_back(read);
     }
     // Reads this consumer's columns of x: a lane gets, of every eighth row r, r + 8, ..., the columns that
     // it has of the weights: 8t .. 8t + 7 of each 32 (of codes: 16t .. 16t + 15 of each 64). Eight lanes
@@ -973,7 +978,8 @@ template <int MOST> struct Consumer : Role {    // for up to MOST sequences
             __syncwarp();    // all Words are put before a lane reads; no other warp reads this tile
             for (; at < first + count; at += TILE * CONSUMERS)
                 attention.add_tile(keys, values, at - first, count, step.query_scale);
-            give_back();
+            // Every loaded key and value has a part in these two numbers.
+            give_back(__float_as_uint(attention.out[0][0] + attention.out[HEAD_DIM / 16 - 1][0]));
         }
         // `heads` has room for one unit: a reducer must be done with the unit before (as it was with the unit
         // before that, when that unit's heads were written). Unit "-1" passes, see wait().
