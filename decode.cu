@@ -757,9 +757,9 @@ template <int MOST> struct Consumer : Role {    // for up to MOST sequences
     }
     // Gives the stage back to the producer, whose next copy overwrites the stage. Hazard: the arrival at the
     // mbarrier can overtake loads from shared memory. (An arrival behind __syncwarp() alone left NaN in the
-    // logits after some 30 steps: two H200, FP8 weights, eight sequences.) So a vote decides whether lane 0 or
-    // lane 1 arrives, and the vote needs `read` of all lanes, which a lane must compute from everything that
-    // the lane has loaded: no lane can vote before its loads are done.
+    // logits after some 30 steps of eight sequences, with FP8 weights on two H200.) So a vote decides whether
+    // lane 0 or lane 1 arrives, and the vote needs `read` of all lanes, which a lane must compute from
+    // everything that the lane has loaded: no lane can vote before its loads are done.
     __device__ void give_back(unsigned read) {
         if (lane == __any_sync(ALL_LANES, read == 1)) mbarrier_arrive(&shared.empty[stage]);
         if (++stage == STAGES) {

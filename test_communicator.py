@@ -240,7 +240,9 @@ def test_sampling_and_stop_strings(pair):
     for want, got in zip(one.generate(prompts, params), pair.generate(prompts, params)):
         assert (got.text, got.token_ids, got.finish_reason) == (want.text, want.token_ids, want.finish_reason)
         for a, b in zip(want.logprobs or [], got.logprobs or []):
-            assert a.keys() == b.keys() and all(math.isclose(a[k], b[k], abs_tol=0.2) for k in a)
+            # A log-probability of -13 is the difference of bf16 logits that are 0.125 apart, both rounded.
+            assert a.keys() == b.keys()
+            assert all(math.isclose(a[k], b[k], rel_tol=0.04, abs_tol=0.2) for k in a)
 
 
 def test_ranks_draw_the_same_tokens(pair):
