@@ -197,6 +197,15 @@ def fp8_table(name, *models, chosen=()):
     return tables
 
 
+def accuracy_table(name):
+    """The rows of a file on accuracy, as `bench.py accuracy --json` writes them."""
+    found = kept(name)
+    rows = [[row["what"], f"{row['value']:.3f} nats", f"{row['perplexity']:.2f}",
+             f"{row['perplexity_bf16']:.2f}", f"{row['same_best_token']:.0%}"] for row in found["rows"]]
+    return table("| | mean KL divergence | perplexity | perplexity in bfloat16 | same most probable token |",
+                 "| --- | ---: | ---: | ---: | ---: |", rows, found["note"])
+
+
 def fp8_gain(name, model, row, column):
     """How many times as fast FP8 is as bfloat16 in a row of a file on FP8. column: 1 or 2, of the values."""
     found = kept(name)["models"][model][row]
