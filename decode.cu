@@ -5,7 +5,8 @@
 // takes as long as the memory needs to deliver the weights. With one kernel for each operation, the
 // memory idles at the end and at the beginning of every kernel. Here a single kernel stays for the
 // whole step, with one thread block on each multiprocessor, and the weights flow into shared memory
-// even while the input of their product is still being computed.
+// even while the input of their product is still being computed. (This file is compiled behind ptx.h and
+// kernels.cu, and uses their names.)
 //
 // 1. How the work is cut. The step is a fixed list of operations: in each layer the products qkv, o,
 // gate_up and down, with attention behind qkv, and at the end the product head. A product is W @ x,
@@ -74,11 +75,11 @@
 // ranks: each rank has words for the parts of all ranks. A reader of y or x reads all parts and adds
 // them up in the order of ranks, so all ranks get the same bits.
 //
-// Thread blocks never wait for each other in a circle: tickets are drawn in order, and a unit depends
-// only on units with smaller tickets. (With several ranks, also on units of operations before, on other
-// GPUs. All ranks launch the same kernels in the same order, so every rank's decode begins, if none has
-// died.) No sum depends on who draws a unit or on who comes first: the same input gives the same bits, in a
-// batch of the same size.
+// Thread blocks never wait for each other in a circle: tickets are drawn in order (a thread block's first
+// is its own number, so all must run at once), and a unit depends only on units with smaller tickets.
+// (With several ranks, also on units of operations before, on other GPUs. All ranks launch the same
+// kernels in the same order, so every rank's decode begins, if none has died.) No sum depends on who draws
+// a unit or on who comes first: the same input gives the same bits, in a batch of the same size.
 //
 //   logits [S, V / ranks].   embed [V, D].   norm [D]: the weight of the last norm; the matrices contain
 //   the weights of all other norms, see rms_norm.   token_ids [S]: see rows of gather_rows.
