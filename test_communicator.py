@@ -354,7 +354,8 @@ QUARTERS = HALVES | {"hidden_size": 2560, "head_dim": 128, "intermediate_size": 
 @pytest.mark.parametrize("config, size, batches, quantization, most", [
     (HALVES, 2, [(15,), (270, 3, 32), (20, 1, 2, 3, 16, 5, 7)], None, 0.06),
     (HALVES, 2, [(3, 32), (20, 1, 2, 3, 16, 5, 7)], "fp8", 0.3),      # E4M3 rounds 16 times as coarsely
-    pytest.param(QUARTERS, 4, [(16,), (1, 5, 2, 3, 17)], None, 0.06, marks=takes_long)], ids=["2", "fp8", "4"])
+    pytest.param(QUARTERS, 4, [(16,), (1, 5, 2, 3, 17)], None, 0.06, marks=takes_long)],
+    ids=["2", "2-fp8", "4"])
 def test_decode_of_several_ranks(tmp_path, one_kernel, config, size, batches, quantization, most):
     """Batches of 1 to 8, contexts of several splits, several steps in a row: the oracle's logits."""
     write_model(tmp_path, sizes=config)
