@@ -531,14 +531,13 @@ class Scheduler:
 #   context_lens 21 42 3                 tokens in the cache after this step
 #   block_tables 7 2 | 5 3 9 | 4         the pages of each sequence; cu_blocks 0 2 5 6
 #
-# If every sequence decodes, the step runs as a CUDA graph: the CPU would take longer to start the
-# kernels than the GPU to run them. A few batch sizes have a graph each; a batch is padded to the
-# next size with unread sequences (vLLM: cudagraph_capture_sizes; enforce_eager: no graphs). On an
-# H100 or a newer card, the graphs of up to eight sequences (on several GPUs four of a wide model) hold
-# a single kernel for the whole step, decode.cu (decode()): the only second path, tested against forward().
+# If every sequence decodes, the step runs as a CUDA graph: the CPU would take longer to start the kernels
+# than the GPU to run them. A few batch sizes have a graph each, recorded at the first batch of its size; a
+# batch is padded to the next size with unread sequences (vLLM: cudagraph_capture_sizes; enforce_eager: no
+# graphs). On an H100 or a newer card, the graphs of up to eight sequences (on several GPUs four of a wide
+# model) hold a single kernel for the whole step, decode.cu: the only second path, tested against forward().
 #
-# All kernels are compiled for the sizes of one model, before the first request. A graph is recorded
-# at the first batch of its size.
+# All kernels are compiled for the sizes of one model, before the first request.
 # ==================================================================================================
 GRAPH_SIZES = (1, 2, 4, 6, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256)
 MAX_SPLITS = 32                         # thread blocks for one context; merging reads all results
@@ -1675,6 +1674,7 @@ EXAMPLES = """examples:
 
 
 def parse_arguments(argv):
+    """The command line as a namespace."""
     parser = ArgumentParser(prog="tinyvllm.py", description="Answer prompts with a Llama model.",
                             epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument

@@ -490,6 +490,7 @@ class WeightLoader:
     kernels: object                     # of kernels.cu, for a config with quantization
 
     def layer(self, i):
+        """The LayerWeights of layer i."""
         c = self.config
         D = c.hidden_size
         h = c.head_dim
@@ -519,8 +520,7 @@ class WeightLoader:
             if c.qk_norm else None)
 
     def stack(self, norm, *parts, factors):
-        """A matrix of several (name, rows, columns), below one another, each times its factor and the
-        norm's weight."""
+        """A matrix of several (name, rows, columns), each times its factor and the norm's weight."""
         g = self.take(norm, self.config.hidden_size).astype(np.float32)
         return self.ready(self.join(*parts, factors=[g * factor for factor in factors], axis=0))
 
