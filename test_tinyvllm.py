@@ -1802,7 +1802,7 @@ MAY_IMPORT = {"tokenizer": set(), "views": set(), "simulator": set(), "load": se
               "completions": {"device", "grammar", "sampling", "tinyvllm", "tokenizer", "tools"},
               "worker": {"communicator", "device", "program", "tinyvllm", "views"}}
 MAY_COME_LATE = {"cupy", "huggingface_hub", "llguidance"}      # in a function: not every run has or needs it
-MOST_LINES = {"tinyvllm.py": 1825, "program.py": 275, "sampling.py": 180, "weights.py": 565, "device.py": 465,
+MOST_LINES = {"tinyvllm.py": 1825, "program.py": 275, "sampling.py": 180, "weights.py": 567, "device.py": 465,
               "communicator.py": 445, "kernels.cu": 1525, "ptx.h": 360, "decode.cu": 1350, "simulator.h": 630,
               "simulator.py": 160, "tokenizer.py": 360, "views.py": 820, "bench.py": 810, "load.py": 630,
               "reference.py": 280, "chat.py": 180, "grammar.py": 115, "tools.py": 130, "server.py": 880,
